@@ -1,0 +1,269 @@
+/* Methods of Arena for pins, requests and slots: residency.h and futex.h, with their arguments checked. */
+#ifndef HOTSET_BIND_RESIDENCY_H
+#define HOTSET_BIND_RESIDENCY_H
+
+#include "futex.h"
+#include "module.h"
+#include "residency.h"
+
+static inline uint64_t expert_limit(const struct arena *arena) {
+    return (uint64_t)arena->num_layers * arena->num_experts;
+}
+
+#define EXPERT_ARGUMENT                                                            \
+    struct arena *arena = arena_of(self);                                          \
+    uint64_t id;                                                                   \
+    if (!arena) return NULL;                                                       \
+    if (!parse_indices(&arg, 1, 1, (const char *[]){"expert id"}, (uint64_t[]){expert_limit(arena)}, &id)) return NULL;
+
+#define SLOT_ARGUMENT                                                              \
+    struct arena *arena = arena_of(self);                                          \
+    uint64_t slot;                                                                 \
+    if (!arena) return NULL;                                                       \
+    if (!parse_indices(&arg, 1, 1, (const char *[]){"slot"}, (uint64_t[]){arena->num_slots}, &slot)) return NULL;
+
+#define LAYER_ARGUMENT                                                             \
+    struct arena *arena = arena_of(self);                                          \
+    uint64_t layer;                                                                \
+    if (!arena) return NULL;                                                       \
+    if (!parse_indices(&arg, 1, 1, (const char *[]){"layer"}, (uint64_t[]){arena->num_layers}, &layer)) return NULL;
+
+static PyObject *arena_want(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[3];
+    if (!arena) return NULL;
+    if (!parse_indices(args, count, 3, (const char *[]){"process", "pin", "expert id"},
+                       (uint64_t[]){arena->num_processes, arena->pins_per_process, expert_limit(arena)}, v))
+        return NULL;
+    pin_set(arena, (uint32_t)v[0], (uint32_t)v[1], (uint32_t)v[2]);
+    return PyLong_FromLong(residency_find(arena, (uint32_t)v[2]));
+}
+
+static PyObject *arena_unpin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[2];
+    if (!arena) return NULL;
+    if (!parse_indices(args, count, 2, (const char *[]){"process", "pin"},
+                       (uint64_t[]){arena->num_processes, arena->pins_per_process}, v))
+        return NULL;
+    pin_clear(arena, (uint32_t)v[0], (uint32_t)v[1]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_unpin_all(PyObject *self, PyObject *arg) {
+    struct arena *arena = arena_of(self);
+    uint64_t process;
+    if (!arena) return NULL;
+    if (!parse_indices(&arg, 1, 1, (const char *[]){"process"}, (uint64_t[]){arena->num_processes}, &process)) return NULL;
+    long cleared = 0;
+    for (uint32_t pin = 0; pin < arena->pins_per_process; pin++)
+        if (load_relaxed(&pin_row(arena, (uint32_t)process)[pin])) {
+            pin_clear(arena, (uint32_t)process, pin);
+            cleared++;
+        }
+    return PyLong_FromLong(cleared);
+}
+
+static PyObject *arena_pinned(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    return PyBool_FromLong(is_pinned(arena, (uint32_t)id));
+}
+
+static PyObject *arena_find(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    return PyLong_FromLong(residency_find(arena, (uint32_t)id));
+}
+
+static PyObject *arena_request_urgent(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    return PyBool_FromLong(request_set(arena, arena->urgent_mask, (uint32_t)id));
+}
+
+static PyObject *arena_request_prefetch(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    return PyBool_FromLong(request_set(arena, arena->prefetch_mask, (uint32_t)id));
+}
+
+static PyObject *arena_withdraw_request(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    mask_put(arena, arena->urgent_mask, (uint32_t)id, 0);
+    mask_put(arena, arena->prefetch_mask, (uint32_t)id, 0);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_withdraw_prefetch(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    mask_put(arena, arena->prefetch_mask, (uint32_t)id, 0);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_take_prefetched(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    return PyBool_FromLong(prefetched_take(arena, (uint32_t)id));
+}
+
+static PyObject *arena_failed(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    return PyBool_FromLong(mask_test(arena, arena->failed_mask, (uint32_t)id));
+}
+
+static PyObject *arena_set_failed(PyObject *self, PyObject *arg) {
+    EXPERT_ARGUMENT
+    mask_put(arena, arena->failed_mask, (uint32_t)id, 1);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_generation(PyObject *self, PyObject *arg) {
+    LAYER_ARGUMENT
+    return PyLong_FromUnsignedLong(load_seq_cst(&arena->layers[layer].residency_generation));
+}
+
+static PyObject *arena_wait(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[3];
+    if (!arena) return NULL;
+    if (!parse_indices(args, count, 3, (const char *[]){"layer", "generation", "timeout in microseconds"},
+                       (uint64_t[]){arena->num_layers, UINT64_C(1) << 32, UINT64_C(60000001)}, v))
+        return NULL;
+    atomic_u32 *word = &arena->layers[v[0]].residency_generation;
+    Py_BEGIN_ALLOW_THREADS
+    futex_wait(word, (uint32_t)v[1], v[2] * 1000);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_wake(PyObject *self, PyObject *arg) {
+    LAYER_ARGUMENT
+    futex_bump_and_wake(&arena->layers[layer].residency_generation);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_slot(PyObject *self, PyObject *arg) {
+    SLOT_ARGUMENT
+    uint64_t word = load_acquire(&arena->slot_words[slot]);
+    return Py_BuildValue("(Iii)", (unsigned)slot_word_generation(word), (int)slot_word_expert(word),
+                         (int)slot_word_state(word));
+}
+
+static PyObject *arena_evict_begin(PyObject *self, PyObject *arg) {
+    SLOT_ARGUMENT
+    return PyBool_FromLong(evict_begin(arena, (uint32_t)slot));
+}
+
+static PyObject *arena_slot_release(PyObject *self, PyObject *arg) {
+    SLOT_ARGUMENT
+    slot_release(arena, (uint32_t)slot);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_load_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[2];
+    if (!arena) return NULL;
+    if (!parse_indices(args, count, 2, (const char *[]){"slot", "expert id"},
+                       (uint64_t[]){arena->num_slots, expert_limit(arena)}, v))
+        return NULL;
+    enum slot_state state = slot_word_state(load_relaxed(&arena->slot_words[v[0]]));
+    if (state != SLOT_EMPTY && state != SLOT_EVICTING) {
+        PyErr_Format(PyExc_ValueError, "slot %d is in state %d, expected EMPTY (0) or EVICTING (3) to load into it",
+                     (int)v[0], (int)state);
+        return NULL;
+    }
+    load_begin(arena, (uint32_t)v[0], (uint32_t)v[1]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_load_publish(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    if (!arena) return NULL;
+    if (count != 5) return PyErr_Format(PyExc_TypeError, "expected 5 arguments, got %zd", count);
+    uint64_t checksum = PyLong_AsUnsignedLongLong(args[1]);
+    if (PyErr_Occurred()) return NULL;
+    PyObject *rest[4] = {args[0], args[2], args[3], args[4]};
+    uint64_t v[4];
+    if (!parse_indices(rest, 4, 4, (const char *[]){"slot", "nbytes", "format", "prefetched"},
+                       (uint64_t[]){arena->num_slots, UINT64_C(1) << 32, 256, 2}, v))
+        return NULL;
+    enum slot_state state = slot_word_state(load_relaxed(&arena->slot_words[v[0]]));
+    if (state != SLOT_LOADING)
+        return PyErr_Format(PyExc_ValueError, "slot %d is in state %d, expected LOADING (1) to publish it", (int)v[0],
+                            (int)state);
+    load_publish(arena, (uint32_t)v[0], checksum, (uint32_t)v[1], (uint32_t)v[2], (int)v[3]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *arena_recover(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct arena *arena = arena_of(self);
+    if (!arena) return NULL;
+    residency_recover(arena);
+    Py_RETURN_NONE;
+}
+
+/* The ids whose bit is set in `mask`, ascending. */
+static PyObject *mask_ids(const struct arena *arena, atomic_u64 *mask) {
+    PyObject *ids = PyList_New(0);
+    for (uint32_t layer = 0; ids && layer < arena->num_layers; layer++)
+        for (uint32_t word = 0; word < arena->mask_words; word++) {
+            uint64_t bits = load_acquire(mask + (size_t)layer * arena->mask_stride + word);
+            for (; bits; bits &= bits - 1) {
+                uint32_t expert = word * 64 + (uint32_t)__builtin_ctzll(bits);
+                PyObject *id = PyLong_FromUnsignedLong(layer * arena->num_experts + expert);
+                if (!id || PyList_Append(ids, id) < 0) {
+                    Py_XDECREF(id);
+                    Py_DECREF(ids);
+                    return NULL;
+                }
+                Py_DECREF(id);
+            }
+        }
+    return ids;
+}
+
+static PyObject *arena_urgent_requests(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct arena *arena = arena_of(self);
+    return arena ? mask_ids(arena, arena->urgent_mask) : NULL;
+}
+
+static PyObject *arena_prefetch_requests(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct arena *arena = arena_of(self);
+    return arena ? mask_ids(arena, arena->prefetch_mask) : NULL;
+}
+
+static PyObject *arena_resident_experts(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct arena *arena = arena_of(self);
+    return arena ? mask_ids(arena, arena->resident_mask) : NULL;
+}
+
+#define FASTCALL(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
+
+#define RESIDENCY_METHODS                                                                                              \
+    {"want", FASTCALL(arena_want), "want(process, pin, id): pin the expert, then its slot, or -1 if not resident."},    \
+    {"unpin", FASTCALL(arena_unpin), "unpin(process, pin): the pin is free again."},                                   \
+    {"unpin_all", arena_unpin_all, METH_O, "unpin_all(process): clears a dead worker's row; how many pins it held."},  \
+    {"pinned", arena_pinned, METH_O, "pinned(id): whether any process pins the expert."},                              \
+    {"find", arena_find, METH_O, "find(id): the slot of a resident expert, or -1."},                                   \
+    {"request_urgent", arena_request_urgent, METH_O, "Sets the urgent bit; True if the caller must send the message."},\
+    {"request_prefetch", arena_request_prefetch, METH_O, "Sets the prefetch bit; True if it was clear."},              \
+    {"withdraw_request", arena_withdraw_request, METH_O, "Pager: clears both request bits of an expert."},             \
+    {"withdraw_prefetch", arena_withdraw_prefetch, METH_O, "Clears the prefetch bit of a request that was dropped."},  \
+    {"take_prefetched", arena_take_prefetched, METH_O, "True for the first hit on a prefetched expert."},              \
+    {"failed", arena_failed, METH_O, "failed(id): whether the pager gave the expert up."},                             \
+    {"set_failed", arena_set_failed, METH_O, "Pager: the expert cannot be loaded."},                                   \
+    {"generation", arena_generation, METH_O, "generation(layer): read before the last check, given to wait()."},       \
+    {"wait", FASTCALL(arena_wait), "wait(layer, generation, timeout_us): sleep until the layer's residency changes."}, \
+    {"wake", arena_wake, METH_O, "wake(layer): after load_publish() or set_failed()."},                                \
+    {"slot", arena_slot, METH_O, "slot(index): (generation, expert id, state)."},                                      \
+    {"evict_begin", arena_evict_begin, METH_O, "Pager: RESIDENT to EVICTING; False if pinned or not resident."},       \
+    {"slot_release", arena_slot_release, METH_O, "Pager: EVICTING or LOADING to EMPTY."},                              \
+    {"load_begin", FASTCALL(arena_load_begin), "load_begin(slot, id): to LOADING, then clears the request bits."},     \
+    {"load_publish", FASTCALL(arena_load_publish), "load_publish(slot, checksum, nbytes, format, prefetched)."},       \
+    {"recover", arena_recover, METH_NOARGS, "Pager restart: rebuilds masks and directory from the slot words."},       \
+    {"urgent_requests", arena_urgent_requests, METH_NOARGS, "Ids with the urgent bit set."},                           \
+    {"prefetch_requests", arena_prefetch_requests, METH_NOARGS, "Ids with the prefetch bit set."},                     \
+    {"resident_experts", arena_resident_experts, METH_NOARGS, "Ids with the residency bit set."}
+
+#endif

@@ -1,0 +1,231 @@
+"""One POSIX shared-memory segment per instance: create, attach, remove, and clean up after the killed.
+
+Names follow from the instance name, so that whatever a killed instance left can be found without its help. Objects
+are made in the order lock, segment, queue and removed in the opposite order: a queue never outlives its segment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import secrets
+from pathlib import Path
+
+import numpy as np
+import posix_ipc
+
+from hotset.shm import _core
+from hotset.shm.layout import HEADER, ArenaState, Geometry, Layout, Section, header_crc
+from hotset.shm.process import boot_id, start_time
+
+PREFIX = "hotset."
+SHM_FOLDER = Path("/dev/shm")
+
+
+class SegmentError(Exception):
+    """The segment cannot be used; the message says which and why."""
+
+
+class NotEnoughSharedMemory(SegmentError):
+    """`/dev/shm` has `available` bytes free, the arena needs `needed`."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(
+            f"the arena needs {needed} bytes of shared memory but {SHM_FOLDER} has {available} bytes free; "
+            "give a smaller expert or KV budget, or enlarge it (mount -o remount,size=...)"
+        )
+        self.needed = needed
+        self.available = available
+
+
+class InstanceNameTaken(SegmentError):
+    """A running instance has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"an instance named {name!r} is running already; choose another name")
+        self.name = name
+
+
+def check_instance_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise ValueError(f"the instance name is {name!r}, expected 1 to 64 of A-Z a-z 0-9 _ -")
+    return name
+
+
+def new_instance_name() -> str:
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def segment_name(instance: str) -> str:
+    return f"/{PREFIX}{instance}"
+
+
+def queue_name(instance: str) -> str:
+    return f"/{PREFIX}{instance}.paging"
+
+
+class InstanceLock:
+    """Guards an instance name with `flock`: held means alive, for the kernel lets go of it with the process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = check_instance_name(name)
+        folder = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp") / f"hotset-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._path = folder / f"{name}.lock"
+        while True:
+            self._fd = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._fd)
+                raise InstanceNameTaken(name) from None
+            # The last holder may have removed the file between our open and our lock: then ours guards nothing.
+            if self._path.exists() and self._path.stat().st_ino == os.fstat(self._fd).st_ino:
+                return
+            os.close(self._fd)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def remove_ipc_objects(instance: str) -> bool:
+    """Unlinks the queue and the segment of an instance; whether there was a segment."""
+    try:
+        posix_ipc.unlink_message_queue(queue_name(instance))
+    except posix_ipc.ExistentialError:
+        pass
+    try:
+        posix_ipc.unlink_shared_memory(segment_name(instance))
+    except posix_ipc.ExistentialError:
+        return False
+    return True
+
+
+def remove_stale_instances() -> list[str]:
+    """The janitor: removes what killed instances of this user left, and returns their names."""
+    removed: list[str] = []
+    for path in SHM_FOLDER.glob(PREFIX + "*"):
+        name = path.name.removeprefix(PREFIX)
+        try:
+            if path.stat().st_uid != os.getuid():
+                continue
+            lock = InstanceLock(name)
+        except (InstanceNameTaken, FileNotFoundError, ValueError):
+            continue
+        try:
+            if remove_ipc_objects(name):
+                removed.append(name)
+        finally:
+            lock.release()
+    return removed
+
+
+class Segment:
+    """The mapped arena of an instance, or private memory with the same layout.
+
+    Attributes:
+        arena: the atomic operations (`hotset.shm._core.Arena`).
+        layout: where each section lies.
+    """
+
+    def __init__(self, memory: mmap.mmap, layout: Layout, instance: str | None) -> None:
+        self._mmap = memory
+        self._memory = memoryview(memory)
+        self.layout = layout
+        self.instance = instance
+        self.arena = _core.Arena(memory)
+
+    @classmethod
+    def private(cls, geometry: Geometry) -> Segment:
+        """Anonymous memory of this process alone, for the router or the cache without an instance."""
+        layout = Layout(geometry)
+        memory = mmap.mmap(-1, layout.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return cls._build(memory, layout, None)
+
+    @classmethod
+    def create(cls, instance: str, geometry: Geometry) -> Segment:
+        """A new segment, every byte of it backed; the caller holds the instance's lock.
+
+        Raises `NotEnoughSharedMemory` instead of letting a later store die of SIGBUS.
+        """
+        layout = Layout(geometry)
+        name = segment_name(instance)
+        # size 0: posix_ipc would unlink an existing segment whose resize fails.
+        shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=0)
+        try:
+            try:
+                os.posix_fallocate(shared.fd, 0, layout.nbytes)
+            except OSError as error:
+                space = os.statvfs(SHM_FOLDER)
+                # What fallocate took before it failed counts as free again once the segment is gone.
+                free = space.f_bavail * space.f_frsize + os.fstat(shared.fd).st_blocks * 512
+                raise NotEnoughSharedMemory(layout.nbytes, free) from error
+            memory = mmap.mmap(shared.fd, layout.nbytes)
+        except BaseException:
+            posix_ipc.unlink_shared_memory(name)
+            raise
+        finally:
+            shared.close_fd()
+        return cls._build(memory, layout, instance)
+
+    @classmethod
+    def _build(cls, memory: mmap.mmap, layout: Layout, instance: str | None) -> Segment:
+        layout.write_header(
+            memoryview(memory),
+            uuid=secrets.token_bytes(16),
+            boot_id=boot_id(),
+            pid=os.getpid(),
+            start_time=start_time(os.getpid()) or 0,
+        )
+        segment = cls(memory, layout, instance)
+        segment.arena.state = ArenaState.READY
+        return segment
+
+    @classmethod
+    def attach(cls, instance: str, geometry: Geometry) -> Segment:
+        """Maps the segment of a running instance and checks that both builds agree about its layout."""
+        try:
+            shared = posix_ipc.SharedMemory(segment_name(instance), size=0)
+        except posix_ipc.ExistentialError:
+            raise SegmentError(f"there is no segment {segment_name(instance)}") from None
+        try:
+            memory = mmap.mmap(shared.fd, 0)
+        finally:
+            shared.close_fd()
+        layout = Layout(geometry)
+        check_header(memoryview(memory), layout, segment_name(instance))
+        return cls(memory, layout, instance)
+
+    def view(self, section: Section) -> np.ndarray:
+        """The section as an array over the arena, shape [rows, columns]; see `Layout.view`."""
+        return self.layout.view(self._memory, section)
+
+    def close(self) -> None:
+        """Lets go of the mapping. Views that are still alive keep it until they are gone."""
+        self.arena.close()
+        self._memory.release()
+        try:
+            self._mmap.close()
+        except BufferError:
+            pass
+
+
+def check_header(memory: memoryview, layout: Layout, name: str) -> None:
+    """Raises `SegmentError` unless `memory` begins with a finished header for `layout`."""
+    if len(memory) < layout.nbytes:
+        raise SegmentError(f"{name} has {len(memory)} bytes, expected {layout.nbytes}")
+    raw = bytes(memory[: HEADER.itemsize])
+    header = np.frombuffer(raw, HEADER)[0]
+    if int(header["magic"]) != _core.MAGIC or int(header["abi_version"]) != _core.ABI_VERSION:
+        raise SegmentError(f"{name} was not made by this version of hotset")
+    if int(header["crc"]) != header_crc(raw):
+        raise SegmentError(f"the header of {name} is damaged: its checksum does not match")
+    if int(header["layout_hash"]) != layout.hash:
+        raise SegmentError(
+            f"{name} has layout {int(header['layout_hash']):#x}, this process expects {layout.hash:#x}"
+        )
