@@ -1,0 +1,51 @@
+"""What is counted. One row per process in the arena, written by that process alone; readers add the rows up."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Counter(enum.IntEnum):
+    """Index in a process's row. The C core writes the first group itself: shm/core/counters.h has the same numbers."""
+
+    # the router
+    ROUTING_DECISIONS = 0  # tokens routed, per layer
+    CACHE_HITS = 1  # selections that the residency mask had
+    CACHE_MISSES = 2
+    NAN_LOGITS = 3
+    ROWS_WITHOUT_FINITE_LOGIT = 4
+    SELECTIONS_CHANGED = 5  # selected experts that are not in the row's true top-k
+    LOST_MASS_Q32 = 6  # routed probability mass given up for residency, in units of 2**-32
+    ROUTING_NANOSECONDS = 7
+    ROUTING_MAX_NANOSECONDS = 8
+    # the serving loop: a hit is counted per distinct expert per layer step, when its pin succeeds at once
+    DECODE_EXPERT_HITS = 16
+    DECODE_EXPERT_MISSES = 17
+    PREFILL_EXPERT_HITS = 18
+    PREFILL_EXPERT_MISSES = 19
+    PREFETCH_HITS = 20
+    PREFETCH_REQUESTS = 21
+    PREFETCH_DROPPED = 22
+    DECODE_TOKENS = 23
+    PREFILL_TOKENS = 24
+    STEPS = 25
+    EXPERT_WAIT_NANOSECONDS = 26
+    # the pager
+    URGENT_PAGE_INS = 32
+    PREFETCH_PAGE_INS = 33
+    PAGE_OUTS = 34
+    EVICTIONS = 35
+    EVICTIONS_REFUSED = 36  # the chosen victim was pinned after all
+    BYTES_READ = 37
+    PAGING_NANOSECONDS = 38
+    PAGING_MAX_NANOSECONDS = 39
+    FAILED_LOADS = 40
+    # every process
+    HEARTBEAT_NANOSECONDS = 63  # monotonic clock
+
+
+class Histogram(enum.IntEnum):
+    """Which of a process's histograms."""
+
+    ROUTING = 0
+    PAGING = 1
