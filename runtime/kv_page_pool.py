@@ -1,0 +1,111 @@
+"""The pages of the KV cache as a resource: which are free, how often each is referenced, how often each
+was reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from hotset.runtime.kv_errors import OutOfPages
+
+if TYPE_CHECKING:
+    from hotset.runtime.prefix_tree import PrefixNode
+
+NO_PAGE = 0
+"""Page numbers start at 1; 0 in a block table says that the page was given back (sliding window)."""
+
+_NEVER_ZERO = 1 << 62
+
+
+class PagePool:
+    """Pages 1 ... `num_pages`, each in exactly one of three states:
+
+    * free: on the stack `free`; no reference, not published;
+    * idle: published in the prefix tree and without a reference; found by lookups, evicted when `free` is
+      empty;
+    * in use: at least one reference. `references[page]` = block tables that name the page + pins.
+
+    So `len(free) + idle + pages in use = num_pages`. A page may be written only by the one sequence that
+    names it, and only while it is unpublished.
+
+    Attributes (for reading; the cache and its prefix tree are the only writers):
+        free: stack, the page handed out next last.
+        references: per page.
+        published: per page the tree node that holds it, None if it is not in the tree.
+        generations: per page how often it was handed out; a reader that kept (page, generation) learns of
+            reuse.
+        idle: number of idle pages.
+    """
+
+    __slots__ = ("evict", "free", "generations", "idle", "num_pages", "published", "references")
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.free = list(range(num_pages, 0, -1))
+        self.references = [0] * (num_pages + 1)
+        self.references[NO_PAGE] = _NEVER_ZERO  # given-back entries of block tables need no special case
+        self.published: list[PrefixNode | None] = [None] * (num_pages + 1)
+        self.generations = [0] * (num_pages + 1)
+        self.idle = 0
+        self.evict: Callable[[], int] | None = None  # takes one idle page out of the prefix tree
+
+    @property
+    def available(self) -> int:
+        """Pages that an allocation can have: free ones, and idle ones by eviction."""
+        return len(self.free) + self.idle
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages with one reference each: free ones first, then idle ones in the order of eviction.
+
+        Raises:
+            OutOfPages: fewer are available; nothing is evicted then.
+        """
+        free = self.free
+        if count <= len(free):
+            if not count:
+                return []
+            pages = free[: -count - 1 : -1]
+            del free[-count:]
+        else:
+            if count > len(free) + self.idle:
+                raise OutOfPages(count, len(free) + self.idle)
+            pages = free[::-1]
+            free.clear()
+            evict = self.evict
+            while len(pages) < count:
+                pages.append(free.pop() if free or evict is None else evict())
+        references, generations = self.references, self.generations
+        for page in pages:
+            references[page] = 1
+            generations[page] += 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more reference to each page."""
+        references = self.references
+        woken = 0
+        for page in pages:
+            if not references[page]:
+                woken += 1
+            references[page] += 1
+        self.idle -= woken
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One reference less to each page. The last one of an unpublished page frees it, of a published
+        one idles it.
+
+        Pages of one sequence are given in the order of its tokens, so that its tail is reused before its
+        head.
+        """
+        references, published, free = self.references, self.published, self.free
+        idled = 0
+        for page in pages:
+            count = references[page] - 1
+            references[page] = count
+            if not count:
+                if published[page] is None:
+                    free.append(page)
+                else:
+                    idled += 1
+        self.idle += idled

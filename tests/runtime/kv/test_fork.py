@@ -1,0 +1,110 @@
+"""Section B of the acceptance cases: forks and copy-on-write, counted. The bytes are in
+test_page_memory.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hotset.runtime.kv_cache import PagedKvCache
+from hotset.runtime.kv_errors import OutOfPages
+
+
+def test_B1_forks_share_and_count() -> None:
+    cache = PagedKvCache(10, 16)
+    parent = cache.allocate(8)
+    children = [cache.fork(parent), cache.fork(parent)]
+    children.append(cache.fork(children[0]))
+    assert cache.stats().active_sequences == 4
+    assert cache.num_used_pages == 1
+    assert cache.references(1) == 4
+    assert cache.stats().copy_on_write_copies == 0
+    cache.free(parent)
+    assert cache.num_used_pages == 1
+    for child in children:
+        cache.free(child)
+    assert cache.num_free_pages == 10
+
+
+def test_B2_the_first_write_copies_and_the_second_does_not() -> None:
+    cache = PagedKvCache(10, 16)
+    parent = cache.allocate(8)
+    child = cache.fork(parent)
+    page = cache.writable_page(child, 0)
+    assert page != cache.page_for(parent, 0)
+    assert cache.references(1) == 1
+    assert cache.writable_page(child, 0) == page
+    assert cache.stats().copy_on_write_copies == 1
+
+
+def test_B3_a_write_copies_one_page_of_a_long_parent() -> None:
+    cache = PagedKvCache(300, 16)
+    parent = cache.allocate(4096)
+    child = cache.fork(parent)
+    cache.writable_page(child, 4095)
+    shared = set(cache.block_table(parent)) & set(cache.block_table(child))
+    assert len(shared) == 255
+    assert cache.num_used_pages == 257
+    assert cache.stats().copy_on_write_copies == 1
+
+
+def test_B4_a_copy_without_a_page_fails_and_keeps_both() -> None:
+    cache = PagedKvCache(2, 16)
+    parent = cache.allocate(8)
+    child = cache.fork(parent)
+    cache.allocate(16)
+    for write in (lambda: cache.writable_page(child, 0), lambda: cache.append(child)):
+        with pytest.raises(OutOfPages) as refused:
+            write()
+        assert (refused.value.needed, refused.value.available) == (1, 0)
+    assert cache.references(1) == 2
+    assert cache.block_table(child) == cache.block_table(parent) == [1]
+    assert cache.length(child) == 8
+    cache.check()
+
+
+def test_B5_a_child_grows_alone() -> None:
+    cache = PagedKvCache(10, 16)
+    parent = cache.allocate(8)
+    child = cache.fork(parent)
+    for _ in range(4):
+        cache.append(child)
+    assert (cache.length(parent), cache.length(child)) == (8, 12)
+
+
+def test_B6_parent_and_child_write_the_next_token_to_different_pages() -> None:
+    cache = PagedKvCache(10, 16)
+    parent = cache.allocate(8)
+    child = cache.fork(parent)
+    assert cache.writable_page(parent, 8) != cache.writable_page(child, 8)
+    assert cache.stats().copy_on_write_copies == 1
+
+
+def test_B7_a_full_page_stays_shared() -> None:
+    cache = PagedKvCache(10, 16)
+    parent = cache.allocate(16)
+    child = cache.fork(parent)
+    cache.append(child)
+    assert cache.block_table(parent) == [1]
+    assert cache.block_table(child) == [1, 2]
+    assert cache.references(1) == 2
+    assert cache.stats().copy_on_write_copies == 0
+
+
+def test_B8_the_last_owner_writes_in_place() -> None:
+    cache = PagedKvCache(10, 16)
+    parent = cache.allocate(8)
+    first, second = cache.fork(parent), cache.fork(parent)
+    cache.free(parent)
+    cache.append(first)
+    cache.append(second)
+    assert cache.stats().copy_on_write_copies == 1
+    assert cache.block_table(second) == [1]
+    cache.check()
+
+
+def test_a_fork_leaves_the_spare_pages_with_the_parent() -> None:
+    cache = PagedKvCache(10, 16)
+    parent = cache.allocate(8)
+    cache.extend(parent, 32)
+    assert cache.block_table(cache.fork(parent)) == [1]
+    cache.check()
