@@ -8,6 +8,7 @@ writer of each; a test compares the two.
 from __future__ import annotations
 
 import enum
+import mmap
 from collections.abc import Iterator
 
 import msgspec
@@ -23,6 +24,7 @@ MAX_SECTIONS = 40
 COUNTERS_PER_PROCESS = 64
 HISTOGRAM_BUCKETS = 256
 HISTOGRAMS_PER_PROCESS = 2
+MAX_ROW_NBYTES = (1 << 32) - PAGE  # the section table has 32 bits for a stride
 MAX_EXPERT_IDS = 1 << 24  # the slot word has 24 bits for the expert
 
 
@@ -131,6 +133,12 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("num_layers", "num_experts", "num_processes", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in self.__struct_fields__:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        for name in ("slot_nbytes", "page_nbytes"):
+            if getattr(self, name) > MAX_ROW_NBYTES:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at most {MAX_ROW_NBYTES}")
         if self.num_layers * self.num_experts >= MAX_EXPERT_IDS:
             raise ValueError(
                 f"{self.num_layers} layers x {self.num_experts} experts are too many: the slot word names "
@@ -208,7 +216,8 @@ class Layout:
     Attributes:
         sections: one `SectionLayout` per `Section`, in order; offsets are multiples of 64 bytes.
         nbytes: size of the whole arena, a multiple of the page size.
-        hash: of the section table; two builds that disagree about the layout cannot attach to each other.
+        hash: of the section table and the geometry (several geometries round up to one table); processes that
+            disagree about either cannot attach to each other.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -222,7 +231,7 @@ class Layout:
             offset += rows * stride
         self.sections = tuple(sections)
         self.nbytes = _round_up(offset, PAGE)
-        self.hash = xxhash.xxh3_64_intdigest(self.table().tobytes())
+        self.hash = xxhash.xxh3_64_intdigest(self.table().tobytes() + msgspec.msgpack.encode(geometry))
 
     def table(self) -> npt.NDArray[np.void]:
         """The section table as it stands in the header page."""
@@ -262,7 +271,7 @@ class Layout:
         header["crc"] = header_crc(header.tobytes())
         memory[: HEADER.itemsize] = header.tobytes()
 
-    def view(self, memory: memoryview, section: Section) -> npt.NDArray[np.generic]:
+    def view(self, memory: memoryview | mmap.mmap, section: Section) -> npt.NDArray[np.generic]:
         """The section as an array of shape [rows, columns] over `memory`, nothing copied.
 
         Live fields with other writers must be read and written through `Arena`, not through this view: numpy
@@ -270,8 +279,11 @@ class Layout:
         """
         s = self.sections[section]
         dtype = np.dtype(s.dtype)
+        # frombuffer, because ndarray(buffer=memory) lets go of the buffer at once: `memory` could then be
+        # unmapped under the array.
+        whole = np.frombuffer(memory, np.uint8)
         return np.ndarray(
-            (s.rows, s.columns), dtype, buffer=memory, offset=s.offset, strides=(s.stride, dtype.itemsize)
+            (s.rows, s.columns), dtype, buffer=whole, offset=s.offset, strides=(s.stride, dtype.itemsize)
         )
 
 

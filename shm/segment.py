@@ -6,6 +6,8 @@ are made in the order lock, segment, queue and removed in the opposite order: a 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -82,8 +84,9 @@ class InstanceLock:
                 os.close(self._fd)
                 raise InstanceNameTaken(name) from None
             # The last holder may have removed the file between our open and our lock: then ours guards nothing.
-            if self._path.exists() and self._path.stat().st_ino == os.fstat(self._fd).st_ino:
-                return
+            with contextlib.suppress(FileNotFoundError):
+                if self._path.stat().st_ino == os.fstat(self._fd).st_ino:
+                    return
             os.close(self._fd)
 
     def release(self) -> None:
@@ -125,6 +128,12 @@ def remove_stale_instances() -> list[str]:
     return removed
 
 
+def free_shared_memory() -> int:
+    """Bytes that `/dev/shm` still has."""
+    space = os.statvfs(SHM_FOLDER)
+    return space.f_bavail * space.f_frsize
+
+
 class Segment:
     """The mapped arena of an instance, or private memory with the same layout.
 
@@ -135,7 +144,6 @@ class Segment:
 
     def __init__(self, memory: mmap.mmap, layout: Layout, instance: str | None) -> None:
         self._mmap = memory
-        self._memory = memoryview(memory)
         self.layout = layout
         self.instance = instance
         self.arena = _core.Arena(memory)
@@ -155,15 +163,19 @@ class Segment:
         """
         layout = Layout(geometry)
         name = segment_name(instance)
+        # Asked first: fallocate would fill all that is free before it fails, at the cost of others.
+        if layout.nbytes > (free := free_shared_memory()):
+            raise NotEnoughSharedMemory(layout.nbytes, free)
         # size 0: posix_ipc would unlink an existing segment whose resize fails.
         shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=0)
         try:
             try:
                 os.posix_fallocate(shared.fd, 0, layout.nbytes)
             except OSError as error:
-                space = os.statvfs(SHM_FOLDER)
+                if error.errno != errno.ENOSPC:
+                    raise
                 # What fallocate took before it failed counts as free again once the segment is gone.
-                free = space.f_bavail * space.f_frsize + os.fstat(shared.fd).st_blocks * 512
+                free = free_shared_memory() + os.fstat(shared.fd).st_blocks * 512
                 raise NotEnoughSharedMemory(layout.nbytes, free) from error
             memory = mmap.mmap(shared.fd, layout.nbytes)
         except BaseException:
@@ -194,32 +206,40 @@ class Segment:
         except posix_ipc.ExistentialError:
             raise SegmentError(f"there is no segment {segment_name(instance)}") from None
         try:
+            # Its creator was killed, or is still at work, between making the name and sizing it.
+            if os.fstat(shared.fd).st_size == 0:
+                raise SegmentError(f"{segment_name(instance)} is empty: it was never finished")
             memory = mmap.mmap(shared.fd, 0)
         finally:
             shared.close_fd()
         layout = Layout(geometry)
-        check_header(memoryview(memory), layout, segment_name(instance))
-        return cls(memory, layout, instance)
+        try:
+            check_header(memory, layout, segment_name(instance))
+            segment = cls(memory, layout, instance)
+        except BaseException:
+            memory.close()
+            raise
+        if (state := ArenaState(segment.arena.state)) != ArenaState.READY:
+            segment.close()
+            raise SegmentError(f"{segment_name(instance)} is {state.name}, expected READY")
+        return segment
 
     def view(self, section: Section) -> np.ndarray:
         """The section as an array over the arena, shape [rows, columns]; see `Layout.view`."""
-        return self.layout.view(self._memory, section)
+        return self.layout.view(self._mmap, section)
 
     def close(self) -> None:
         """Lets go of the mapping. Views that are still alive keep it until they are gone."""
         self.arena.close()
-        self._memory.release()
-        try:
+        with contextlib.suppress(BufferError):
             self._mmap.close()
-        except BufferError:
-            pass
 
 
-def check_header(memory: memoryview, layout: Layout, name: str) -> None:
+def check_header(memory: mmap.mmap, layout: Layout, name: str) -> None:
     """Raises `SegmentError` unless `memory` begins with a finished header for `layout`."""
     if len(memory) < layout.nbytes:
         raise SegmentError(f"{name} has {len(memory)} bytes, expected {layout.nbytes}")
-    raw = bytes(memory[: HEADER.itemsize])
+    raw = memory[: HEADER.itemsize]
     header = np.frombuffer(raw, HEADER)[0]
     if int(header["magic"]) != _core.MAGIC or int(header["abi_version"]) != _core.ABI_VERSION:
         raise SegmentError(f"{name} was not made by this version of hotset")
