@@ -152,6 +152,10 @@ static PyObject *arena_evict_begin(PyObject *self, PyObject *arg) {
 
 static PyObject *arena_slot_release(PyObject *self, PyObject *arg) {
     SLOT_ARGUMENT
+    enum slot_state state = slot_word_state(load_relaxed(&arena->slot_words[slot]));
+    if (state != SLOT_LOADING && state != SLOT_EVICTING)
+        return PyErr_Format(PyExc_ValueError, "slot %d is in state %d, expected LOADING (1) or EVICTING (3) to release it",
+                            (int)slot, (int)state);
     slot_release(arena, (uint32_t)slot);
     Py_RETURN_NONE;
 }
@@ -169,6 +173,10 @@ static PyObject *arena_load_begin(PyObject *self, PyObject *const *args, Py_ssiz
                      (int)v[0], (int)state);
         return NULL;
     }
+    uint32_t entry = load_relaxed(&arena->directory[v[1]]);
+    if (entry && entry != v[0] + 1)
+        return PyErr_Format(PyExc_ValueError, "expert %d is in slot %d already, expected one that is in no slot", (int)v[1],
+                            (int)entry - 1);
     load_begin(arena, (uint32_t)v[0], (uint32_t)v[1]);
     Py_RETURN_NONE;
 }

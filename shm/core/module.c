@@ -124,6 +124,10 @@ static int arena_set_state(PyObject *self, PyObject *value, void *closure) {
     }
     unsigned long state = PyLong_AsUnsignedLong(value);
     if (PyErr_Occurred()) return -1;
+    if (state > ARENA_CLOSED) {
+        PyErr_Format(PyExc_ValueError, "state is %lu, expected 0 (building), 1 (ready) or 2 (closed)", state);
+        return -1;
+    }
     store_release(arena->state, (uint32_t)state); /* last of all: who sees READY sees the whole header */
     return 0;
 }

@@ -147,6 +147,7 @@ static inline void load_publish(const struct arena *arena, uint32_t slot, uint64
     store_release(&arena->slot_words[slot], slot_word(slot_word_generation(word), id, SLOT_RESIDENT));
     mask_put(arena, arena->resident_mask, id, 1);
     mask_put(arena, arena->loading_mask, id, 0);
+    mask_put(arena, arena->failed_mask, id, 0); /* an earlier attempt may have failed */
 }
 
 /* Rule 7: makes sense of what a killed pager left, in this order: no slot is handed out before it has run. */
@@ -164,6 +165,7 @@ static inline void residency_recover(const struct arena *arena) {
         switch (slot_word_state(word)) {
         case SLOT_LOADING: /* half-read: somebody may wait for it, so it is asked for again before the slot is free */
             request_set(arena, arena->urgent_mask, id);
+            mask_put(arena, arena->prefetched_mask, id, 0); /* else the next load, an urgent one, would count as a hit */
             store_seq_cst(&arena->slot_words[slot], slot_word(generation + 1, 0, SLOT_EMPTY));
             break;
         case SLOT_EVICTING: /* its bytes are whole: R1 */
