@@ -1,0 +1,278 @@
+"""Where each weight of a checkpoint lies on disk.
+
+The dense weights are read through one shared read-only mapping of each file, so that all processes of the
+machine use the same memory. Experts are only located here: the pager reads their bytes into the arena's
+slots.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Final, Self
+
+import msgspec
+import numpy as np
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from numpy.typing import NDArray
+
+# numpy has no bfloat16: its bits are kept as uint16, and nothing else here is uint16.
+STORED_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+_SAFETENSORS_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors format
+
+
+class TensorLocation(msgspec.Struct, frozen=True):
+    """`nbytes` bytes at `offset` of `file`: `shape` values of `dtype` (float32, float16 or bfloat16), row by
+    row.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class ExpertLocation(msgspec.Struct, frozen=True):
+    """The matrices of one expert, in the order in which they follow one another in a slot.
+
+    gate and up are [intermediate_size, hidden_size], down is [hidden_size, intermediate_size].
+    """
+
+    gate: TensorLocation
+    up: TensorLocation
+    down: TensorLocation
+
+    @property
+    def parts(self) -> tuple[TensorLocation, TensorLocation, TensorLocation]:
+        return self.gate, self.up, self.down
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+
+
+class Checkpoint:
+    """The tensors of a model folder. After `open`, every one that the model needs is there with the right
+    shape.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, tensors: Mapping[str, TensorLocation]) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self._mappings: dict[Path, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, config: ModelConfig | None = None) -> Self:
+        """Read the headers of model.safetensors, or of the shards that model.safetensors.index.json lists.
+
+        Raises ModelNotFound, UnsupportedModel, or CorruptCheckpoint naming the file and the tensor.
+        """
+        folder = Path(folder)
+        config = config or ModelConfig.load(folder)
+        checkpoint = cls(folder, config, _read_index(folder))
+        checkpoint._check_tensors()
+        return checkpoint
+
+    @property
+    def expert_dtype(self) -> str:
+        """float32, float16 or bfloat16; the same for all experts."""
+        return self.expert(0, 0).gate.dtype
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one expert, the same for all: the size of a slot."""
+        return self.expert(0, 0).nbytes
+
+    def expert(self, layer: int, expert: int) -> ExpertLocation:
+        gate, up, down = expert_names(layer, expert)
+        return ExpertLocation(self.tensors[gate], self.tensors[up], self.tensors[down])
+
+    def dense(self, name: str) -> NDArray[Any]:
+        """A read-only view of the stored values: float32, float16, or uint16 holding the bits of a bfloat16."""
+        location = self.tensors[name]
+        mapping = self._mappings.get(location.file)
+        if mapping is None:
+            with location.file.open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mappings[location.file] = mapping
+        values = np.frombuffer(mapping, STORED_DTYPES[location.dtype], prod(location.shape), location.offset)
+        return values.reshape(location.shape)
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(self.tensors[name].nbytes for name in dense_shapes(self.config))
+
+    def _check_tensors(self) -> None:
+        config = self.config
+        matrix, transposed = (
+            (config.intermediate_size, config.hidden_size),
+            (config.hidden_size, config.intermediate_size),
+        )
+        for name, shape in dense_shapes(config).items():
+            self._check(name, shape)
+        expert_dtype = None
+        for layer in range(config.num_layers):
+            for expert in range(config.num_experts):
+                for name, shape in zip(
+                    expert_names(layer, expert), (matrix, matrix, transposed), strict=True
+                ):
+                    location = self._check(name, shape)
+                    expert_dtype = expert_dtype or location.dtype
+                    if location.dtype != expert_dtype:
+                        raise CorruptCheckpoint(
+                            location.file,
+                            f"{location.file}: tensor {name} is {location.dtype}, other experts are {expert_dtype}.",
+                            name,
+                        )
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> TensorLocation:
+        location = self.tensors.get(name)
+        if location is None:
+            raise CorruptCheckpoint(self.folder, f"{self.folder}: the checkpoint has no tensor {name}.", name)
+        if location.shape != shape:
+            raise CorruptCheckpoint(
+                location.file,
+                f"{location.file}: tensor {name} has shape {list(location.shape)}, "
+                f"config.json needs {list(shape)}.",
+                name,
+            )
+        if location.dtype not in STORED_DTYPES:
+            raise UnsupportedModel(
+                location.file,
+                location.dtype,
+                f"{location.file}: tensor {name} is stored as {location.dtype}; "
+                f"hotset reads {', '.join(STORED_DTYPES)}.",
+            )
+        return location
+
+
+def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that are not experts."""
+    hidden, heads, kv_heads = (
+        config.hidden_size,
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        shapes |= {
+            f"model.layers.{layer}.input_layernorm.weight": (hidden,),
+            f"model.layers.{layer}.self_attn.q_proj.weight": (heads, hidden),
+            f"model.layers.{layer}.self_attn.k_proj.weight": (kv_heads, hidden),
+            f"model.layers.{layer}.self_attn.v_proj.weight": (kv_heads, hidden),
+            f"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads),
+            f"model.layers.{layer}.self_attn.q_norm.weight": (heads,),
+            f"model.layers.{layer}.self_attn.k_norm.weight": (kv_heads,),
+            f"model.layers.{layer}.post_attention_layernorm.weight": (hidden,),
+            f"model.layers.{layer}.mlp.gate.weight": (config.num_experts, hidden),
+        }
+    return shapes
+
+
+def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
+    prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+    return f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", f"{prefix}.down_proj.weight"
+
+
+def _read_index(folder: Path) -> dict[str, TensorLocation]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return _read_header(single)
+    if not index.is_file():
+        raise ModelNotFound(
+            folder, f"{folder} has neither model.safetensors nor model.safetensors.index.json."
+        )
+    try:
+        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except msgspec.DecodeError as error:
+        raise CorruptCheckpoint(index, f"{index} is not an index of shards: {error}.") from error
+    shards = {file: _read_header(_shard(folder, index, file)) for file in _distinct(weight_map.values())}
+    tensors: dict[str, TensorLocation] = {}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise CorruptCheckpoint(
+                folder / file, f"{folder / file} has no tensor {name}, {index.name} says it has.", name
+            )
+        tensors[name] = shards[file][name]
+    return tensors
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def _distinct(names: Iterable[str]) -> Iterable[str]:
+    return dict.fromkeys(names)
+
+
+def _shard(folder: Path, index: Path, file: str) -> Path:
+    if Path(file).name != file:
+        raise CorruptCheckpoint(index, f"{index} names {file!r}, which is not a file of the same folder.")
+    if not (folder / file).is_file():
+        raise CorruptCheckpoint(
+            folder / file, f"The shard {folder / file} is missing; {index.name} names it."
+        )
+    return folder / file
+
+
+def _read_header(path: Path) -> dict[str, TensorLocation]:
+    """The header of a safetensors file: its length as u64, then JSON; offsets count from the end of the
+    header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise CorruptCheckpoint(
+                path, f"{path} is not a safetensors file: no header fits its {size} bytes."
+            )
+        text = file.read(length)
+    try:
+        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        header.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items()}
+    except msgspec.DecodeError as error:
+        raise CorruptCheckpoint(path, f"{path} has a header that cannot be read: {error}.") from error
+    data = 8 + length
+    return {name: _location(path, name, entry, data, size) for name, entry in entries.items()}
+
+
+def _location(path: Path, name: str, entry: _Entry, data: int, size: int) -> TensorLocation:
+    begin, end = entry.data_offsets
+    dtype = _SAFETENSORS_DTYPES.get(entry.dtype, entry.dtype)
+    if not 0 <= begin <= end or min(entry.shape, default=0) < 0:
+        raise CorruptCheckpoint(path, f"{path}: tensor {name} has offsets {begin} to {end}.", name)
+    if data + end > size:
+        raise CorruptCheckpoint(
+            path, f"{path} is truncated: tensor {name} ends at byte {data + end}, the file has {size}.", name
+        )
+    if dtype in STORED_DTYPES and end - begin != prod(entry.shape) * STORED_DTYPES[dtype].itemsize:
+        raise CorruptCheckpoint(
+            path,
+            f"{path}: tensor {name} has {end - begin} bytes, {list(entry.shape)} of {dtype} need others.",
+            name,
+        )
+    return TensorLocation(path, data + begin, end - begin, dtype, entry.shape)

@@ -1,0 +1,82 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import tokenizers
+from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound
+from numpy.typing import NDArray
+
+_REPLACEMENT: Final = "\ufffd"  # what a decoder puts in the place of bytes that are not UTF-8 (yet)
+
+
+class Tokenizer:
+    """The tokenizer.json of a model folder. `eos_token_ids` are those of the model's configuration."""
+
+    def __init__(self, folder: str | Path, eos_token_ids: Iterable[int] = ()) -> None:
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ModelNotFound(Path(folder), f"{folder} has no tokenizer.json.")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CorruptCheckpoint(path, f"{path} cannot be read as a tokenizer: {error}.") from error
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Token ids of `text`, with the special tokens that the model's own tokenizer adds."""
+        return np.array(self._tokenizer.encode(text).ids, dtype=np.int32)
+
+    def decode(self, token_ids: Sequence[int] | NDArray[np.int32]) -> str:
+        """Text of the ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
+
+
+class TextStream:
+    """The text of a growing list of tokens, piece by piece; the pieces joined are the text of the whole list.
+
+    A token may end in the middle of a UTF-8 character: its first bytes are held back until the rest has come.
+    And a token's text may depend on its neighbours, so each piece is the growth of the text of the last few
+    tokens, as in vLLM's and text-generation-inference's prefix offset.
+    """
+
+    _CONTEXT: Final = 8  # tokens; a character has four bytes at most
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._emitted = 0  # characters of the text of _tokens that are with the caller already
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, possibly none."""
+        self._tokens.append(token_id)
+        text = self._complete()
+        piece = text[self._emitted :]
+        self._emitted = max(self._emitted, len(text))
+        if len(self._tokens) >= 2 * self._CONTEXT:
+            del self._tokens[: -self._CONTEXT]
+            self._emitted = len(self._complete())
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD where the last character is incomplete."""
+        piece = self._tokenizer.decode(self._tokens)[self._emitted :]
+        self._tokens.clear()
+        self._emitted = 0
+        return piece
+
+    def _complete(self) -> str:
+        """The text of the tokens, without the last character if that may still be one in the making."""
+        text = self._tokenizer.decode(self._tokens)
+        return text[:-1] if text.endswith(_REPLACEMENT) else text

@@ -1,0 +1,90 @@
+"""The inner loops of the forward pass, in C (kernels/). All of them let go of the GIL.
+
+Bit for bit, a row of a result depends only on that row's inputs: not on the other rows of the call, nor on
+the number of threads. Arrays are C-contiguous; results are written into arrays of the caller. Wrong shapes
+are ValueErrors, wrong element types TypeErrors.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT32: int
+FLOAT16: int
+BFLOAT16: int
+
+def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """out [n, outputs] = x [n, inputs] . weight [outputs, inputs] transposed; weight is float32, float16, or
+    uint16 with the bits of bfloat16.
+    """
+
+def expert(
+    hidden: NDArray[np.float32],
+    assignments: NDArray[np.int64],
+    slot: NDArray[np.uint8],
+    format: int,
+    intermediate_size: int,
+    outputs: NDArray[np.float32],
+) -> None:
+    """outputs [n, k, width] at (row, rank) = down(silu(gate(x)) * up(x)) of x = hidden [n, width][row], for
+    each row * k + rank of assignments. slot holds gate, up and down one after another in `format`.
+    """
+
+def combine(outputs: NDArray[np.float32], weights: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """out [n, width] = sum over rank of weights [n, k] * outputs [n, k, width], rank 0 first."""
+
+def rms_norm(
+    x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, out: NDArray[np.float32]
+) -> None:
+    """out [n, width] = x / sqrt(mean(x^2) + eps) * weight; out may be x."""
+
+def rotary_angles(
+    positions: NDArray[np.int32],
+    inverse_frequencies: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+) -> None:
+    """cos, sin [n, head_dim / 2] of positions [n] times inverse_frequencies [head_dim / 2]."""
+
+def rotate(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
+    """Rotary embedding of x [n, heads, head_dim] in place, halves against each other (transformers'
+    rotate_half).
+    """
+
+def write_kv(
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    kv_pages: NDArray[np.float32],
+    layer: int,
+    block_tables: NDArray[np.uint32],
+    table_starts: NDArray[np.int64],
+    positions: NDArray[np.int32],
+) -> None:
+    """Store keys and values [n, kv_heads, head_dim] at their positions' places in kv_pages [pages, layers, 2,
+    block_size, kv_heads, head_dim]. block_tables is all sequences' tables joined; table_starts [n] is
+    where each row's begins. The pages of positions 0 to its own must be in each row's table.
+    """
+
+def attention(
+    queries: NDArray[np.float32],
+    kv_pages: NDArray[np.float32],
+    layer: int,
+    block_tables: NDArray[np.uint32],
+    table_starts: NDArray[np.int64],
+    positions: NDArray[np.int32],
+    out: NDArray[np.float32],
+) -> None:
+    """out [n, heads, head_dim]: causal attention of each row over the positions 0 to its own, scaled by
+    1 / sqrt(head_dim); consecutive query heads share a key-value head."""
+
+def set_num_threads(threads: int) -> None:
+    """Threads that a kernel may use, the caller included (1 at first). Small calls stay in the calling
+    thread.
+    """
+
+def instruction_sets() -> list[str]:
+    """What this processor can run, of portable, avx2 and avx512; the last is in use."""
+
+def use_instruction_set(name: str) -> None:
+    """Choose one of instruction_sets(), for tests and benchmarks."""

@@ -1,0 +1,65 @@
+"""The expert half of a layer, in three steps: group the chosen experts, compute each once, add in rank order.
+
+The worker chooses the experts, pins their slots, and calls these in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from hotset.runtime.model.config import ModelConfig
+from hotset.shm.layout import WeightFormat
+from hotset.workers.compute import _kernels
+from numpy.typing import NDArray
+
+
+def group_by_expert(expert_ids: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """For expert_ids [n, k]: each distinct expert, ascending, with its assignments (row * k + rank),
+    ascending.
+    """
+    flat = expert_ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    sorted_ids = flat[order]
+    starts = np.flatnonzero(np.concatenate(([True], sorted_ids[1:] != sorted_ids[:-1])))
+    return zip(sorted_ids[starts].tolist(), np.split(order, starts[1:]), strict=True)
+
+
+def expert_forward(
+    hidden: NDArray[np.float32],
+    assignments: NDArray[np.int64],
+    slot: NDArray[np.uint8],
+    weight_format: WeightFormat | int,
+    config: ModelConfig,
+    outputs: NDArray[np.float32],
+) -> None:
+    """Compute one expert for all of its rows.
+
+    hidden [n, hidden_size], normalised; assignments as `group_by_expert` gives them; slot: uint8, the
+    expert's gate, up and down matrices one after another in `weight_format`. Writes outputs [n, k,
+    hidden_size] at each assignment's (row, rank) and nothing else.
+    """
+    _kernels.expert(hidden, assignments, slot, weight_format, config.intermediate_size, outputs)
+
+
+def combine_in_rank_order(outputs: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum of outputs [n, k, hidden_size] times weights [n, k], rank 0 first: the order in which the experts
+    became available does not show in the result.
+    """
+    result = np.empty((outputs.shape[0], outputs.shape[2]), np.float32)
+    _kernels.combine(outputs, weights, result)
+    return result
+
+
+def top_k_softmax(
+    gate_logits: NDArray[np.float32], config: ModelConfig
+) -> tuple[NDArray[np.int32], NDArray[Any]]:
+    """The model's own choice: ids and mixing weights [n, k] by descending probability, ties to the lowest id."""
+    shifted = np.exp(gate_logits - gate_logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    ids = np.argsort(-gate_logits, axis=1, kind="stable")[:, : config.experts_per_token]
+    weights = np.take_along_axis(probabilities, ids, axis=1)
+    if config.normalize_top_k:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    return ids.astype(np.int32), np.ascontiguousarray(weights, np.float32)

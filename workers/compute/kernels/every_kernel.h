@@ -1,0 +1,15 @@
+/* One copy of all kernels for the instruction set that VECTOR_ISA, VECTOR_NAME and TARGET name. Included by kernels.h
+ * once for each, hence no include guard. */
+#include "vector.h"
+
+#include "linear.h"
+
+#include "attention.h"
+
+#undef VEC_LANES
+#undef VEC_PARTS
+#undef VECTOR_ISA
+#undef VECTOR_NAME
+#undef TARGET
+#undef TILE_ROWS
+#undef TILE_OUTS

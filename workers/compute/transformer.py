@@ -1,0 +1,181 @@
+"""The forward pass of one batch: token ids in, logits out, keys and values into their pages on the way.
+
+Dense weights are used where the checkpoint's mapping has them, in the stored format; activations are float32.
+A row's logits do not depend, to the last bit, on the other rows of its batch, on how a prompt is cut into
+batches, or on the number of threads: every step works row by row, or in a kernel that promises it
+(_kernels.pyi).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.workers.compute import _kernels
+from numpy.typing import NDArray
+
+Experts = Callable[[int, NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
+"""(layer, hidden [n, hidden_size] after its norm, gate logits [n, num_experts]) -> mixture [n, hidden_size].
+"""
+
+
+class SequenceRows(msgspec.Struct, frozen=True):
+    """The rows row_start ... row_start + row_count - 1 of a batch are new positions of one sequence, in
+    order.
+
+    block_table: page ids, uint32; entry i holds the positions i * block_size onwards. It must cover the
+    sequence from its first position to the last of these rows.
+    """
+
+    row_start: int
+    row_count: int
+    block_table: NDArray[np.uint32]
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """token_ids and positions are int32 [n]; the sequences' rows follow one another and make up all n."""
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequences: Sequence[SequenceRows]
+
+
+class Transformer:
+    """One model's forward pass over KV pages that lie in shared memory.
+
+    kv_pages: float32 [pages, layers, 2 (keys, values), block_size, num_kv_heads, head_dim]. The rows of a
+    batch's positions are written; those of earlier positions are read where they are.
+    """
+
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, kv_pages: NDArray[np.float32], experts: Experts
+    ) -> None:
+        expected = (
+            config.num_layers,
+            2,
+            kv_pages.shape[3] if kv_pages.ndim == 6 else 0,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        if kv_pages.shape[1:] != expected:
+            raise ValueError(
+                f"kv_pages has shape {kv_pages.shape}, expected [pages, {config.num_layers}, 2, block_size, "
+                f"{config.num_kv_heads}, {config.head_dim}]"
+            )
+        self.config = config
+        self._kv_pages = kv_pages
+        self._experts = experts
+        self._embedding = checkpoint.dense("model.embed_tokens.weight")
+        self._layers = [_Layer.of(checkpoint, layer) for layer in range(config.num_layers)]
+        self._norm = as_float32(checkpoint.dense("model.norm.weight"))
+        self._head = self._embedding if config.tie_word_embeddings else checkpoint.dense("lm_head.weight")
+        exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+        self._inverse_frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+
+    def forward(self, batch: Batch, *, all_rows: bool = False) -> NDArray[np.float32]:
+        """Logits [sequences, vocab_size] for the last row of each sequence, or [n, vocab_size] for all rows.
+
+        Raises ValueError for a token id, position or page outside its range.
+        """
+        config, count = self.config, len(batch.token_ids)
+        rows = _Rows(batch, self._inverse_frequencies)
+        if count and not 0 <= int(batch.token_ids.min()) <= int(batch.token_ids.max()) < config.vocab_size:
+            raise ValueError(f"the batch has a token id outside 0 <= id < {config.vocab_size}")
+        hidden = as_float32(self._embedding[batch.token_ids])
+        normed = np.empty_like(hidden)
+        for index, layer in enumerate(self._layers):
+            _kernels.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, normed)
+            hidden += self._attention(index, layer, normed, rows)
+            _kernels.rms_norm(hidden, layer.experts_norm, config.rms_norm_eps, normed)
+            hidden += self._experts(index, normed, _linear(normed, layer.gate))
+        if not all_rows:
+            hidden = hidden[[rows.row_start + rows.row_count - 1 for rows in batch.sequences]]
+        _kernels.rms_norm(hidden, self._norm, config.rms_norm_eps, hidden)
+        return _linear(hidden, self._head)
+
+    def _attention(
+        self, index: int, layer: _Layer, normed: NDArray[np.float32], rows: _Rows
+    ) -> NDArray[np.float32]:
+        config, count = self.config, len(normed)
+        queries, keys, values = (_linear(normed, weight) for weight in (layer.query, layer.key, layer.value))
+        _kernels.rms_norm(queries, layer.query_norm, config.rms_norm_eps, queries)
+        _kernels.rms_norm(keys, layer.key_norm, config.rms_norm_eps, keys)
+        if config.clip_qkv is not None:
+            for array in (queries, keys, values):
+                np.clip(array, -config.clip_qkv, config.clip_qkv, out=array)
+        query_heads = queries.reshape(count, config.num_heads, config.head_dim)
+        key_heads = keys.reshape(count, config.num_kv_heads, config.head_dim)
+        value_heads = values.reshape(count, config.num_kv_heads, config.head_dim)
+        _kernels.rotate(query_heads, rows.cos, rows.sin)
+        _kernels.rotate(key_heads, rows.cos, rows.sin)
+        places = self._kv_pages, index, rows.block_tables, rows.table_starts, rows.positions
+        _kernels.write_kv(key_heads, value_heads, *places)
+        mixed = np.empty_like(query_heads)
+        _kernels.attention(query_heads, *places, mixed)
+        return _linear(mixed.reshape(count, -1), layer.output)
+
+
+class _Layer(msgspec.Struct, frozen=True):
+    input_norm: NDArray[np.float32]
+    query: NDArray[Any]
+    key: NDArray[Any]
+    value: NDArray[Any]
+    output: NDArray[Any]
+    query_norm: NDArray[np.float32]
+    key_norm: NDArray[np.float32]
+    experts_norm: NDArray[np.float32]
+    gate: NDArray[Any]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, layer: int) -> Self:
+        def stored(name: str) -> NDArray[Any]:
+            return checkpoint.dense(f"model.layers.{layer}.{name}.weight")
+
+        return cls(
+            input_norm=as_float32(stored("input_layernorm")),
+            query=stored("self_attn.q_proj"),
+            key=stored("self_attn.k_proj"),
+            value=stored("self_attn.v_proj"),
+            output=stored("self_attn.o_proj"),
+            query_norm=as_float32(stored("self_attn.q_norm")),
+            key_norm=as_float32(stored("self_attn.k_norm")),
+            experts_norm=as_float32(stored("post_attention_layernorm")),
+            gate=stored("mlp.gate"),
+        )
+
+
+class _Rows:
+    """What all layers need to know about the rows of a batch."""
+
+    def __init__(self, batch: Batch, inverse_frequencies: NDArray[np.float32]) -> None:
+        self.positions = np.ascontiguousarray(batch.positions, np.int32)
+        tables = [sequence.block_table for sequence in batch.sequences]
+        counts = [sequence.row_count for sequence in batch.sequences]
+        if sum(counts) != len(self.positions) or len(self.positions) != len(batch.token_ids):
+            raise ValueError(
+                f"the batch has {len(batch.token_ids)} token ids, {len(self.positions)} positions and "
+                f"{sum(counts)} rows in its sequences"
+            )
+        self.block_tables = np.concatenate(tables, dtype=np.uint32) if tables else np.empty(0, np.uint32)
+        ends = np.cumsum([len(table) for table in tables], dtype=np.int64)
+        self.table_starts = np.repeat(ends - [len(table) for table in tables], counts).astype(np.int64)
+        self.cos = np.empty((len(self.positions), len(inverse_frequencies)), np.float32)
+        self.sin = np.empty_like(self.cos)
+        _kernels.rotary_angles(self.positions, inverse_frequencies, self.cos, self.sin)
+
+
+def as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Stored values (float32, float16, or uint16 with the bits of bfloat16) as new float32 ones."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def _linear(x: NDArray[np.float32], weight: NDArray[Any]) -> NDArray[np.float32]:
+    out = np.empty((len(x), len(weight)), np.float32)
+    _kernels.linear(x, weight, out)
+    return out
