@@ -1,0 +1,56 @@
+"""Fixtures of the tests of hotset.shm: small arenas, private ones and ones with a name of their own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hotset.shm import segment as segment_module
+from hotset.shm.layout import Geometry
+from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
+
+GEOMETRY = Geometry(
+    num_layers=3,
+    num_experts=70,  # more than one mask word, the second one partly used
+    num_processes=3,
+    pins_per_process=4,
+    num_slots=5,
+    slot_nbytes=100,
+    num_pages=4,
+    page_nbytes=128,
+    max_sequences=2,
+    max_model_len=40,
+)
+
+
+@pytest.fixture
+def geometry() -> Geometry:
+    return GEOMETRY
+
+
+@pytest.fixture
+def private() -> Iterator[Segment]:
+    segment = Segment.private(GEOMETRY)
+    yield segment
+    segment.close()
+
+
+@pytest.fixture
+def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Object names and lock files that no other instance on this machine shares; all are gone afterwards."""
+    prefix = f"hotset-test-{secrets.token_hex(4)}."
+    monkeypatch.setattr(segment_module, "PREFIX", prefix)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    yield prefix
+    for path in segment_module.SHM_FOLDER.glob(prefix + "*"):
+        remove_ipc_objects(path.name.removeprefix(prefix))
+
+
+@pytest.fixture
+def instance(namespace: str) -> Iterator[str]:
+    """The name of an instance that this process holds the lock of."""
+    lock = InstanceLock("mine")
+    yield "mine"
+    lock.release()
