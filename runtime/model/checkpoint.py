@@ -99,7 +99,7 @@ class Checkpoint:
         return ExpertLocation(self.tensors[gate], self.tensors[up], self.tensors[down])
 
     def dense(self, name: str) -> NDArray[Any]:
-        """A read-only view of the stored values: float32, float16, or uint16 holding the bits of a bfloat16."""
+        """A read-only view of the stored values: float32, float16, or uint16 with the bits of bfloat16."""
         location = self.tensors[name]
         mapping = self._mappings.get(location.file)
         if mapping is None:
@@ -132,7 +132,7 @@ class Checkpoint:
                     if location.dtype != expert_dtype:
                         raise CorruptCheckpoint(
                             location.file,
-                            f"{location.file}: tensor {name} is {location.dtype}, other experts are {expert_dtype}.",
+                            f"{location.file}: {name} is {location.dtype}, other experts {expert_dtype}.",
                             name,
                         )
 

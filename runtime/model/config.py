@@ -65,7 +65,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         if head_dim * num_heads != hidden_size or head_dim % 2:
             raise CorruptCheckpoint(
                 path,
-                f"{path}: {num_heads} heads of an even size {head_dim} do not make up hidden_size {hidden_size}.",
+                f"{path}: {num_heads} heads of even size {head_dim} do not fill hidden_size {hidden_size}.",
             )
         if num_heads % num_kv_heads:
             raise CorruptCheckpoint(

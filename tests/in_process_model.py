@@ -1,0 +1,76 @@
+"""A whole model in one process, its experts read straight from the checkpoint: no arena, no pager, no router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.shm.layout import WeightFormat
+from hotset.workers.compute.experts import (
+    combine_in_rank_order,
+    expert_forward,
+    group_by_expert,
+    top_k_softmax,
+)
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from numpy.typing import NDArray
+
+FloatRows = NDArray[np.float32]
+
+
+class InProcessModel:
+    def __init__(self, folder: Path, num_pages: int = 64, block_size: int = 16) -> None:
+        self.config = ModelConfig.load(folder)
+        self.checkpoint = Checkpoint.open(folder, self.config)
+        shape = (num_pages, self.config.num_layers, 2, block_size, self.config.num_kv_heads, self.config.head_dim)
+        self.kv_pages = np.full(shape, np.nan, np.float32)  # NaN: a row that was never written must show
+        self.transformer = Transformer(self.config, self.checkpoint, self.kv_pages, self._experts)
+        self._format = WeightFormat[self.checkpoint.expert_dtype.upper()]
+        self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
+
+    def sequence(self, row_start: int, row_count: int, pages: Sequence[int]) -> SequenceRows:
+        return SequenceRows(row_start, row_count, np.array(pages, np.uint32))
+
+    def logits(self, token_ids: NDArray[np.int32], chunks: Sequence[int] | None = None) -> FloatRows:
+        """Logits [n, vocab_size] of one sequence, prefilled in chunks of the given lengths (None: all at once)."""
+        table = range(1, len(self.kv_pages))
+        results = []
+        start = 0
+        for length in chunks or [len(token_ids)]:
+            positions = np.arange(start, start + length, dtype=np.int32)
+            batch = Batch(token_ids[start : start + length], positions, [self.sequence(0, length, table)])
+            results.append(self.transformer.forward(batch, all_rows=True))
+            start += length
+        return np.concatenate(results)
+
+    def greedy(self, token_ids: NDArray[np.int32], count: int) -> list[int]:
+        """The `count` token ids that follow, whatever ends the text."""
+        chosen: list[int] = []
+        new = np.asarray(token_ids, np.int32)
+        table = range(1, len(self.kv_pages))
+        position = 0
+        for _ in range(count):
+            positions = np.arange(position, position + len(new), dtype=np.int32)
+            logits = self.transformer.forward(Batch(new, positions, [self.sequence(0, len(new), table)]))
+            position += len(new)
+            chosen.append(int(np.argmax(logits[0])))
+            new = np.array(chosen[-1:], np.int32)
+        return chosen
+
+    def _experts(self, layer: int, hidden: FloatRows, gate_logits: FloatRows) -> FloatRows:
+        ids, weights = top_k_softmax(gate_logits, self.config)
+        outputs = np.empty((*ids.shape, self.config.hidden_size), np.float32)
+        for expert, assignments in group_by_expert(ids):
+            expert_forward(hidden, assignments, self._slot(layer, expert), self._format, self.config, outputs)
+        return combine_in_rank_order(outputs, weights)
+
+    def _slot(self, layer: int, expert: int) -> NDArray[np.uint8]:
+        slot = self._slots.get((layer, expert))
+        if slot is None:
+            parts = self.checkpoint.expert(layer, expert).parts
+            slot = np.concatenate([np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in parts])
+            self._slots[layer, expert] = slot
+        return slot

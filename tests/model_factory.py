@@ -1,0 +1,147 @@
+"""Random model folders in Hugging Face's layout, made without torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+END_OF_TEXT = "<|endoftext|>"
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def make_model(
+    folder: Path,
+    *,
+    vocab_size: int = 260,
+    hidden_size: int = 32,
+    intermediate_size: int = 24,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 4,
+    num_experts: int = 8,
+    experts_per_token: int = 2,
+    dtype: str = "bfloat16",
+    shards: int = 1,
+    tokenizer: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """Write a random OLMoE model to `folder` and return it.
+
+    One expert takes 3 * intermediate_size * hidden_size values of dtype (float32, float16 or bfloat16). `options` go into
+    config.json as they are, over the defaults. With `tokenizer`, bytes are tokens 1 to 256 and 0 ends the text.
+    """
+    config = {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "num_experts": num_experts,
+        "num_experts_per_tok": experts_per_token,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+        **options,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shapes = dict(tensor_shapes(config))
+    names = list(shapes)
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", shapes, dtype, seed)
+    else:
+        files = [f"model-{number:05}-of-{shards:05}.safetensors" for number in range(1, shards + 1)]
+        weight_map = {name: files[index * shards // len(names)] for index, name in enumerate(names)}
+        for number, file in enumerate(files):
+            part = {name: shapes[name] for name in names if weight_map[name] == file}
+            write_safetensors(folder / file, part, dtype, seed + number)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if tokenizer:
+        write_byte_tokenizer(folder)
+    return folder
+
+
+def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv_width = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        yield f"{prefix}.self_attn.q_proj.weight", (hidden, hidden)
+        yield f"{prefix}.self_attn.k_proj.weight", (kv_width, hidden)
+        yield f"{prefix}.self_attn.v_proj.weight", (kv_width, hidden)
+        yield f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)
+        yield f"{prefix}.self_attn.q_norm.weight", (hidden,)
+        yield f"{prefix}.self_attn.k_norm.weight", (kv_width,)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        yield f"{prefix}.mlp.gate.weight", (config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", (hidden, inner)
+            yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", (inner, hidden)
+            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", (inner, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> None:
+    """Normal weights of standard deviation 1 / sqrt(inputs), norms around 1; one tensor in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        nbytes = prod(shape) * ITEM_SIZES[dtype]
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": shape,
+            "data_offsets": [offset, offset + nbytes],
+        }
+        offset += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    random = np.random.default_rng(seed)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for shape in shapes.values():
+            values = random.standard_normal(shape, dtype=np.float32)
+            values = 1 + values / 10 if len(shape) == 1 else values / np.sqrt(np.float32(shape[1]))
+            file.write(stored(values, dtype).tobytes())
+
+
+def stored(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """float32 values as a checkpoint stores them; bfloat16 (cut off, not rounded) as uint16."""
+    if dtype == "bfloat16":
+        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {END_OF_TEXT: 0} | {character: number for number, character in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
