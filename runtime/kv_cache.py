@@ -7,19 +7,35 @@ in the shared arena and its workers write them; a program that embeds only the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import time
+from array import array
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from hotset.runtime import kv_statistics
-from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, UnknownSequence
-from hotset.runtime.kv_page_pool import PagePool
+from hotset.runtime.kv_compaction import PageMove, plan_moves
+from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages, UnknownSequence
+from hotset.runtime.kv_events import CacheEvent
+from hotset.runtime.kv_page_pool import NO_PAGE, PagePool
 from hotset.runtime.kv_sequence import CachedSequence
-from hotset.runtime.kv_statistics import FragmentationStats, PagedCacheStats
+from hotset.runtime.kv_statistics import FragmentationStats, HitRateWindow, PagedCacheStats
+from hotset.runtime.prefix_cache import PrefixCache, TokenIds, pack_tokens
+from hotset.runtime.prefix_eviction import DEFAULT_PRIORITY
 
 UNKNOWN_TOKEN = -1
 """Stands for a token whose id the cache was not told; pages with such tokens are never published."""
+
+# Occurs in packed ids, at whatever alignment, only if one is negative: others have a top byte below 0x80.
+_UNKNOWN_PACKED = b"\xff" * 4
+
+
+class Admission(NamedTuple):
+    """A sequence with pages for a prompt; the rows of its first `hit_tokens` tokens were in the cache."""
+
+    sequence: int
+    hit_tokens: int
 
 
 class PageMemory(Protocol):
@@ -35,9 +51,12 @@ class PageMemory(Protocol):
 class PagedKvCache:
     """Block tables over `num_pages` pages of `block_size` tokens, with sharing and copy-on-write.
 
-    A fresh cache hands out pages 1, 2, 3 ... A sequence is named by the integer that `allocate` or `fork`
-    returned.
-    Every call names an unknown sequence with `UnknownSequence`; a call that raises has changed nothing.
+    A fresh cache hands out pages 1, 2, 3 ... A sequence is named by the integer that `allocate`, `admit` or
+    `fork` returned. Every call names an unknown sequence with `UnknownSequence`; a call that raises has
+    changed nothing.
+
+    Prompts whose token ids are given to `admit` share the full pages that they have in common with earlier
+    ones of the same salt. A page is published (can be found) when all its tokens are committed.
 
     Args:
         num_pages: pages in all; 0 is allowed and serves only empty sequences.
@@ -45,10 +64,23 @@ class PagedKvCache:
         page_nbytes: bytes of one page over all layers, for the memory figures.
         memory: if given, copies on write reach it and its pages are cleared before they are handed out, so
             that nobody reads the rows of an earlier owner.
+        enable_prefix_caching: without it nothing is published and every hit is 0.
+        hit_rate_window: requests that `hit_rate` looks back.
+        events: whether to collect what `take_events` returns.
+        clock: seconds, for priorities with a time limit.
     """
 
     def __init__(
-        self, num_pages: int, block_size: int = 16, *, page_nbytes: int = 0, memory: PageMemory | None = None
+        self,
+        num_pages: int,
+        block_size: int = 16,
+        *,
+        page_nbytes: int = 0,
+        memory: PageMemory | None = None,
+        enable_prefix_caching: bool = True,
+        hit_rate_window: int = 1000,
+        events: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if num_pages < 0:
             raise ValueError(f"num_pages is {num_pages}, expected at least 0")
@@ -62,7 +94,11 @@ class PagedKvCache:
         self._sequences: dict[int, CachedSequence] = {}
         self._pins: dict[int, int] = {}
         self._last_sequence = 0
-        self._copies = 0
+        self._enable_prefix_caching = enable_prefix_caching
+        self._prefixes = PrefixCache(self._pool, 4 * block_size, clock, events)
+        self._hit_rate = HitRateWindow(hit_rate_window)
+        self._lookups = self._misses = 0
+        self._copies = self._defragmentations = self._pages_moved = 0
 
     # Sequences
 
@@ -88,51 +124,97 @@ class PagedKvCache:
         state = self._state(sequence)
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}, expected at least 0")
-        reserved = state.reserved + num_tokens
+        reserved = max(state.reserved, state.length) + num_tokens
         pages = self._take(-(-reserved // self.block_size) - len(state.table))
         state.table += pages
         state.reserved = reserved
         return pages
 
+    def admit(
+        self,
+        tokens: TokenIds,
+        *,
+        salt: Hashable = (),
+        priority: int = DEFAULT_PRIORITY,
+        retention: float | None = None,
+    ) -> Admission:
+        """A sequence with pages for a prompt, sharing the published ones. Its length is the number of hit
+        tokens; `commit` says when the others are written.
+
+        The hit is whole pages, and the last token is never part of it: it has to be computed to go on.
+
+        Args:
+            tokens: the prompt's ids.
+            salt: only prompts of an equal salt share (tenant, adapter, routing policy).
+            priority: of its pages against eviction, a higher one is kept longer.
+            retention: seconds that the priority holds after the last use, None for ever.
+
+        Raises:
+            ExceedsArena: more pages than the arena has; OutOfPages: more than are available besides the hit.
+        """
+        packed = pack_tokens(tokens)
+        num_tokens = len(packed) // 4
+        total = -(-num_tokens // self.block_size)
+        if total > self.num_pages:
+            raise ExceedsArena(total, self.num_pages)
+        hit = self._longest_hit(packed[: (num_tokens - 1) // self.block_size * self.block_size * 4], salt)
+        references = self._pool.references
+        available = self._pool.available - [references[page] for page in hit].count(0)
+        if total - len(hit) > available:
+            raise OutOfPages(total - len(hit), available)
+        self._pool.share(hit)
+        hit_tokens = len(hit) * self.block_size
+        state = CachedSequence(hit + self._take(total - len(hit)), hit_tokens, num_tokens)
+        if self._enable_prefix_caching:
+            state.tokens = array("i", packed)
+            state.publishable = True
+        state.published = len(hit)
+        state.salt, state.priority, state.retention = salt, priority, retention
+        if hit and priority != DEFAULT_PRIORITY:
+            self._prefixes.raise_priority(self._pool.published[hit[-1]], priority, retention)
+        self._hit_rate.update(1, num_tokens, hit_tokens)
+        return Admission(self._add(state), hit_tokens)
+
     def append(self, sequence: int, token: int = UNKNOWN_TOKEN) -> None:
         """One more written token, in the reserved room or in a new page; a shared tail page is copied first.
 
         Raises:
-            OutOfPages: a page is needed and none is available.
+            OutOfPages: a page is needed and none is available. ValueError: the prompt is not committed yet.
         """
         try:
             state = self._sequences[sequence]
         except KeyError:
             raise UnknownSequence(sequence) from None
         length = state.length
-        if length >= state.append_limit:
-            self._open_tail(sequence, state)
-        state.tokens.append(token)
-        state.length = length + 1
+        if length < state.append_limit:
+            state.length = length + 1
+            if state.publishable:
+                state.tokens.append(token)
+        else:
+            self._append_at_limit(sequence, state, token)
 
     def commit(self, sequence: int, length: int) -> None:
-        """Says that the rows of the first `length` tokens are written.
+        """Says that the rows of the first `length` tokens are written, and publishes the pages that they
+        fill.
 
         Raises:
-            OutOfBounds: no pages are held for that many tokens.
+            OutOfBounds: that is less than was written, or more than there are pages or known tokens for.
         """
         state = self._state(sequence)
-        capacity = len(state.table) * self.block_size
-        if not state.length <= length <= capacity:
-            raise OutOfBounds(sequence, length, capacity)
-        state.tokens.extend([UNKNOWN_TOKEN] * (length - len(state.tokens)))
+        limit = len(state.tokens) if state.publishable else len(state.table) * self.block_size
+        if not state.length <= length <= limit:
+            raise OutOfBounds(sequence, length, limit)
         state.length = length
-        state.reserved = max(state.reserved, length)
-        self._set_append_limit(state)
+        self._settle(state)
 
     def truncate(self, sequence: int, length: int) -> list[int]:
         """Forgets the tokens from `length` on and gives back the pages behind them, which it returns.
 
         Raises:
-            OutOfBounds: the sequence is shorter.
+            OutOfBounds: the sequence is shorter, or the page of the last token left was released.
         """
         state = self._state(sequence)
-        if not 0 <= length <= state.length:
+        if not state.released * self.block_size <= length <= state.length:
             raise OutOfBounds(sequence, length, state.length)
         kept = -(-length // self.block_size)
         released = state.table[kept:]
@@ -140,9 +222,28 @@ class PagedKvCache:
         del state.tokens[length:]
         state.length = state.reserved = length
         state.published = min(state.published, length // self.block_size)
-        self._pool.release(released)
-        self._set_append_limit(state)
+        self._prefixes.release(released)
+        self._settle(state)
         return released
+
+    def release_before(self, sequence: int, position: int) -> list[int]:
+        """Gives back the pages that lie wholly before a position (sliding window), and returns them. Their
+        entries in the block table become `NO_PAGE`.
+
+        Raises:
+            OutOfBounds: the sequence is shorter.
+        """
+        state = self._state(sequence)
+        if not 0 <= position <= state.length:
+            raise OutOfBounds(sequence, position, state.length)
+        passed = position // self.block_size
+        pages = state.table[state.released : passed]
+        if pages:
+            state.table[state.released : passed] = [NO_PAGE] * len(pages)
+            state.released = passed
+            for page in pages:
+                self._prefixes.release((page,))
+        return pages
 
     def fork(self, sequence: int) -> int:
         """A new sequence with the same tokens. Every page is shared; whoever first writes into the partial
@@ -153,17 +254,61 @@ class PagedKvCache:
         child.tokens = parent.tokens[:length]
         child.publishable = parent.publishable
         child.published = parent.published
-        child.salt = parent.salt
-        child.priority, child.priority_until = parent.priority, parent.priority_until
+        child.released = parent.released
+        child.salt, child.priority, child.retention = parent.salt, parent.priority, parent.retention
         self._pool.share(child.table)
-        self._set_append_limit(parent)
+        self._settle(parent)
         return self._add(child)
 
     def free(self, sequence: int) -> None:
         """Gives back the sequence's pages. Published ones stay findable until they are evicted."""
         state = self._state(sequence)
         del self._sequences[sequence]
-        self._pool.release(state.table)
+        self._prefixes.release(state.table)
+
+    # Prefixes
+
+    def match(self, tokens: TokenIds, salt: Hashable = ()) -> int:
+        """Tokens of the longest published prefix, in whole pages. Counts as a use of its pages."""
+        if type(tokens) is not bytes:
+            tokens = pack_tokens(tokens)
+        self._lookups += 1
+        node, nbytes = self._prefixes.match(tokens, salt)
+        if node is None:
+            self._misses += 1
+        return nbytes // 4
+
+    def match_pages(self, tokens: TokenIds, salt: Hashable = ()) -> list[int]:
+        """The pages of the longest published prefix; see `match`."""
+        return self._longest_hit(pack_tokens(tokens), salt)
+
+    def evict(self, count: int) -> list[int]:
+        """Takes `count` idle pages out of the prefix cache, those worth least first, and frees them.
+
+        Raises:
+            OutOfPages: fewer pages are idle.
+        """
+        if count > self._pool.idle:
+            raise OutOfPages(count, self._pool.idle)
+        pages = [self._prefixes.evict() for _ in range(count)]
+        self._pool.free += pages
+        return pages
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every published page; refused (False) while any page is in use."""
+        if self.num_used_pages:
+            return False
+        self._prefixes.clear()
+        return True
+
+    def take_events(self) -> list[CacheEvent]:
+        """What was stored in and removed from the prefix cache since the last call."""
+        return self._prefixes.take_events()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the most recent requests' prompt tokens that were in the prefix cache."""
+        return self._hit_rate.rate
 
     # Positions
 
@@ -183,7 +328,7 @@ class PagedKvCache:
         """
         state = self._state(sequence)
         index, offset = divmod(position, self.block_size)
-        if not 0 <= index < len(state.table):
+        if not state.released <= index < len(state.table):
             raise OutOfBounds(sequence, position, len(state.table) * self.block_size)
         return state.table[index], offset
 
@@ -198,10 +343,9 @@ class PagedKvCache:
         state = self._state(sequence)
         capacity = len(state.table) * self.block_size
         for position in (start, stop - 1):
-            if start < stop and not 0 <= position < capacity:
+            if start < stop and not state.released * self.block_size <= position < capacity:
                 raise OutOfBounds(sequence, position, capacity)
-        positions = np.arange(start, stop)
-        index, offset = np.divmod(positions, self.block_size)
+        index, offset = np.divmod(np.arange(start, stop), self.block_size)
         return np.asarray(state.table, np.int64)[index] * self.block_size + offset
 
     def writable_page(self, sequence: int, position: int) -> int:
@@ -216,15 +360,15 @@ class PagedKvCache:
         if self._is_writable(page):
             return page
         state = self._sequences[sequence]
-        (copy,) = self._take(1)
+        copy = self._take_one()
         if self._memory:
             self._memory.copy_page(page, copy)
         index = position // self.block_size
         state.table[index] = copy
         state.published = min(state.published, index)
-        self._pool.release((page,))
+        self._prefixes.release((page,))
         self._copies += 1
-        self._set_append_limit(state)
+        self._settle(state)
         return copy
 
     # Pages
@@ -250,7 +394,7 @@ class PagedKvCache:
             self._pins[page] -= 1
             if not self._pins[page]:
                 del self._pins[page]
-        self._pool.release(pages)
+            self._prefixes.release((page,))
 
     def references(self, page: int) -> int:
         """Block tables that name the page + its pins."""
@@ -295,7 +439,7 @@ class PagedKvCache:
 
     def stats(self) -> PagedCacheStats:
         pool = self._pool
-        allocated = sum(pool.generations)
+        allocated = sum(pool.generations) - self._pages_moved
         return PagedCacheStats(
             sequences_allocated=self._last_sequence,
             sequences_freed=self._last_sequence - len(self._sequences),
@@ -306,6 +450,13 @@ class PagedKvCache:
             pages_idle=pool.idle,
             pages_free=len(pool.free),
             copy_on_write_copies=self._copies,
+            defragmentations=self._defragmentations,
+            pages_moved=self._pages_moved,
+            evictions=self._prefixes.evictions,
+            prefix_lookups=self._lookups,
+            prefix_misses=self._misses,
+            evictable_tokens=pool.idle * self.block_size,
+            protected_tokens=(sum(node is not None for node in pool.published) - pool.idle) * self.block_size,
         )
 
     def fragmentation(self) -> FragmentationStats:
@@ -322,6 +473,36 @@ class PagedKvCache:
         """1.0 if the pages of the sequence are one ascending run, 0.0 if no two neighbours are."""
         return kv_statistics.contiguity(self._state(sequence).table)
 
+    def should_defragment(self, threshold: float = 0.3) -> bool:
+        """Whether more than this share of the used pages has a hole in front."""
+        return self.fragmentation().ratio > threshold
+
+    def defragment(self, max_moves: int | None = None) -> list[PageMove]:
+        """Moves pages so that the used ones lie together at the front, see `plan_moves`; at most `max_moves`.
+
+        Block tables change: nobody else may read or write the moved pages meanwhile.
+        """
+        pool = self._pool
+        runs = [state.table for state in self._sequences.values()] + self._prefixes.runs()
+        moves = plan_moves(self.num_pages, pool.free, self._pins, runs, max_moves)
+        if not moves:
+            return moves
+        for source, destination in moves:
+            if self._memory:
+                self._memory.copy_page(source, destination)
+            pool.references[destination] = pool.references[source]
+            pool.references[source] = 0
+            pool.generations[destination] += 1
+        renumbered = dict(moves)
+        for state in self._sequences.values():
+            state.table[:] = [renumbered.get(page, page) for page in state.table]
+        self._prefixes.move(renumbered)
+        free = set(pool.free).difference(renumbered.values())
+        pool.free = sorted(free.union(renumbered).difference(renumbered.values()), reverse=True)
+        self._defragmentations += 1
+        self._pages_moved += len(moves)
+        return moves
+
     def check(self) -> None:
         """Proves that the bookkeeping is consistent; linear in the pages, for tests and stress runs.
 
@@ -331,9 +512,9 @@ class PagedKvCache:
         pool = self._pool
         named = [0] * (self.num_pages + 1)
         for state in self._sequences.values():
-            if not 0 <= state.length <= state.reserved <= len(state.table) * self.block_size:
+            if max(state.length, state.reserved) > len(state.table) * self.block_size:
                 raise CorruptCache(f"{state.length} tokens do not fit {len(state.table)} pages")
-            for page in state.table:
+            for page in state.table[state.released :]:
                 named[page] += 1
         for page, count in self._pins.items():
             named[page] += count
@@ -343,15 +524,16 @@ class PagedKvCache:
         idle = 0
         for page in range(1, self.num_pages + 1):
             if pool.references[page] != named[page]:
-                raise CorruptCache(
-                    f"page {page} counts {pool.references[page]} references and has {named[page]}"
-                )
+                raise CorruptCache(f"page {page} counts {pool.references[page]} references and has {named[page]}")
             published = pool.published[page] is not None
             idle += published and not named[page]
             if (page in free) != (not named[page] and not published):
                 raise CorruptCache(f"page {page} is {'' if page in free else 'not '}in the free list")
         if idle != pool.idle:
             raise CorruptCache(f"{pool.idle} pages are counted as idle and {idle} are")
+        problem = self._prefixes.problem()
+        if problem:
+            raise CorruptCache(problem)
 
     # Details
 
@@ -362,8 +544,7 @@ class PagedKvCache:
             raise UnknownSequence(sequence) from None
 
     def _add(self, state: CachedSequence) -> int:
-        state.tokens.extend([UNKNOWN_TOKEN] * (state.length - len(state.tokens)))
-        self._set_append_limit(state)
+        self._settle(state)
         self._last_sequence += 1
         self._sequences[self._last_sequence] = state
         return self._last_sequence
@@ -376,24 +557,64 @@ class PagedKvCache:
             self._memory.clear_pages(pages)
         return pages
 
+    def _take_one(self) -> int:
+        page = self._pool.take_one()
+        if self._memory:
+            self._memory.clear_pages((page,))
+        return page
+
+    def _longest_hit(self, tokens: bytes, salt: Hashable) -> list[int]:
+        self._lookups += 1
+        node, _ = self._prefixes.match(tokens, salt)
+        if node is None:
+            self._misses += 1
+        return self._prefixes.pages_to(node)
+
     def _is_writable(self, page: int) -> bool:
+        pool = self._pool
         return (
-            self._pool.references[page] - self._pins.get(page, 0) == 1 and self._pool.published[page] is None
+            pool.references[page] - self._pins.get(page, 0) == 1
+            and pool.published[page] is None
+            and not self._prefixes.is_duplicate(page)
         )
 
-    def _set_append_limit(self, state: CachedSequence) -> None:
+    def _append_at_limit(self, sequence: int, state: CachedSequence, token: int) -> None:
+        """`append` where a page begins, is filled, or is not the sequence's own."""
+        if state.publishable and len(state.tokens) != state.length:
+            raise ValueError(
+                f"sequence {sequence} has committed {state.length} of the {len(state.tokens)} tokens "
+                "of its prompt; commit them before appending"
+            )
+        if state.length == len(state.table) * self.block_size:
+            state.table.append(self._take_one())
+        else:
+            self.writable_page(sequence, state.length)
+        state.length += 1
+        if state.publishable:
+            state.tokens.append(token)
+        self._settle(state)
+
+    def _settle(self, state: CachedSequence) -> None:
+        """Publishes the pages that are full, and finds out how far appending needs no second look."""
         index, offset = divmod(state.length, self.block_size)
+        if state.publishable and index > state.published:
+            self._publish(state, index)
         if offset and self._is_writable(state.table[index]):
-            state.append_limit = (index + 1) * self.block_size
+            # The token that fills a page to be published takes the slow way too.
+            state.append_limit = (index + 1) * self.block_size - state.publishable
         else:
             state.append_limit = state.length
 
-    def _open_tail(self, sequence: int, state: CachedSequence) -> None:
-        """Makes the page of the next token exist and belong to this sequence alone."""
-        index = state.length // self.block_size
-        if index == len(state.table):
-            state.table += self._take(1)
-        else:
-            self.writable_page(sequence, state.length)
-        state.reserved = max(state.reserved, state.length + 1)
-        state.append_limit = (index + 1) * self.block_size
+    def _publish(self, state: CachedSequence, full: int) -> None:
+        """Publishes the pages up to the index `full`. A sequence whose chain is broken publishes no more."""
+        first = state.published
+        tokens = state.tokens[first * self.block_size : full * self.block_size].tobytes()
+        previous = state.table[first - 1] if first else NO_PAGE
+        state.publishable = (
+            (not first or previous != NO_PAGE)
+            and _UNKNOWN_PACKED not in tokens
+            and self._prefixes.publish(
+                state.salt, previous, tokens, state.table[first:full], state.priority, state.retention
+            )
+        )
+        state.published = full

@@ -81,6 +81,16 @@ class PagePool:
             generations[page] += 1
         return pages
 
+    def take_one(self) -> int:
+        """`take(1)` without a list."""
+        free = self.free
+        if not free:
+            return self.take(1)[0]
+        page = free.pop()
+        self.references[page] = 1
+        self.generations[page] += 1
+        return page
+
     def share(self, pages: Iterable[int]) -> None:
         """One more reference to each page."""
         references = self.references
@@ -91,15 +101,17 @@ class PagePool:
             references[page] += 1
         self.idle -= woken
 
-    def release(self, pages: Sequence[int]) -> None:
-        """One reference less to each page. The last one of an unpublished page frees it, of a published
-        one idles it.
+    def release(self, pages: Sequence[int]) -> int:
+        """One reference less to each page. The last one of an unpublished page frees it, of a published one
+        makes it idle.
 
-        Pages of one sequence are given in the order of its tokens, so that its tail is reused before its
-        head.
+        Pages of one sequence are given in the order of its tokens: its tail is then reused before its head.
+
+        Returns:
+            The last of the pages that became idle, 0 if none did.
         """
         references, published, free = self.references, self.published, self.free
-        idled = 0
+        idled = last = 0
         for page in pages:
             count = references[page] - 1
             references[page] = count
@@ -108,4 +120,6 @@ class PagePool:
                     free.append(page)
                 else:
                     idled += 1
+                    last = page
         self.idle += idled
+        return last

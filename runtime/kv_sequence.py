@@ -5,33 +5,39 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable
 
+from hotset.runtime.prefix_eviction import DEFAULT_PRIORITY
+
+_NO_TOKENS = array("i")
+
 
 class CachedSequence:
     """A block table and what is known about its tokens.
 
-    `0 <= length <= reserved <= len(table) * block_size` (reserved grows with length).
+    `max(length, reserved) <= len(table) * block_size`.
 
     Attributes:
         table: page numbers in the order of the tokens; `NO_PAGE` where a sliding window gave the page back.
         length: tokens whose rows are written.
-        reserved: tokens that there is room for; pages are held for all of them.
+        reserved: tokens that room was asked for; appending beyond them takes pages as needed.
         append_limit: below this length a token goes into the tail page without any further look: the page
             exists, is named by this sequence alone, and this token does not fill it up to be published.
-        tokens: ids of the tokens, possibly beyond `length` (a prompt that is not computed yet).
-        published: leading pages that the prefix tree was offered.
+        released: leading pages that a sliding window gave back.
         publishable: whether the ids of all tokens are known, so that full pages go into the prefix tree.
-        salt: names the prefix tree's root; sequences of different salts never share.
-        priority, priority_until: retention of published pages against eviction.
+        tokens: their ids if so, possibly beyond `length` (a prompt that is not computed yet); empty if not.
+        published: leading pages that the prefix tree was offered.
+        salt: names the prefix tree; sequences of different salts never share.
+        priority, retention: of its published pages, see `EvictionOrder`.
     """
 
     __slots__ = (
         "append_limit",
         "length",
         "priority",
-        "priority_until",
         "publishable",
         "published",
+        "released",
         "reserved",
+        "retention",
         "salt",
         "table",
         "tokens",
@@ -42,9 +48,10 @@ class CachedSequence:
         self.length = length
         self.reserved = reserved
         self.append_limit = 0
-        self.tokens = array("i")
+        self.released = 0
+        self.tokens = _NO_TOKENS
         self.published = 0
         self.publishable = False
         self.salt: Hashable = ()
-        self.priority = 0
-        self.priority_until = 0.0
+        self.priority = DEFAULT_PRIORITY
+        self.retention: float | None = None

@@ -1,0 +1,173 @@
+"""A13: whatever is done in whatever order, the bookkeeping stays consistent, and a hit never lies.
+
+A plain model keeps what the cache must not change: the tokens of every sequence. Each page is marked with
+the tokens that were written into it, so that a wrong share, a missing copy or an early reuse shows as wrong
+content.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from hotset.runtime.kv_cache import PagedKvCache
+from hotset.runtime.kv_errors import OutOfPages
+
+BLOCK = 4
+
+
+class TokenMemory:
+    """Keeps a token id in place of each row."""
+
+    page_nbytes = 4 * BLOCK
+
+    def __init__(self, num_pages: int) -> None:
+        self.rows = [[-1] * BLOCK for _ in range(num_pages + 1)]
+
+    def copy_page(self, source: int, destination: int) -> None:
+        self.rows[destination] = self.rows[source].copy()
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.rows[page] = [-1] * BLOCK
+
+
+class Exerciser:
+    """Does one random operation at a time to a cache and to the model."""
+
+    def __init__(self, seed: int, num_pages: int) -> None:
+        self.random = random.Random(seed)
+        self.memory = TokenMemory(num_pages)
+        self.cache = PagedKvCache(num_pages, BLOCK, memory=self.memory)
+        self.sequences: dict[int, list[int]] = {}
+        self.pinned: list[list[int]] = []
+        self.prompts = [self._tokens(self.random.randrange(1, 40)) for _ in range(12)]
+        self.refused = 0
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(3) for _ in range(count)]
+
+    def _write(self, sequence: int, position: int, token: int) -> None:
+        page = self.cache.writable_page(sequence, position)
+        self.memory.rows[page][position % BLOCK] = token
+
+    def step(self) -> None:
+        operations = ["admit", "allocate", "lookup", "evict", "defragment", "pin", "unpin", "reset"]
+        if self.sequences:
+            operations += ["append"] * 4 + ["fork", "free", "free", "truncate", "write", "extend", "rebuild"]
+        name = self.random.choice(operations)
+        sequence = self.random.choice(list(self.sequences)) if self.sequences else 0
+        try:
+            getattr(self, name)(sequence)
+        except OutOfPages:
+            self.refused += 1
+
+    def admit(self, _: int) -> None:
+        prompt = self.random.choice(self.prompts) + self._tokens(self.random.randrange(6))
+        sequence, hit = self.cache.admit(prompt, salt=self.random.choice("ab"))
+        self.sequences[sequence] = prompt[:hit]
+        for position in range(hit, len(prompt)):
+            self._write(sequence, position, prompt[position])
+        self.cache.commit(sequence, len(prompt))
+        self.sequences[sequence] = prompt
+
+    def allocate(self, _: int) -> None:
+        tokens = self._tokens(self.random.randrange(30))
+        sequence = self.cache.allocate(len(tokens))
+        self.sequences[sequence] = tokens
+        for position, token in enumerate(tokens):
+            self._write(sequence, position, token)
+
+    def append(self, sequence: int) -> None:
+        for token in self._tokens(self.random.randrange(1, 6)):
+            self.cache.append(sequence, token)
+            self.sequences[sequence].append(token)
+            position = len(self.sequences[sequence]) - 1
+            page, offset = self.cache.slot(sequence, position)
+            self.memory.rows[page][offset] = token
+
+    def fork(self, sequence: int) -> None:
+        self.sequences[self.cache.fork(sequence)] = self.sequences[sequence].copy()
+
+    def free(self, sequence: int) -> None:
+        self.cache.free(sequence)
+        del self.sequences[sequence]
+
+    def truncate(self, sequence: int) -> None:
+        length = self.random.randrange(len(self.sequences[sequence]) + 1)
+        self.cache.truncate(sequence, length)
+        del self.sequences[sequence][length:]
+
+    def write(self, sequence: int) -> None:
+        """Writes the value that is there already: no content changes, but shared and published pages are
+        copied.
+        """
+        tokens = self.sequences[sequence]
+        if tokens:
+            position = self.random.randrange(len(tokens))
+            self._write(sequence, position, tokens[position])
+
+    def extend(self, sequence: int) -> None:
+        self.cache.extend(sequence, self.random.randrange(10))
+
+    def rebuild(self, sequence: int) -> None:
+        """Preemption: free and admit the same tokens again."""
+        tokens = self.sequences[sequence]
+        self.free(sequence)
+        if tokens:
+            self.prompts[self.random.randrange(len(self.prompts))] = tokens[:40]
+
+    def lookup(self, _: int) -> None:
+        self.cache.match(self.random.choice(self.prompts), self.random.choice("ab"))
+
+    def evict(self, _: int) -> None:
+        self.cache.evict(self.random.randrange(4))
+
+    def defragment(self, _: int) -> None:
+        self.cache.defragment(self.random.choice([None, 1, 3]))
+
+    def pin(self, _: int) -> None:
+        pages = self.cache.match_pages(self.random.choice(self.prompts), self.random.choice("ab"))
+        if len(pages) > 1 and self.random.random() < 0.3:
+            pages = pages[1:]
+        self.cache.pin(pages)
+        self.pinned.append(pages)
+
+    def unpin(self, _: int) -> None:
+        if self.pinned:
+            self.cache.unpin(self.pinned.pop(self.random.randrange(len(self.pinned))))
+
+    def reset(self, _: int) -> None:
+        if self.random.random() < 0.1:
+            assert self.cache.reset_prefix_cache() == (self.cache.num_used_pages == 0)
+
+    def verify(self) -> None:
+        self.cache.check()
+        stats = self.cache.stats()
+        assert stats.pages_free + stats.pages_idle + stats.pages_used == self.cache.num_pages
+        for sequence, tokens in self.sequences.items():
+            table = self.cache.block_table(sequence)
+            written = [self.memory.rows[table[at // BLOCK]][at % BLOCK] for at in range(len(tokens))]
+            assert written == tokens
+        for prompt in self.prompts[:3]:
+            pages = self.cache.match_pages(prompt, "a")
+            held = [token for page in pages for token in self.memory.rows[page]]
+            assert held == prompt[: len(held)]
+
+
+@pytest.mark.parametrize(("seed", "num_pages"), [(1, 40), (2, 12), (3, 200), (4, 3)])
+def test_A13_the_bookkeeping_survives_random_operations(seed: int, num_pages: int) -> None:
+    exerciser = Exerciser(seed, num_pages)
+    for _ in range(2500):
+        exerciser.step()
+        exerciser.verify()
+    assert exerciser.refused or num_pages == 200
+    assert exerciser.cache.stats().evictions
+    for sequence in list(exerciser.sequences):
+        exerciser.free(sequence)
+    for pages in exerciser.pinned:
+        exerciser.cache.unpin(pages)
+    assert exerciser.cache.num_free_pages == num_pages
+    assert exerciser.cache.reset_prefix_cache()
+    exerciser.verify()
