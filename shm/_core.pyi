@@ -1,6 +1,12 @@
 """The C extension's interface; shm/core/bind_*.h hold the descriptions."""
 
-from collections.abc import Buffer
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+Array = npt.NDArray[np.generic]
 
 ABI_VERSION: int
 SECTION_COUNT: int
@@ -27,6 +33,7 @@ class Arena:
     def find(self, expert: int, /) -> int: ...
     def request_urgent(self, expert: int, /) -> bool: ...
     def request_prefetch(self, expert: int, /) -> bool: ...
+    def requested(self, expert: int, urgent: bool, /) -> bool: ...
     def withdraw_request(self, expert: int, /) -> None: ...
     def withdraw_prefetch(self, expert: int, /) -> None: ...
     def take_prefetched(self, expert: int, /) -> bool: ...
@@ -44,3 +51,66 @@ class Arena:
     def urgent_requests(self) -> list[int]: ...
     def prefetch_requests(self) -> list[int]: ...
     def resident_experts(self) -> list[int]: ...
+    def record_latency(self, process: int, histogram: int, nanoseconds: int, /) -> None: ...
+    def counter_totals(self, out: Array, /) -> None: ...
+    def histogram_totals(self, histogram: int, out: Array, /) -> None: ...
+    def activation_totals(self, out: Array, /) -> None: ...
+
+class Affinity:
+    def __init__(self, arena: Arena, process: int, decay: float, boost: float, max: float) -> None: ...
+    def update(self, layer: int, ids: Array, /) -> None: ...
+    def snapshot(self, scores: Array, epochs: Array, /) -> None: ...
+    def reset(self, layer: int, /) -> None: ...
+
+class Router:
+    strength: float
+    def __init__(
+        self,
+        arena: Arena,
+        affinity: Affinity,
+        process: int,
+        top_k: int,
+        gating: int,
+        renormalize: bool,
+        weight_scale: float,
+        num_groups: int,
+        top_groups: int,
+        policy: int,
+        bonus: float,
+        range: float,
+        mass: float,
+        keep_top: int,
+        prefetch_threshold: float,
+        prefer_loading: bool,
+        timing: bool,
+        adaptive: bool,
+        target_hit_rate: float,
+        max_lost_mass: float,
+        max_strength: float,
+    ) -> None: ...
+    def route(
+        self,
+        logits: Array,
+        experts: Array,
+        weights: Array,
+        layer: int,
+        policy: int | None,
+        strength: float | Array | None,
+        epochs: int,
+        prefetch: bool,
+        /,
+    ) -> tuple[frozenset[int], frozenset[int], frozenset[int], float, int]: ...
+    def bind(
+        self,
+        logits: Array,
+        experts: Array,
+        weights: Array,
+        layer: int,
+        policy: int | None,
+        strength: float | None,
+        epochs: int,
+        /,
+    ) -> Callable[..., int]: ...
+    def set_resident(self, layer: int, expert: int, resident: bool, /) -> None: ...
+    def resident(self, layer: int, /) -> frozenset[int]: ...
+    def select(self, scores: Array, ids: Array, /) -> None: ...

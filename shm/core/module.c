@@ -1,6 +1,8 @@
 /* hotset.shm._core: the Python type Arena over arena.h. The logic is in the headers without Python.h, so that the
  * same code runs under the sanitizers, the crash stepper and the benchmarks; bind_*.h check arguments and call it. */
+#include "bind_metrics.h"
 #include "bind_residency.h"
+#include "bind_routing.h"
 #include "module.h"
 
 #include <string.h>
@@ -140,6 +142,7 @@ static PyMethodDef arena_methods[] = {
     {"store_u32", FASTCALL(arena_store_u32), "store_u32(section, row, column, value), release."},
     {"count", FASTCALL(arena_count), "count(process, counter, amount): adds to a counter of the caller's own row."},
     RESIDENCY_METHODS,
+    METRICS_METHODS,
     {NULL, NULL, 0, NULL},
 };
 
@@ -194,6 +197,7 @@ static PyMethodDef core_functions[] = {
 static int core_exec(PyObject *module) {
     PyObject *type = PyType_FromSpec(&arena_spec);
     if (!type || PyModule_AddObjectRef(module, "Arena", type) < 0) return -1;
+    if (add_routing_types(module, type) < 0) return -1;
     Py_DECREF(type);
     if (PyModule_AddIntConstant(module, "ABI_VERSION", ARENA_ABI_VERSION) < 0) return -1;
     if (PyModule_AddIntConstant(module, "SECTION_COUNT", SECTION_COUNT) < 0) return -1;

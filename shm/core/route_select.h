@@ -1,0 +1,42 @@
+/* Top-k selection: by (score descending, id ascending), NaN last. */
+#ifndef HOTSET_ROUTE_SELECT_H
+#define HOTSET_ROUTE_SELECT_H
+
+#include "route.h"
+
+#include <string.h>
+
+static inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float bits_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* An integer that orders like the float: NaN below everything, -0 equal to +0. */
+static inline uint32_t ordered_bits(float value) {
+    if (value != value) return 0;
+    uint32_t bits = float_bits(value + 0.0f); /* -0 + 0 is +0 */
+    return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+}
+
+/* The `k` best of `count` scores into `ids`, best first. Keys are unique, so ties need no case of their own. */
+static inline void select_top_k(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
+    uint64_t best[ROUTE_MAX_TOP_K];
+    uint32_t held = 0;
+    for (uint32_t id = 0; id < count; id++) {
+        uint64_t key = (uint64_t)ordered_bits(scores[id]) << 32 | (UINT32_MAX - id);
+        if (held == k && key < best[k - 1]) continue;
+        uint32_t at = held < k ? held++ : k - 1;
+        for (; at > 0 && best[at - 1] < key; at--) best[at] = best[at - 1];
+        best[at] = key;
+    }
+    for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)(UINT32_MAX - (uint32_t)best[i]);
+}
+
+#endif
