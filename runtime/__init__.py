@@ -1,1 +1,74 @@
-"""Everything public: decisions about routing, KV pages and scheduling, and the `Backend` that runs a model."""
+"""Everything public: decisions about routing, KV pages and scheduling, and the `Backend` that runs a model.
+
+Names are imported when they are first used, so that a child process, or a program that wants only the router, does
+not pay for the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hotset.runtime.affinity import AffinityConfig as AffinityConfig
+    from hotset.runtime.affinity import ExpertAffinity as ExpertAffinity
+    from hotset.runtime.backend import Backend as Backend
+    from hotset.runtime.backend import Completion as Completion
+    from hotset.runtime.backend import Piece as Piece
+    from hotset.runtime.config import BackendConfig as BackendConfig
+    from hotset.runtime.errors import BackendError as BackendError
+    from hotset.runtime.errors import BudgetTooSmall as BudgetTooSmall
+    from hotset.runtime.errors import HotsetError as HotsetError
+    from hotset.runtime.errors import RequestFailed as RequestFailed
+    from hotset.runtime.errors import RequestTooLong as RequestTooLong
+    from hotset.runtime.metrics import Latency as Latency
+    from hotset.runtime.metrics import MoeMetrics as MoeMetrics
+    from hotset.runtime.metrics import MoeMetricsSummary as MoeMetricsSummary
+    from hotset.runtime.model.errors import CorruptCheckpoint as CorruptCheckpoint
+    from hotset.runtime.model.errors import ModelNotFound as ModelNotFound
+    from hotset.runtime.model.errors import UnsupportedModel as UnsupportedModel
+    from hotset.runtime.paging_request import PagingDirection as PagingDirection
+    from hotset.runtime.paging_request import PagingPriority as PagingPriority
+    from hotset.runtime.paging_request import PagingRequest as PagingRequest
+    from hotset.runtime.router import BatchRouteResult as BatchRouteResult
+    from hotset.runtime.router import MemoryAwareRouter as MemoryAwareRouter
+    from hotset.runtime.router import ResidencyBelongsToPager as ResidencyBelongsToPager
+    from hotset.runtime.router import RouterConfig as RouterConfig
+    from hotset.runtime.router import RouteResult as RouteResult
+    from hotset.runtime.sampling_params import SamplingParams as SamplingParams
+    from hotset.runtime.stats import BackendStats as BackendStats
+
+_MODULES = {
+    "affinity": ("AffinityConfig", "ExpertAffinity"),
+    "backend": ("Backend", "Completion", "Piece"),
+    "config": ("BackendConfig",),
+    "errors": ("BackendError", "BudgetTooSmall", "HotsetError", "RequestFailed", "RequestTooLong"),
+    "metrics": ("Latency", "MoeMetrics", "MoeMetricsSummary"),
+    "model.errors": ("CorruptCheckpoint", "ModelNotFound", "UnsupportedModel"),
+    "paging_request": ("PagingDirection", "PagingPriority", "PagingRequest"),
+    "router": (
+        "BatchRouteResult",
+        "MemoryAwareRouter",
+        "ResidencyBelongsToPager",
+        "RouteResult",
+        "RouterConfig",
+    ),
+    "sampling_params": ("SamplingParams",),
+    "stats": ("BackendStats",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [*_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_MODULE_OF)

@@ -35,7 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool = False
-    routing: Literal["off", "bonus"] | None = None
+    routing: Literal["off"] | None = None
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, 0, math.inf, "a number of at least 0")
@@ -52,12 +52,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"max_tokens is {self.max_tokens}, expected at least 1")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**64")
-        if self.routing not in (None, "off", "bonus"):
-            raise ValueError(f"routing is {self.routing!r}, expected None, 'off' or 'bonus'")
+        if self.routing not in (None, "off"):
+            raise ValueError(f"routing is {self.routing!r}, expected None or 'off'")
         if "" in self.stop_strings:
-            raise ValueError(
-                "stop holds an empty string, which would end every text before its first character"
-            )
+            raise ValueError("stop holds an empty string, which would end every text before its first character")
         for token_id, bias in (self.logit_bias or {}).items():
             if token_id < 0 or not math.isfinite(bias):
                 raise ValueError(

@@ -1,3 +1,6 @@
+# posix_ipc comes without type information
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false
 """One POSIX shared-memory segment per instance: create, attach, remove, and clean up after the killed.
 
 Names follow from the instance name, so that whatever a killed instance left can be found without its help. Objects
@@ -17,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import posix_ipc
-
 from hotset.shm import _core
 from hotset.shm.layout import HEADER, ArenaState, Geometry, Layout, Section, header_crc
 from hotset.shm.process import boot_id, start_time
@@ -98,10 +100,8 @@ class InstanceLock:
 
 def remove_ipc_objects(instance: str) -> bool:
     """Unlinks the queue and the segment of an instance; whether there was a segment."""
-    try:
+    with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_message_queue(queue_name(instance))
-    except posix_ipc.ExistentialError:
-        pass
     try:
         posix_ipc.unlink_shared_memory(segment_name(instance))
     except posix_ipc.ExistentialError:
@@ -246,6 +246,4 @@ def check_header(memory: mmap.mmap, layout: Layout, name: str) -> None:
     if int(header["crc"]) != header_crc(raw):
         raise SegmentError(f"the header of {name} is damaged: its checksum does not match")
     if int(header["layout_hash"]) != layout.hash:
-        raise SegmentError(
-            f"{name} has layout {int(header['layout_hash']):#x}, this process expects {layout.hash:#x}"
-        )
+        raise SegmentError(f"{name} has layout {int(header['layout_hash']):#x}, this process expects {layout.hash:#x}")

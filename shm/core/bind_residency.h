@@ -84,6 +84,16 @@ static PyObject *arena_request_prefetch(PyObject *self, PyObject *arg) {
     return PyBool_FromLong(request_set(arena, arena->prefetch_mask, (uint32_t)id));
 }
 
+static PyObject *arena_requested(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[2];
+    if (!arena) return NULL;
+    if (!parse_indices(args, count, 2, (const char *[]){"expert id", "urgent"},
+                       (uint64_t[]){expert_limit(arena), 2}, v))
+        return NULL;
+    return PyBool_FromLong(mask_test(arena, v[1] ? arena->urgent_mask : arena->prefetch_mask, (uint32_t)v[0]));
+}
+
 static PyObject *arena_withdraw_request(PyObject *self, PyObject *arg) {
     EXPERT_ARGUMENT
     mask_put(arena, arena->urgent_mask, (uint32_t)id, 0);
@@ -256,6 +266,7 @@ static PyObject *arena_resident_experts(PyObject *self, PyObject *ignored) {
     {"find", arena_find, METH_O, "find(id): the slot of a resident expert, or -1."},                                   \
     {"request_urgent", arena_request_urgent, METH_O, "Sets the urgent bit; True if the caller must send the message."},\
     {"request_prefetch", arena_request_prefetch, METH_O, "Sets the prefetch bit; True if it was clear."},              \
+    {"requested", FASTCALL(arena_requested), "requested(id, urgent): whether the request bit is set."},                \
     {"withdraw_request", arena_withdraw_request, METH_O, "Pager: clears both request bits of an expert."},             \
     {"withdraw_prefetch", arena_withdraw_prefetch, METH_O, "Clears the prefetch bit of a request that was dropped."},  \
     {"take_prefetched", arena_take_prefetched, METH_O, "True for the first hit on a prefetched expert."},              \

@@ -1,0 +1,346 @@
+"""`Backend`: the whole runtime as one object in the user's program.
+
+It starts the coordinator as a process of its own, sends it token ids and gets token ids back; text and tokens are
+turned into each other here. It never touches the arena, so nothing that happens to the user's program can damage it.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import select
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from hotset.runtime.channel import ChannelClosed
+from hotset.runtime.completion import FinishReason
+from hotset.runtime.config import TRAINED_MODEL, BackendConfig, InstancePlan, plan_instance
+from hotset.runtime.errors import BackendError, RequestFailed
+from hotset.runtime.messages import (
+    Abort,
+    Generated,
+    GetStats,
+    InstanceFailed,
+    InstanceReady,
+    ResetStats,
+    Shutdown,
+    StartInstance,
+    StatsReply,
+    Submit,
+    ToClient,
+)
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.tokenizer import Tokenizer
+from hotset.runtime.sampling_params import SamplingParams
+from hotset.runtime.stats import BackendStats
+from hotset.runtime.stop_strings import StopStrings
+from hotset.runtime.supervision import Child
+from hotset.shm.segment import (
+    InstanceLock,
+    InstanceNameTaken,
+    check_instance_name,
+    new_instance_name,
+    remove_ipc_objects,
+)
+
+COORDINATOR_MODULE = "hotset.runtime.coordinator"
+START_SECONDS = 60.0
+STOP_SECONDS = 5.0
+
+Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A part of an answer as it comes: the text that `token_ids` completed. The last one has `finish_reason`."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """A whole answer. `finish_reason`: "stop" (end-of-text token or stop string), "length" or "abort"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+
+class Backend:
+    """Serves one model. Use it as a context manager, or call `close`; any number may run in one program.
+
+    Args:
+        model: folder of a checkpoint in Hugging Face's layout; None is the small model that ships with hotset.
+        settings: the fields of `BackendConfig`, by name.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, CorruptCheckpoint: the model cannot be served.
+        BudgetTooSmall, ValueError: the settings cannot be met.
+        BackendError: the processes could not start.
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
+        self.config = BackendConfig(model=str(Path(model or TRAINED_MODEL).absolute()), **settings)
+        self.instance = check_instance_name(self.config.name or new_instance_name())
+        self._answers: dict[int, queue.SimpleQueue[Generated | BackendError]] = {}
+        self._stats_replies: dict[int, queue.SimpleQueue[BackendStats | BackendError]] = {}
+        self._next_number = 0
+        self._lock = threading.Lock()  # of the three above and of sending
+        self._ready = threading.Event()
+        self._dead: BackendError | None = None
+        self._closing = False
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the coordinator
+        # First the process: its interpreter starts while we look at the model.
+        self._coordinator: Child[ToClient] = Child(COORDINATOR_MODULE, ToClient, own_session=True, stderr=self._stderr)
+        try:
+            model_config = ModelConfig.load(self.config.model)
+            checkpoint = Checkpoint.open(self.config.model, model_config)
+            self.plan: InstancePlan = plan_instance(self.config, model_config, checkpoint)
+            self._coordinator.channel.send(StartInstance(self.instance, self.config, self.plan))
+            self._reader = threading.Thread(target=self._read, name=f"hotset-{self.instance}", daemon=True)
+            self._reader.start()
+            self.tokenizer = Tokenizer(self.config.model, model_config.eos_token_ids)
+            self._vocab_size = model_config.vocab_size
+            if not self._ready.wait(START_SECONDS):
+                raise BackendError(f"the instance was not ready after {START_SECONDS:.0f} s")
+            self._raise_if_dead()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- answers
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """The answer, piece by piece. The request is sent at once; closing the iterator aborts it.
+
+        Raises `RequestFailed` if the request cannot be served, `BackendError` if the backend has died.
+        """
+        params = params or SamplingParams()
+        prompt_ids = self._prompt_ids(prompt)
+        pieces = self._pieces(self._submit(prompt_ids, params), params)
+        next(pieces)  # into its try block, so that closing an iterator that was never asked aborts too
+        return pieces
+
+    @overload
+    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Completion]: ...
+    @overload
+    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Completion: ...
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]:
+        """The whole answer to a prompt (text or token ids), or a list of answers to a list of prompts, in order.
+
+        Several prompts run at once, spread over the workers.
+        """
+        if isinstance(prompts, str) or not len(prompts) or isinstance(prompts[0], int | np.integer):
+            return self._complete(prompts, params)  # type: ignore[arg-type]
+        batch: list[Any] = list(prompts)
+        streams = [(self._prompt_ids(prompt), self.stream(prompt, params)) for prompt in batch]
+        return [_join(len(ids), pieces) for ids, pieces in streams]
+
+    def _complete(self, prompt: Prompt, params: SamplingParams | None) -> Completion:
+        ids = self._prompt_ids(prompt)
+        return _join(len(ids), self.stream(ids, params))
+
+    def _prompt_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)
+        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"the prompt is {prompt!r}, expected text or token ids, at least one")
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
+            raise ValueError(
+                f"the prompt has token ids from {ids.min()} to {ids.max()}, expected 0 <= id < {self._vocab_size}"
+            )
+        return np.ascontiguousarray(ids, np.int32)
+
+    def _submit(self, prompt: npt.NDArray[np.int32], params: SamplingParams) -> int:
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=secrets.randbits(63))
+        with self._lock:
+            self._raise_if_dead()
+            number = self._next_number
+            self._next_number += 1
+            self._answers[number] = queue.SimpleQueue()
+        self._send(Submit(number, prompt.tobytes(), params))
+        return number
+
+    def _pieces(self, number: int, params: SamplingParams) -> Iterator[Piece]:
+        answers = self._answers[number]
+        text, stops = self.tokenizer.stream(), StopStrings(params.stop_strings)
+        finished = False
+        try:
+            yield Piece("", [])
+            while not finished:
+                answer = answers.get()
+                if isinstance(answer, BackendError):
+                    finished = True
+                    raise answer
+                tokens: list[int] = np.frombuffer(answer.tokens, np.int32).tolist()
+                finished = answer.finish is not None
+                for index, token in enumerate(tokens):
+                    piece, stopped = stops.push(text.push(token))
+                    if stopped:
+                        yield Piece(piece, tokens[index : index + 1], "stop")
+                        return
+                    last = finished and index == len(tokens) - 1 and answer.finish != "error"
+                    if last:
+                        piece += stops.finish_with(text.finish())
+                    yield Piece(piece, [token], answer.finish if last else None)
+                if answer.finish == "error":
+                    raise RequestFailed(answer.error or "the request failed")
+                if finished and not tokens:
+                    yield Piece(stops.finish_with(text.finish()), [], answer.finish)
+        finally:
+            with self._lock:
+                self._answers.pop(number, None)
+            if not finished and self._dead is None and not self._closing:
+                self._send(Abort(number))
+
+    # ---- numbers
+
+    def stats(self) -> BackendStats:
+        """Counters of all processes added up, and what is in memory now."""
+        with self._lock:
+            self._raise_if_dead()
+            number = self._next_number
+            self._next_number += 1
+            replies = self._stats_replies[number] = queue.SimpleQueue()
+        self._send(GetStats(number))
+        reply = replies.get()
+        if isinstance(reply, BackendError):
+            raise reply
+        return reply
+
+    def reset_stats(self) -> None:
+        """Counts from here on."""
+        self._send(ResetStats())
+
+    # ---- life
+
+    def close(self) -> None:
+        """Ends every request, stops the processes and removes what they shared. May be called again."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        try:
+            self._send(Shutdown())
+        except BackendError:
+            pass
+        self._reap(STOP_SECONDS)
+        self._die(BackendError("the backend is closed"))
+        reader = getattr(self, "_reader", None)
+        if reader is not None and reader is not threading.current_thread():
+            reader.join(STOP_SECONDS)
+        self._stderr.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, message: msgspec.Struct) -> None:
+        with self._lock:
+            channel = self._coordinator.channel
+            try:
+                channel.send(message)
+                while channel.pending_nbytes:
+                    select.select([], [channel], [])
+                    channel.flush()
+            except (ChannelClosed, OSError, ValueError):
+                if not self._closing:
+                    self._raise_if_dead()
+                    raise BackendError("the coordinator is gone") from None
+
+    def _raise_if_dead(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+
+    def _read(self) -> None:
+        """The reader thread: hands answers to whoever waits for them, until the coordinator is gone."""
+        channel = self._coordinator.channel
+        reason = None
+        try:
+            while True:
+                for message in channel.receive():
+                    match message:
+                        case Generated(request=number):
+                            answers = self._answers.get(number)
+                            if answers is not None:
+                                answers.put(message)
+                        case StatsReply(query, stats):
+                            self._stats_replies.pop(query).put(stats)
+                        case InstanceReady():
+                            self.worker_pids = message.worker_pids
+                            self.pager_pid = message.pager_pid
+                            self._ready.set()
+                        case InstanceFailed():
+                            reason = message.reason
+                select.select([channel], [], [])
+        except (ChannelClosed, OSError, ValueError):
+            pass  # ValueError: closed by close()
+        if not self._closing:
+            how = self._reap(STOP_SECONDS)
+            self._die(BackendError(reason or f"the coordinator {how}{self._last_words()}"))
+
+    def _reap(self, timeout: float) -> str:
+        """Waits for the coordinator's end, by force if need be, and cleans up after it. Says how it ended."""
+        try:
+            how = self._coordinator.reap(timeout)
+        except subprocess.TimeoutExpired:
+            self._coordinator.kill()
+            how = self._coordinator.reap()
+        try:
+            lock = InstanceLock(self.instance)
+        except InstanceNameTaken:
+            return how  # another instance's by now
+        try:
+            remove_ipc_objects(self.instance)
+        finally:
+            lock.release()
+        return how
+
+    def _last_words(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return f"; its last line was: {lines[-1]}" if lines else ""
+
+    def _die(self, error: BackendError) -> None:
+        """From now on every waiting and every further call gets `error`."""
+        with self._lock:
+            self._dead = self._dead or error
+            for answers in self._answers.values():
+                answers.put(error)
+            for replies in self._stats_replies.values():
+                replies.put(error)
+            self._stats_replies.clear()
+        self._ready.set()
+
+    @property
+    def coordinator_pid(self) -> int:
+        return self._coordinator.pid
+
+
+def _join(prompt_tokens: int, pieces: Iterator[Piece]) -> Completion:
+    text: list[str] = []
+    token_ids: list[int] = []
+    finish: FinishReason = "abort"
+    for piece in pieces:
+        text.append(piece.text)
+        token_ids.extend(piece.token_ids)
+        finish = piece.finish_reason or finish
+    return Completion("".join(text), token_ids, finish, prompt_tokens)

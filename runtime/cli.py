@@ -1,0 +1,155 @@
+"""The `hotset` command."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from hotset.runtime.errors import HotsetError
+
+INTERRUPTED = 130
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def hotset() -> None:
+    """Serve mixture-of-experts models whose experts do not fit in memory."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; several run at once, spread over the workers.")],
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder; without it the shipped model.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this probability in all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only so many of the likeliest tokens; 0 is all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Repeats the draws.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="The text ends before this string.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Serving processes.")] = None,
+    expert_budget: Annotated[str, typer.Option(help="Memory for experts: 50%, 500MB, 4GiB ...")] = "50%",
+    routing: Annotated[str | None, typer.Option(help="Routing policy; off is the model's own choice.")] = None,
+    eviction: Annotated[str | None, typer.Option(help="Which expert goes: affinity or lru.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
+    kv_cache_memory: Annotated[str | None, typer.Option(help="Memory for KV pages: 64MiB ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text and table.")] = False,
+) -> None:
+    """Continue the prompts, streaming the text as it comes, and say what it took."""
+    from hotset.runtime.backend import Backend, Completion, Piece
+    from hotset.runtime.sampling_params import SamplingParams
+
+    settings: dict[str, Any] = {
+        "expert_budget": expert_budget,
+        "workers": workers,
+        "routing": routing,
+        "eviction": eviction,
+        "max_model_len": max_model_len,
+        "kv_cache_memory": kv_cache_memory,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        ignore_eos=ignore_eos,
+    )
+    with Backend(model, **settings) as backend:
+        began = time.monotonic()
+        streams = [backend.stream(text, params) for text in prompt]
+        completions: list[Completion] = []
+        for number, stream in enumerate(streams):
+            if not as_json and len(streams) > 1:
+                print(f"{'' if number == 0 else chr(10)}--- {prompt[number]}", flush=True)
+            pieces: list[Piece] = []
+            for piece in stream:
+                pieces.append(piece)
+                if not as_json:
+                    print(piece.text, end="", flush=True)
+            completions.append(
+                Completion(
+                    "".join(piece.text for piece in pieces),
+                    [token for piece in pieces for token in piece.token_ids],
+                    pieces[-1].finish_reason or "abort",
+                    0,
+                )
+            )
+        seconds = time.monotonic() - began
+        stats = backend.stats()
+    report = _report(completions, seconds, stats)
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        print()
+        _print_table(report)
+
+
+def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any]:
+    """The JSON object: lists for text and token_ids where there were several prompts."""
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    single = len(completions) == 1
+    texts, ids = [c.text for c in completions], [c.token_ids for c in completions]
+    return {
+        "text": texts[0] if single else texts,
+        "token_ids": ids[0] if single else ids,
+        "tokens": tokens,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0,
+        "hit_rate": round(stats.decode_hit_rate, 4),
+        "prefill_hit_rate": round(stats.prefill_hit_rate, 4),
+        "page_ins": {"urgent": stats.urgent_page_ins, "prefetch": stats.prefetch_page_ins},
+        "routing_us": {"mean": round(stats.routing.mean, 3), "p99": round(stats.routing.p99, 3)},
+        "kv_pages_used": stats.kv_pages_peak,
+        "expert_bytes_resident": stats.resident_expert_bytes,
+        "expert_bytes_budget": stats.expert_budget_bytes,
+        "workers": stats.workers,
+    }
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    page_ins, routing = report["page_ins"], report["routing_us"]
+    for name, value in (
+        ("tokens", f"{report['tokens']} in {report['seconds']:.2f} s"),
+        ("tokens/s", f"{report['tokens_per_second']:.1f}"),
+        ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
+        ("page-ins", f"{page_ins['urgent']} urgent, {page_ins['prefetch']} prefetch"),
+        ("routing", f"mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
+        ("KV pages used", f"{report['kv_pages_used']}"),
+        (
+            "experts in memory",
+            f"{report['expert_bytes_resident']:,} of {report['expert_bytes_budget']:,} bytes",
+        ),
+        ("workers", f"{report['workers']}"),
+    ):
+        table.add_row(name, value)
+    console = Console(highlight=False)
+    console.print()
+    console.print(table)
+
+
+def main() -> None:
+    """Runs the command; what goes wrong ends as one sentence and a non-zero status."""
+    try:
+        app()
+    except SystemExit as done:
+        if done.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            print("hotset: interrupted", file=sys.stderr)
+        raise
+    except (HotsetError, ValueError, OSError) as error:
+        print(f"hotset: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

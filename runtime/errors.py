@@ -1,0 +1,36 @@
+"""The errors that reach a user of `Backend`: each is one sentence, and carries its numbers."""
+
+from __future__ import annotations
+
+
+class HotsetError(Exception):
+    """Base of everything that hotset raises on purpose."""
+
+
+class BackendError(HotsetError):
+    """The backend could not start, or is not running any more."""
+
+
+class BudgetTooSmall(BackendError):
+    """The expert budget gives `slots` slots; `needed` are the least that cannot deadlock."""
+
+    def __init__(self, given: str, slots: int, needed: int, slot_nbytes: int) -> None:
+        super().__init__(
+            f"the expert budget {given} holds {slots} experts, but at least {needed} are needed "
+            f"({needed * slot_nbytes} bytes); give a larger budget or fewer workers"
+        )
+        self.slots = slots
+        self.needed = needed
+
+
+class RequestFailed(HotsetError):
+    """A request ended without an answer; the message says why."""
+
+
+class RequestTooLong(RequestFailed):
+    """A request that can never fit: `needed` tokens against a limit of `available`."""
+
+    def __init__(self, needed: int, available: int, what: str) -> None:
+        super().__init__(f"the request needs {needed} tokens, but {what} holds {available}")
+        self.needed = needed
+        self.available = available

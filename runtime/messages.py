@@ -1,0 +1,187 @@
+"""What the processes say to each other. Token ids travel packed (int32, little-endian), never as lists."""
+
+from __future__ import annotations
+
+import msgspec
+from hotset.runtime.completion import FinishReason
+from hotset.runtime.config import BackendConfig, InstancePlan
+from hotset.runtime.sampling_params import SamplingParams
+from hotset.runtime.stats import BackendStats
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages: each travels with its class name as tag."""
+
+
+# ---- Backend -> coordinator
+
+
+class StartInstance(Message, frozen=True, tag=True):
+    instance: str
+    config: BackendConfig
+    plan: InstancePlan
+
+
+class Submit(Message, frozen=True, tag=True):
+    """A request: the prompt's token ids, and how to continue it. `request` is the client's number for it."""
+
+    request: int
+    prompt: bytes
+    params: SamplingParams
+
+
+class Abort(Message, frozen=True, tag=True):
+    request: int
+
+
+class GetStats(Message, frozen=True, tag=True):
+    query: int
+
+
+class ResetStats(Message, frozen=True, tag=True):
+    pass
+
+
+class Shutdown(Message, frozen=True, tag=True):
+    pass
+
+
+# ---- coordinator -> Backend
+
+
+class InstanceReady(Message, frozen=True, tag=True):
+    worker_pids: list[int]
+    pager_pid: int
+
+
+class InstanceFailed(Message, frozen=True, tag=True):
+    """The instance could not start, or cannot go on."""
+
+    reason: str
+
+
+class Generated(Message, frozen=True, tag=True):
+    """Committed tokens of a request, in order; `finish` with the last of them."""
+
+    request: int
+    tokens: bytes
+    finish: FinishReason | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+
+class StatsReply(Message, frozen=True, tag=True):
+    query: int
+    stats: BackendStats
+
+
+# ---- coordinator -> worker
+
+
+class StartWorker(Message, frozen=True, tag=True):
+    """First message to a worker: attach to the arena as `process` and load the model's dense weights."""
+
+    instance: str
+    plan: InstancePlan
+    config: BackendConfig
+    process: int
+
+
+class RunSequence(Message, frozen=True, tag=True):
+    """Serve the sequence in `row` from its `committed` length on.
+
+    The first `known` token ids are in the arena already: the prompt, and what had been generated before a preemption
+    or the death of another worker. `limit` is the length at which the sequence ends.
+    """
+
+    row: int
+    request: int
+    prompt_length: int
+    known: int
+    limit: int
+    params: SamplingParams
+    seed: int
+
+
+class PagesGranted(Message, frozen=True, tag=True):
+    """The block table of a sequence that had no room has grown: look again."""
+
+    row: int
+
+
+class StopSequence(Message, frozen=True, tag=True):
+    """Let go of a sequence between two steps, and acknowledge; `request` because rows are used again."""
+
+    row: int
+    request: int
+
+
+class StopWorking(Message, frozen=True, tag=True):
+    """Leave the serving loop and exit."""
+
+
+# ---- worker -> coordinator
+
+
+class WorkerReady(Message, frozen=True, tag=True):
+    process: int
+
+
+class RowProgress(msgspec.Struct, frozen=True, array_like=True):
+    """`committed` of a row after a step; `finish` when the worker has let go of it because it is complete."""
+
+    row: int
+    committed: int
+    finish: FinishReason | None = None
+
+
+class Progress(Message, frozen=True, tag=True):
+    rows: list[RowProgress]
+
+
+class SequenceStopped(Message, frozen=True, tag=True):
+    row: int
+    request: int
+
+
+class SequenceFailed(Message, frozen=True, tag=True):
+    """The worker let go of the rows because a step could not be computed."""
+
+    rows: list[int]
+    reason: str
+
+
+class ProcessFailed(Message, frozen=True, tag=True):
+    """A child cannot start or go on; it exits after this."""
+
+    reason: str
+
+
+# ---- coordinator -> pager, pager -> coordinator
+
+
+class StartPager(Message, frozen=True, tag=True):
+    instance: str
+    plan: InstancePlan
+    config: BackendConfig
+    process: int
+
+
+class PagerReady(Message, frozen=True, tag=True):
+    process: int
+
+
+class ExpertFailed(Message, frozen=True, tag=True):
+    """An expert could not be loaded; its waiters were told through the failed mask."""
+
+    layer: int
+    expert: int
+    reason: str
+
+
+FromClient = StartInstance | Submit | Abort | GetStats | ResetStats | Shutdown
+ToClient = InstanceReady | InstanceFailed | Generated | StatsReply
+ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
+FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
+ToPager = StartPager | StopWorking
+FromPager = PagerReady | ExpertFailed | ProcessFailed

@@ -1,0 +1,86 @@
+"""Child processes: started so that they die with their parent, watched through a pidfd, talked to over a channel."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import IO, Any, Generic, TypeVar
+
+from hotset.runtime.channel import Channel, channel_pair
+from hotset.shm import _core
+
+Received = TypeVar("Received")
+
+# Read by the math libraries when numpy is first imported, so it must be in the environment before.
+_THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class Child(Generic[Received]):
+    """A process running `python -m module`, and this process's end of the channel to it.
+
+    `pidfd` becomes readable when the child dies. Until `reap` it is a zombie, so its pid cannot be used again: whoever
+    cleans up after it does so before reaping.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        received: Any,
+        *,
+        own_session: bool = False,
+        stderr: IO[bytes] | None = None,
+        threads: int = 1,
+    ) -> None:
+        self.channel: Channel[Received]
+        self.channel, theirs = channel_pair(received)
+        environment = os.environ | dict.fromkeys(_THREAD_LIMITS, str(threads))
+        with theirs:
+            # -P: the working directory is the user's, and must not shadow our imports or theirs.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=own_session,  # away from the terminal's Ctrl-C
+                env=environment,
+            )
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+
+    def reap(self, timeout: float | None = None) -> str:
+        """Waits for the child and says how it ended; raises `subprocess.TimeoutExpired`."""
+        code = self._process.wait(timeout)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        self.channel.close()
+        return describe_exit(code)
+
+
+def describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def enter_child(arguments: list[str], received: Any, *, dies_with_parent: bool = True) -> Channel[Any]:
+    """What every child does first: binds its life to its parent's, and opens its end of the channel.
+
+    `PR_SET_PDEATHSIG` is tied to the thread that started the child, so only a parent that starts children from its
+    main thread may be left to it.
+    """
+    fd, parent = int(arguments[0]), int(arguments[1])
+    if dies_with_parent and not _core.die_with_parent(parent):
+        raise SystemExit(0)
+    os.set_inheritable(fd, False)
+    return Channel.from_fd(fd, received)

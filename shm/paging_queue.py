@@ -1,0 +1,102 @@
+# posix_ipc comes without type information
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false
+"""The paging queue: requests for experts, urgent before page-out before prefetch.
+
+An unprivileged POSIX queue holds 10 messages of 8,192 bytes, so one message carries a layer's whole list of experts,
+and the queue is allowed to be full: the request bits in the arena are the truth, the message only makes it quick.
+An urgent request whose message did not fit is found by the pager's next rescan of the bits.
+"""
+
+from __future__ import annotations
+
+import enum
+from types import TracebackType
+
+import msgspec
+import posix_ipc
+from hotset.shm.segment import queue_name
+
+MAX_MESSAGES = 10
+MAX_MESSAGE_NBYTES = 8192
+
+
+class PagingPriority(enum.IntEnum):
+    """A POSIX queue hands out the largest number first."""
+
+    PREFETCH = 0
+    NORMAL = 1
+    URGENT = 2
+
+
+class PagingDirection(enum.IntEnum):
+    IN = 0
+    OUT = 1
+
+
+class PagingMessage(msgspec.Struct, frozen=True, array_like=True):
+    """Experts of one layer to page in or out; `experts` are numbered within the layer."""
+
+    layer: int
+    experts: list[int]
+    direction: PagingDirection = PagingDirection.IN
+    priority: PagingPriority = PagingPriority.URGENT
+
+
+class PagingQueue:
+    """The instance's message queue. Sending never blocks; receiving is for the pager, which polls `fd`."""
+
+    def __init__(self, queue: posix_ipc.MessageQueue) -> None:
+        self._queue = queue
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(PagingMessage).decode
+        # block is a flag of this process's descriptor: False makes send and receive raise BusyError instead
+        self._queue.block = False
+
+    @classmethod
+    def create(cls, instance: str) -> PagingQueue:
+        return cls(
+            posix_ipc.MessageQueue(
+                queue_name(instance),
+                posix_ipc.O_CREX,
+                mode=0o600,
+                max_messages=MAX_MESSAGES,
+                max_message_size=MAX_MESSAGE_NBYTES,
+            )
+        )
+
+    @classmethod
+    def attach(cls, instance: str) -> PagingQueue:
+        return cls(posix_ipc.MessageQueue(queue_name(instance)))
+
+    @property
+    def fd(self) -> int:
+        """Readable while a message waits."""
+        return self._queue.mqd
+
+    def send(self, message: PagingMessage) -> bool:
+        """Whether the message found room; the request bits must be set before."""
+        try:
+            self._queue.send(self._encode(message), priority=int(message.priority))
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            return False
+        return True
+
+    def receive(self) -> PagingMessage | None:
+        """The waiting message of the highest priority, or None."""
+        try:
+            data, _ = self._queue.receive()
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            return None
+        return self._decode(data)
+
+    def close(self) -> None:
+        self._queue.close()
+
+    def __enter__(self) -> PagingQueue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

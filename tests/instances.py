@@ -1,0 +1,47 @@
+"""What tests of whole instances look at: their processes and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import posix_ipc
+from hotset.shm.segment import PREFIX, SHM_FOLDER, queue_name
+
+PROMPTS = ["def fibonacci(n):\n", "class Stack:\n    def __init__(self", "import os\nimport sys\n", "for key, value in "]
+
+
+def segments() -> set[str]:
+    return {path.name for path in SHM_FOLDER.glob(PREFIX + "*") if path.stat().st_uid == os.getuid()}
+
+
+def queue_exists(instance: str) -> bool:
+    try:
+        posix_ipc.MessageQueue(queue_name(instance)).close()
+    except posix_ipc.ExistentialError:
+        return False
+    return True
+
+
+def processes_of(pids: list[int]) -> list[int]:
+    """Those of `pids` that still run, zombies not counted."""
+    running: list[int] = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            running.append(pid)
+    return running
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return bool(condition())

@@ -1,0 +1,23 @@
+"""Whole instances: real processes, the model that ships with the package, and a check that nothing stays behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hotset.runtime import Backend
+from instances import segments, wait_until
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Every test of this folder, whatever it kills, leaves /dev/shm as it was."""
+    before = segments()
+    yield
+    assert wait_until(lambda: segments() <= before), segments() - before
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    with Backend(workers=2, expert_budget="50%") as running:
+        yield running

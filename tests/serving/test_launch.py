@@ -1,0 +1,95 @@
+"""The command: what it prints, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from instances import segments, wait_until
+
+COMMAND = [sys.executable, "-P", "-m", "hotset.runtime.cli", "generate", "--prompt", "def fibonacci(n):"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_text_streams_and_a_table_follows() -> None:
+    done = run("--max-tokens", "32", "--workers", "2", "--expert-budget", "50%", "--seed", "1")
+    assert done.returncode == 0 and done.stderr == ""
+    for name in ("tokens/s", "expert hit rate", "page-ins", "routing", "KV pages used", "experts in memory"):
+        assert name in done.stdout
+
+
+def test_json_is_one_object_with_every_key() -> None:
+    done = run("--max-tokens", "32", "--temperature", "0", "--ignore-eos", "--json")
+    report = json.loads(done.stdout)
+    assert {
+        "text",
+        "token_ids",
+        "tokens",
+        "tokens_per_second",
+        "hit_rate",
+        "page_ins",
+        "routing_us",
+        "kv_pages_used",
+        "expert_bytes_resident",
+        "expert_bytes_budget",
+        "workers",
+    } <= report.keys()
+    assert report["tokens"] == len(report["token_ids"]) == 32
+    assert 0 < report["expert_bytes_resident"] <= report["expert_bytes_budget"]
+    assert report["page_ins"]["urgent"] > 0 and report["kv_pages_used"] > 0
+    assert report["workers"] == 2
+
+
+def test_greedy_and_seeded_runs_are_repeatable() -> None:
+    for flags in (["--temperature", "0"], ["--seed", "5"]):
+        first, second = (json.loads(run(*flags, "--routing", "off", "--json").stdout) for _ in range(2))
+        assert first["token_ids"] == second["token_ids"]
+
+
+def test_several_prompts_run_at_once() -> None:
+    flags = ["--prompt", "import os", "--max-tokens", "16", "--temperature", "0", "--routing", "off", "--json"]
+    both = json.loads(run(*flags).stdout)
+    alone = json.loads(run(*flags[2:]).stdout)
+    assert len(both["text"]) == len(both["token_ids"]) == 2
+    assert both["token_ids"][0] == alone["token_ids"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_ends_at_once_and_leaves_nothing(how: signal.Signals) -> None:
+    before = segments()
+    process = subprocess.Popen(
+        [*COMMAND, "--max-tokens", "900", "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    began = time.monotonic()
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=10)
+    assert time.monotonic() - began < 5
+    assert process.returncode != 0
+    if how is signal.SIGINT:
+        assert errors.strip().splitlines()[-1] == "hotset: interrupted"
+    assert "Traceback" not in errors
+    assert wait_until(lambda: segments() <= before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--max-tokens", "0"], "max_tokens is 0, expected at least 1"),
+        (["--temperature", "-1"], "temperature is -1.0, expected"),
+        (["--expert-budget", "lots"], "the size is 'lots', expected bytes"),
+        (["--routing", "psychic"], "routing is 'psychic', expected one of"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("hotset: ") and sentence in done.stderr and done.stderr.count("\n") == 1

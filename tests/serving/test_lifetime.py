@@ -1,0 +1,148 @@
+"""Starting, stopping, and what happens when a process is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hotset.runtime import Backend, BackendError, SamplingParams
+
+from instances import PROMPTS, processes_of, queue_exists, segments, wait_until
+
+LONG = SamplingParams(temperature=0, max_tokens=300, routing="off", ignore_eos=True)
+
+
+def all_pids(backend: Backend) -> list[int]:
+    return [backend.coordinator_pid, backend.pager_pid, *backend.worker_pids]
+
+
+def test_close_leaves_nothing_and_may_be_called_again() -> None:
+    before = segments()
+    backend = Backend()
+    pids, instance = all_pids(backend), backend.instance
+    assert len(processes_of(pids)) == 4
+    assert len(segments() - before) == 1 and queue_exists(instance)
+    backend.close()
+    backend.close()
+    assert segments() == before and not queue_exists(instance)
+    assert processes_of(pids) == []
+    with pytest.raises(BackendError, match="closed"):
+        backend.generate(PROMPTS[0])
+
+
+def test_two_backends_in_one_program_do_not_touch_each_other() -> None:
+    with Backend(workers=1) as first:
+        with Backend(workers=1) as second:
+            params = SamplingParams(temperature=0, max_tokens=8, routing="off")
+            assert first.generate(PROMPTS[0], params) == second.generate(PROMPTS[0], params)
+        assert first.generate(PROMPTS[0], params).token_ids
+
+
+def test_an_instance_name_is_given_once() -> None:
+    name = f"test-{os.getpid()}"
+    with Backend(workers=1, name=name) as first:
+        with pytest.raises(BackendError, match=name):
+            Backend(workers=1, name=name)
+        assert first.generate(PROMPTS[0], SamplingParams(max_tokens=2)).token_ids
+
+
+@pytest.mark.parametrize("victim", ["worker", "pager"])
+def test_the_answer_is_the_same_when_a_child_is_killed_in_the_middle(victim: str) -> None:
+    with Backend(workers=2, expert_budget="25%") as backend:
+        expected = [answer.token_ids for answer in backend.generate(PROMPTS, LONG)]
+        streams = [backend.stream(prompt, LONG) for prompt in PROMPTS]
+        got = [next(stream).token_ids for stream in streams]
+        os.kill(backend.worker_pids[0] if victim == "worker" else backend.pager_pid, signal.SIGKILL)
+        for tokens, stream in zip(got, streams, strict=True):
+            for piece in stream:
+                tokens.extend(piece.token_ids)
+        assert got == expected
+        stats = backend.stats()
+        assert (stats.worker_restarts, stats.pager_restarts) == ((1, 0) if victim == "worker" else (0, 1))
+        assert [answer.token_ids for answer in backend.generate(PROMPTS, LONG)] == expected
+
+
+def test_all_workers_killed_at_once_are_replaced() -> None:
+    with Backend(workers=2) as backend:
+        stream = backend.stream(PROMPTS[0], LONG)
+        next(stream)
+        for pid in backend.worker_pids:
+            os.kill(pid, signal.SIGKILL)
+        assert sum(len(piece.token_ids) for piece in stream) == 299
+        assert backend.stats().worker_restarts == 2
+
+
+def test_a_killed_coordinator_ends_every_request_with_a_clear_error() -> None:
+    before = segments()
+    backend = Backend()
+    pids = all_pids(backend)
+    stream = backend.stream(PROMPTS[0], LONG)
+    next(stream)
+    os.kill(backend.coordinator_pid, signal.SIGKILL)
+    with pytest.raises(BackendError, match="coordinator was killed by SIGKILL"):
+        list(stream)
+    with pytest.raises(BackendError, match="coordinator was killed by SIGKILL"):
+        backend.stats()
+    assert wait_until(lambda: processes_of(pids) == [])
+    assert wait_until(lambda: segments() <= before)
+    assert not queue_exists(backend.instance)
+    backend.close()
+    with Backend() as again:
+        assert again.generate(PROMPTS[0], SamplingParams(max_tokens=2)).token_ids
+
+
+HOST = """
+import sys, time
+from hotset.runtime import Backend, SamplingParams
+backend = Backend()
+print(backend.instance, backend.coordinator_pid, backend.pager_pid, *backend.worker_pids, flush=True)
+stream = backend.stream("def f(", SamplingParams(max_tokens=900, ignore_eos=True))
+next(stream)
+print("streaming", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_host_that_is_killed_takes_everything_with_it(how: signal.Signals) -> None:
+    before = segments()
+    host = subprocess.Popen(
+        [sys.executable, "-P", "-c", HOST], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert host.stdout is not None
+    instance, *pids = host.stdout.readline().split()
+    assert host.stdout.readline() == "streaming\n"
+    host.send_signal(how)
+    host.wait(10)
+    assert wait_until(lambda: processes_of([int(pid) for pid in pids]) == [])
+    assert wait_until(lambda: segments() <= before)
+    assert not queue_exists(instance)
+
+
+def test_G8_the_hosts_own_child_and_signal_handler_are_left_alone() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with Backend(workers=1) as backend:
+            backend.generate(PROMPTS[0], SamplingParams(max_tokens=2))
+        assert child.poll() is None
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_backend_started_in_a_thread_outlives_it() -> None:
+    import threading
+
+    started: list[Backend] = []
+    thread = threading.Thread(target=lambda: started.append(Backend(workers=1)))
+    thread.start()
+    thread.join()
+    time.sleep(0.2)
+    with started[0] as backend:
+        assert backend.generate(PROMPTS[0], SamplingParams(max_tokens=4)).token_ids

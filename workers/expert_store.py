@@ -1,0 +1,90 @@
+"""Where experts come from: reads one expert's weights from the checkpoint's files into a slot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from hotset.runtime.errors import HotsetError
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.shm.layout import WeightFormat
+
+CHUNK_NBYTES = 4 << 20  # between two chunks the pager may look for something more urgent
+
+_FORMATS = {"float32": WeightFormat.FLOAT32, "float16": WeightFormat.FLOAT16, "bfloat16": WeightFormat.BFLOAT16}
+
+
+class ExpertReadError(HotsetError):
+    """An expert's bytes cannot be had, or are not what they were."""
+
+    def __init__(self, path: str, layer: int, expert: int, offset: int, problem: str) -> None:
+        super().__init__(f"expert {expert} of layer {layer} cannot be loaded from {path} at byte {offset}: {problem}")
+        self.layer = layer
+        self.expert = expert
+        self.offset = offset
+
+
+class ExpertStore:
+    """Reads experts of an open checkpoint: gate, up and down projection, one behind the other.
+
+    The checksum of the first whole read is the store's checksum from then on (INV-1): weights that change under a
+    running instance are refused instead of served.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, num_layers: int, num_experts: int) -> None:
+        self._checkpoint = checkpoint
+        self._num_experts = num_experts
+        self._checksums: list[int | None] = [None] * (num_layers * num_experts)
+        self._files: dict[str, int] = {}
+        self.nbytes = checkpoint.expert_nbytes
+
+    def read(
+        self, expert_id: int, slot: npt.NDArray[np.uint8], between_chunks: Callable[[], None] = lambda: None
+    ) -> tuple[int, WeightFormat]:
+        """Fills the first `nbytes` of `slot`; returns checksum and format, or raises `ExpertReadError`."""
+        layer, expert = divmod(expert_id, self._num_experts)
+        location = self._checkpoint.expert(layer, expert)
+        memory = memoryview(slot)
+        filled = 0
+        for tensor in (location.gate, location.up, location.down):
+            path = str(tensor.file)
+            for start in range(0, tensor.nbytes, CHUNK_NBYTES):
+                chunk = memory[filled : filled + min(CHUNK_NBYTES, tensor.nbytes - start)]
+                self._read_chunk(path, tensor.offset + start, chunk, layer, expert)
+                filled += len(chunk)
+                between_chunks()
+        checksum = xxhash.xxh3_64_intdigest(memory[:filled])
+        expected = self._checksums[expert_id]
+        if expected is not None and checksum != expected:
+            raise ExpertReadError(
+                str(location.gate.file),
+                layer,
+                expert,
+                location.gate.offset,
+                f"its checksum is {checksum:#x}, it was {expected:#x} when it was first read",
+            )
+        self._checksums[expert_id] = checksum
+        return checksum, _FORMATS[location.gate.dtype]
+
+    def _read_chunk(self, path: str, offset: int, chunk: memoryview, layer: int, expert: int) -> None:
+        done = 0
+        try:
+            fd = self._files.get(path)
+            if fd is None:
+                fd = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            while done < len(chunk):
+                count = os.preadv(fd, [chunk[done:]], offset + done)
+                if count == 0:
+                    raise ExpertReadError(path, layer, expert, offset + done, "the file ends there")
+                done += count
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ExpertReadError(path, layer, expert, offset + done, reason) from error
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()

@@ -1,0 +1,263 @@
+"""The worker process: the serving loop. It computes the sequences that the coordinator gives it, step by step.
+
+A step is either a prefill, of known tokens whose KV rows are missing, or a decode, of one token for every sequence
+that has room. What it writes, per sequence and in this order: KV rows, the sampled token's id, then `committed`.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+import time
+
+import numpy as np
+import numpy.typing as npt
+from hotset.runtime.channel import Channel, ChannelClosed
+from hotset.runtime.completion import completion
+from hotset.runtime.errors import HotsetError
+from hotset.runtime.messages import (
+    PagesGranted,
+    ProcessFailed,
+    Progress,
+    RowProgress,
+    RunSequence,
+    SequenceFailed,
+    SequenceStopped,
+    StartWorker,
+    StopSequence,
+    StopWorking,
+    ToWorker,
+    WorkerReady,
+)
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.router import MemoryAwareRouter, RouterConfig
+from hotset.runtime.supervision import enter_child
+from hotset.shm.counters import Counter
+from hotset.shm.layout import Section
+from hotset.shm.paging_queue import PagingQueue
+from hotset.shm.segment import Segment, SegmentError
+from hotset.workers.compute.sampler import sample
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.moe import ExpertUnavailable, MixtureOfExperts
+
+
+class Sequence:
+    """A sequence that this worker serves. KV rows below `committed` are written; `known` token ids are."""
+
+    __slots__ = ("block_table", "committed", "eos_token_ids", "exact_routing", "known", "run", "token_ids")
+
+    def __init__(
+        self,
+        run: RunSequence,
+        committed: int,
+        token_ids: np.ndarray,
+        block_table: np.ndarray,
+        eos_token_ids: tuple[int, ...],
+        exact_routing: bool,
+    ) -> None:
+        self.run = run
+        self.committed = committed
+        self.known = run.known
+        self.token_ids = token_ids
+        self.block_table = block_table
+        self.eos_token_ids = () if run.params.ignore_eos else eos_token_ids
+        self.exact_routing = exact_routing
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.known - self.committed > 1
+
+
+class Worker:
+    def __init__(self, channel: Channel[ToWorker], start: StartWorker) -> None:
+        self._channel = channel
+        self._process = start.process
+        self._config = start.config
+        self._plan = start.plan
+        geometry = start.plan.geometry
+        model = ModelConfig.load(start.config.model)
+        checkpoint = Checkpoint.open(start.config.model, model)
+        self._segment = Segment.attach(start.instance, geometry)
+        self._arena = self._segment.arena
+        self._token_ids = self._segment.view(Section.TOKEN_IDS)
+        self._block_tables = self._segment.view(Section.BLOCK_TABLES)
+        router = MemoryAwareRouter(
+            RouterConfig(
+                num_experts=model.num_experts,
+                top_k=model.experts_per_token,
+                policy=start.config.routing,
+                cache_bonus=start.config.cache_bonus,
+                range_strength=start.config.range_strength,
+                mass_budget=start.config.mass_budget,
+                renormalize=model.normalize_top_k,
+            ),
+            num_layers=model.num_layers,
+            segment=self._segment,
+            process=start.process,
+        )
+        queue = PagingQueue.attach(start.instance)
+        self._experts = MixtureOfExperts(self._segment, queue, router, start.process, model)
+        kv_pages = (
+            self._segment.view(Section.KV_PAGES)[:, : geometry.page_nbytes]
+            .view(np.float32)
+            .reshape(
+                geometry.num_pages + 1,
+                model.num_layers,
+                2,
+                geometry.block_size,
+                model.num_kv_heads,
+                model.head_dim,
+            )
+        )
+        self._transformer = Transformer(model, checkpoint, kv_pages, self._experts)
+        self._sequences: dict[int, Sequence] = {}
+
+    # ---- messages
+
+    def _handle(self, message: ToWorker) -> bool:
+        """False when the worker is to leave."""
+        match message:
+            case RunSequence(row=row):
+                self._sequences[row] = Sequence(
+                    message,
+                    self._arena.load_u64(Section.SEQUENCES, row, 0),
+                    self._token_ids[row],
+                    self._block_tables[row],
+                    self._plan.eos_token_ids,
+                    message.params.routing == "off" or self._config.routing == "off",
+                )
+            case StopSequence(row, request):
+                sequence = self._sequences.get(row)
+                if sequence is not None and sequence.run.request == request:
+                    del self._sequences[row]
+                self._channel.send(SequenceStopped(row, request))
+            case StopWorking():
+                return False
+            case PagesGranted() | StartWorker():
+                pass  # the granted pages are read from the arena before every step
+        return True
+
+    # ---- steps
+
+    def _next_step(self) -> tuple[bool, list[tuple[Sequence, int]]]:
+        """Whether the step is a prefill, and how many rows of which sequences it computes; none: nothing has room."""
+        budget = self._config.max_num_batched_tokens
+        block_size = self._plan.geometry.block_size
+        prefill: list[tuple[Sequence, int]] = []
+        decode: list[tuple[Sequence, int]] = []
+        for sequence in self._sequences.values():
+            room = self._arena.load_u32(Section.SEQUENCES, sequence.run.row, 2) * block_size
+            rows = min(sequence.known, room) - sequence.committed
+            if rows <= 0:
+                continue
+            if sequence.is_prefilling:
+                rows = min(rows, budget)
+                if rows:
+                    prefill.append((sequence, rows))
+                    budget -= rows
+            else:
+                decode.append((sequence, 1))
+        if prefill:
+            return True, prefill
+        return False, decode[: self._config.max_num_batched_tokens]
+
+    def _step(self, prefill: bool, parts: list[tuple[Sequence, int]]) -> None:
+        total = sum(rows for _, rows in parts)
+        token_ids = np.empty(total, np.int32)
+        positions = np.empty(total, np.int32)
+        members: list[SequenceRows] = []
+        exact: list[bool] = []
+        start = 0
+        for sequence, rows in parts:
+            first = sequence.committed
+            token_ids[start : start + rows] = sequence.token_ids[first : first + rows]
+            positions[start : start + rows] = np.arange(first, first + rows)
+            blocks = -(-(first + rows) // self._plan.geometry.block_size)
+            members.append(SequenceRows(start, rows, sequence.block_table[:blocks]))
+            exact.extend([sequence.exact_routing] * rows)
+            start += rows
+        self._experts.begin_step(exact, prefill=prefill)
+        logits = self._transformer.forward(Batch(token_ids, positions, members))
+        self._arena.count(self._process, Counter.STEPS, 1)
+        self._arena.count(self._process, Counter.PREFILL_TOKENS if prefill else Counter.DECODE_TOKENS, total)
+
+        progress: list[RowProgress] = []
+        for index, (sequence, rows) in enumerate(parts):
+            row = sequence.run.row
+            committed = sequence.committed + rows
+            finish = None
+            if committed == sequence.known:
+                try:
+                    token = self._sample(sequence, logits[index])
+                except ValueError as error:
+                    self._fail([row], str(error))
+                    continue
+                sequence.token_ids[sequence.known] = token
+                sequence.known += 1
+                finish = completion(token, sequence.known, sequence.run.limit, sequence.eos_token_ids)
+            # Release: who reads the new length reads the KV rows and the token id below it.
+            self._arena.store_u64(Section.SEQUENCES, row, 0, committed)
+            sequence.committed = committed
+            if finish is not None:
+                del self._sequences[row]
+            progress.append(RowProgress(row, committed, finish))
+        self._channel.send(Progress(progress))
+
+    def _sample(self, sequence: Sequence, logits: npt.NDArray[np.float32]) -> int:
+        """The token at position `known`. Raises `ValueError` if the logits are not numbers."""
+        run = sequence.run
+        return sample(
+            logits,
+            run.params,
+            seed=run.seed,
+            position=sequence.known,
+            prompt_ids=sequence.token_ids[: run.prompt_length],
+            generated_ids=sequence.token_ids[run.prompt_length : sequence.known],
+        )
+
+    def _fail(self, rows: list[int], reason: str) -> None:
+        """Lets go of sequences that cannot be computed; the others go on."""
+        for row in rows:
+            del self._sequences[row]
+        self._channel.send(SequenceFailed(rows, reason))
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Returns when the coordinator says so; raises `ChannelClosed` when it is gone."""
+        self._channel.send(WorkerReady(self._process))
+        while True:
+            for message in self._channel.receive():
+                if not self._handle(message):
+                    return
+            self._arena.store_u64(Section.COUNTERS, self._process, Counter.HEARTBEAT_NANOSECONDS, time.monotonic_ns())
+            prefill, parts = self._next_step()
+            if not parts:
+                select.select([self._channel], [self._channel] if self._channel.pending_nbytes else [], [])
+                self._channel.flush()
+                continue
+            try:
+                self._step(prefill, parts)
+            except ExpertUnavailable as error:
+                self._arena.unpin_all(self._process)
+                self._fail([sequence.run.row for sequence, _ in parts], str(error))
+
+
+def main(arguments: list[str]) -> int:
+    channel: Channel[ToWorker] = enter_child(arguments, ToWorker)
+    try:
+        start = channel.wait()
+        if not isinstance(start, StartWorker):
+            return 0
+        Worker(channel, start).run()
+    except ChannelClosed:
+        return 0
+    except (HotsetError, SegmentError, OSError) as error:
+        channel.send(ProcessFailed(str(error)))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
