@@ -96,8 +96,9 @@ class PagedKvCache:
         self._last_sequence = 0
         self._enable_prefix_caching = enable_prefix_caching
         self._prefixes = PrefixCache(self._pool, 4 * block_size, clock, events)
+        self._find = self._prefixes.find
         self._hit_rate = HitRateWindow(hit_rate_window)
-        self._lookups = self._misses = 0
+        self._misses = 0
         self._copies = self._defragmentations = self._pages_moved = 0
 
     # Sequences
@@ -272,11 +273,11 @@ class PagedKvCache:
         """Tokens of the longest published prefix, in whole pages. Counts as a use of its pages."""
         if type(tokens) is not bytes:
             tokens = pack_tokens(tokens)
-        self._lookups += 1
-        node, nbytes = self._prefixes.match(tokens, salt)
+        node = self._find(tokens, salt)
         if node is None:
             self._misses += 1
-        return nbytes // 4
+            return 0
+        return (node.start + len(node.pages)) * self.block_size
 
     def match_pages(self, tokens: TokenIds, salt: Hashable = ()) -> list[int]:
         """The pages of the longest published prefix; see `match`."""
@@ -290,7 +291,9 @@ class PagedKvCache:
         """
         if count > self._pool.idle:
             raise OutOfPages(count, self._pool.idle)
-        pages = [self._prefixes.evict() for _ in range(count)]
+        pages: list[int] = []
+        while len(pages) < count:
+            pages.append(self._prefixes.evict())
         self._pool.free += pages
         return pages
 
@@ -453,7 +456,6 @@ class PagedKvCache:
             defragmentations=self._defragmentations,
             pages_moved=self._pages_moved,
             evictions=self._prefixes.evictions,
-            prefix_lookups=self._lookups,
             prefix_misses=self._misses,
             evictable_tokens=pool.idle * self.block_size,
             protected_tokens=(sum(node is not None for node in pool.published) - pool.idle) * self.block_size,
@@ -552,6 +554,8 @@ class PagedKvCache:
     def _take(self, count: int) -> list[int]:
         if count <= 0:
             return []
+        if count == 1:
+            return [self._take_one()]
         pages = self._pool.take(count)
         if self._memory:
             self._memory.clear_pages(pages)
@@ -564,8 +568,7 @@ class PagedKvCache:
         return page
 
     def _longest_hit(self, tokens: bytes, salt: Hashable) -> list[int]:
-        self._lookups += 1
-        node, _ = self._prefixes.match(tokens, salt)
+        node = self._find(tokens, salt)
         if node is None:
             self._misses += 1
         return self._prefixes.pages_to(node)

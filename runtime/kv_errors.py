@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from hotset.runtime.errors import HotsetError
 
-class KvCacheError(Exception):
+
+class KvCacheError(HotsetError):
     """Base of every refusal of the KV cache. A refused call has changed nothing."""
 
 

@@ -24,8 +24,7 @@ class PagedCacheStats(msgspec.Struct):
     defragmentations: int = 0
     pages_moved: int = 0
     evictions: int = 0
-    prefix_lookups: int = 0
-    prefix_misses: int = 0
+    prefix_misses: int = 0  # lookups and admissions that found nothing
     evictable_tokens: int = 0  # in published pages that nobody uses
     protected_tokens: int = 0  # in published pages in use
 

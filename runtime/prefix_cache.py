@@ -51,22 +51,13 @@ class PrefixCache:
         self._pool = pool
         self._tree = PrefixTree(page_nbytes, pool.published)
         self._order = EvictionOrder(pool.references, clock)
-        self._tick = 0
         self._original: dict[int, int] = {}  # duplicate page -> published page with the same tokens
         self._duplicates: dict[int, list[int]] = {}  # the reverse
         self._keys: dict[int, bytes] | None = {} if events else None
         self._events: list[CacheEvent] = []
         self.evictions = 0
+        self.find = self._tree.find
         pool.evict = self.evict
-
-    def match(self, tokens: bytes, salt: Hashable) -> tuple[PrefixNode | None, int]:
-        """The node that ends the longest published prefix, and the prefix's length in bytes; counts as a
-        use.
-        """
-        node, nbytes = self._tree.find(tokens, salt)
-        if node is not None:
-            self._tick = node.last_use = self._tick + 1
-        return node, nbytes
 
     def pages_to(self, node: PrefixNode | None) -> list[int]:
         return self._tree.pages_to(node)
@@ -88,7 +79,7 @@ class PrefixCache:
         if previous and self._pool.published[previous] is None:
             return False
         node, duplicates = self._tree.insert(salt, previous, tokens, pages, priority)
-        node.last_use = self._tick
+        node.last_use = self._tree.tick
         if node.priority == priority:
             node.retention = retention
         if self._keys is not None and len(duplicates) < len(pages):
@@ -116,7 +107,7 @@ class PrefixCache:
             self._settle_duplicates(pages)
         node = self._pool.published[deepest]
         if node is not None:
-            self._tick = node.last_use = self._tick + 1
+            self._tree.tick = node.last_use = self._tree.tick + 1
             if node.priority != DEFAULT_PRIORITY:
                 self._order.retain(node)
             self._order.add(node)
@@ -179,10 +170,10 @@ class PrefixCache:
         held = 0
         for node in self._tree.nodes():
             held += len(node.pages)
-            first = bytes(node.tokens[:size])
-            if not node.pages or len(node.tokens) != len(node.pages) * size:
-                return f"a node has {len(node.pages)} pages and {len(node.tokens)} bytes of tokens"
-            if node.parent is None or node.parent.children.get(first) is not node:
+            nbytes = len(node.key) + len(node.tail)
+            if not node.pages or nbytes != len(node.pages) * size:
+                return f"a node has {len(node.pages)} pages and {nbytes} bytes of tokens"
+            if node.parent is None or node.parent.children.get(node.key) is not node:
                 return f"the node of page {node.pages[0]} is not its parent's child"
             if node.start != node.parent.start + len(node.parent.pages):
                 return f"the node of page {node.pages[0]} starts at {node.start}"

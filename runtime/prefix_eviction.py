@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable
 
-from hotset.runtime.prefix_tree import PrefixNode
+from hotset.runtime.prefix_tree import PrefixNode, QueueEntry
 
 DEFAULT_PRIORITY = 10
 
@@ -18,23 +19,34 @@ class EvictionOrder:
     `priority_until` and `DEFAULT_PRIORITY` after that; `retention` is the time in seconds that its
     priority holds after a release, None for ever.
 
-    The heap is lazy: a lookup only notes its tick in the node. An entry that turns out to be out of date
-    when it comes up is put back with the node's present key; an entry that is not its node's `queued` is
-    dropped.
+    Leaves become idle in the order of their use, so most of them queue in a deque; the others (leaves that were
+    parents, other priorities) in a heap. Both are lazy: a lookup only notes its tick in the node. An entry that turns
+    out to be out of date when it comes up is queued again with the node's present key; one that is not its node's
+    `queued` is dropped.
     """
 
     def __init__(self, references: list[int], clock: Callable[[], float]) -> None:
         self._references = references
         self._clock = clock
         self._serial = itertools.count()
-        self._heap: list[tuple[int, int, int, PrefixNode]] = []
+        self._recent: deque[QueueEntry] = deque()
+        self._heap: list[QueueEntry] = []
         self._expiring: list[tuple[float, int, PrefixNode]] = []
 
     def add(self, node: PrefixNode) -> None:
         """Takes note that the node may have become a leaf with an idle last page."""
-        if node.queued is None and node.pages and not node.children and not self._references[node.pages[-1]]:
-            node.queued = (node.priority, node.last_use, next(self._serial), node)
-            heapq.heappush(self._heap, node.queued)
+        if node.queued is not None or node.children or not node.pages or self._references[node.pages[-1]]:
+            return
+        recent = self._recent
+        node.queued = entry = (node.priority, node.last_use, next(self._serial), node)
+        if entry[0] != DEFAULT_PRIORITY:
+            heapq.heappush(self._heap, entry)
+        elif not recent or recent[-1] < entry:
+            recent.append(entry)
+        elif entry[1] <= recent[0][1]:
+            recent.appendleft(entry)
+        else:
+            heapq.heappush(self._heap, entry)
 
     def retain(self, node: PrefixNode) -> None:
         """Starts the time for which the priorities of a node and of those above it hold."""
@@ -49,23 +61,29 @@ class EvictionOrder:
         """The leaf whose last page goes next; None if no leaf ends in an idle page."""
         if self._expiring:
             self._expire()
-        heap, references = self._heap, self._references
-        while heap:
-            entry = heap[0]
+        recent, heap, references = self._recent, self._heap, self._references
+        while recent or heap:
+            in_heap = not recent or (heap and heap[0] < recent[0])
+            entry = heap[0] if in_heap else recent[0]
             node = entry[3]
-            if entry is not node.queued:
-                heapq.heappop(heap)
-            elif not node.pages or node.children or references[node.pages[-1]]:
+            if entry is node.queued:
+                if (
+                    entry[1] == node.last_use
+                    and entry[0] == node.priority
+                    and not node.children
+                    and not references[node.pages[-1]]
+                ):
+                    return node
                 node.queued = None
+            if in_heap:
                 heapq.heappop(heap)
-            elif entry[1] != node.last_use or entry[0] != node.priority:
-                node.queued = (node.priority, node.last_use, next(self._serial), node)
-                heapq.heapreplace(heap, node.queued)
             else:
-                return node
+                recent.popleft()
+            self.add(node)
         return None
 
     def clear(self) -> None:
+        self._recent.clear()
         self._heap.clear()
         self._expiring.clear()
 
@@ -76,6 +94,5 @@ class EvictionOrder:
             if node.retention is None or until != node.priority_until:
                 continue  # used again since
             node.priority, node.retention = DEFAULT_PRIORITY, None
-            if node.queued is not None:  # it may have to move forward, which a lazy entry cannot
-                node.queued = None
-                self.add(node)
+            node.queued = None  # it may have to move forward, which a lazy entry cannot
+            self.add(node)

@@ -6,6 +6,7 @@ are compared as the packed bytes they are kept in (int32), so a hit is exact: no
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Hashable, Iterator, Mapping
 
 
@@ -28,6 +29,7 @@ class PrefixNode:
 
     __slots__ = (
         "children",
+        "key",
         "last_use",
         "pages",
         "parent",
@@ -37,7 +39,7 @@ class PrefixNode:
         "retention",
         "salt",
         "start",
-        "tokens",
+        "tail",
     )
 
     def __init__(
@@ -45,21 +47,27 @@ class PrefixNode:
         salt: Hashable,
         parent: PrefixNode | None,
         start: int,
-        tokens: bytearray,
+        key: bytes,
+        tail: bytearray,
         pages: list[int],
         priority: int,
     ) -> None:
         self.salt = salt
         self.parent = parent
         self.start = start
-        self.tokens = tokens
+        self.key = key
+        self.tail = tail
         self.pages = pages
         self.children: dict[bytes, PrefixNode] = {}
         self.last_use = 0
         self.priority = priority
         self.retention: float | None = None
         self.priority_until = 0.0
-        self.queued: tuple[int, int, int, PrefixNode] | None = None
+        self.queued: QueueEntry | None = None
+
+
+QueueEntry = tuple[int, int, int, PrefixNode]
+"""Priority, last use, a serial number that makes entries comparable, and the node."""
 
 
 class PrefixTree:
@@ -68,34 +76,50 @@ class PrefixTree:
     Args:
         page_nbytes: bytes of one page's token ids (4 per token).
         published: per page number the node that holds it; the tree keeps it up to date.
+
+    Attributes:
+        tick: counts uses.
     """
 
     def __init__(self, page_nbytes: int, published: list[PrefixNode | None]) -> None:
         self.page_nbytes = page_nbytes
         self._published = published
+        self.tick = 0
+        self._iterate_pages = struct.Struct(f"{page_nbytes}s").iter_unpack
         self._roots: dict[Hashable, PrefixNode] = {}
 
-    def find(self, tokens: bytes, salt: Hashable) -> tuple[PrefixNode | None, int]:
-        """The node that ends the longest prefix of `tokens` in the tree, and that prefix's length in bytes.
+    def find(self, tokens: bytes, salt: Hashable) -> PrefixNode | None:
+        """The node that ends the longest prefix of `tokens` in the tree; None without a hit. Counts as a use.
 
-        The prefix ends with the node: a node that agrees only in part is split. (None, 0) without a hit.
+        The prefix ends where the node ends: a node that agrees only in part is split.
         """
-        node = self._roots.get(salt)
-        if node is None:
-            return None, 0
         size = self.page_nbytes
-        position = 0
-        while (child := node.children.get(tokens[position : position + size])) is not None:
-            run = child.tokens
-            if len(run) == size:  # the children's dictionary has compared this page already
-                position += size
-            elif tokens.startswith(run, position):
-                position += len(run)
-            else:
-                count = self._common_pages(tokens, position, run)
-                return self.split(child, count), position + count * size
-            node = child
-        return (node, position) if position else (None, 0)
+        root = self._roots.get(salt)
+        node = root.children.get(tokens[:size]) if root is not None else None
+        if node is None:
+            return None
+        end = len(tokens)
+        position = size
+        try:
+            while True:
+                if node.tail:
+                    if not tokens.startswith(node.tail, position):
+                        node = self.split(node, 1 + self._common_pages(tokens, position, node.tail))
+                        break
+                    position += len(node.tail)
+                if position >= end:
+                    break
+                for (key,) in self._iterate_pages(memoryview(tokens)[position : end - end % size]):
+                    node = node.children[key]
+                    if node.tail:  # else the children's dictionary has compared the whole node
+                        position = (node.start + 1) * size
+                        break
+                else:
+                    break
+        except KeyError:
+            pass  # nothing goes on like `tokens` does
+        self.tick = node.last_use = self.tick + 1
+        return node
 
     def pages_to(self, node: PrefixNode | None) -> list[int]:
         """All pages from the root to the end of `node`, in the order of the tokens."""
@@ -125,7 +149,7 @@ class PrefixTree:
                 if child is None:
                     break
                 node, offset = child, 0
-            elif node.tokens[offset * size : (offset + 1) * size] != key:
+            elif node.tail[(offset - 1) * size : offset * size] != key:
                 break
             if node.pages[offset] != page:
                 duplicates.append((page, node.pages[offset]))
@@ -142,31 +166,31 @@ class PrefixTree:
         """
         if count == len(node.pages):
             return node
-        size = count * self.page_nbytes
+        kept, key_end = (count - 1) * self.page_nbytes, count * self.page_nbytes
         parent = node.parent
-        upper = PrefixNode(node.salt, parent, node.start, node.tokens[:size], node.pages[:count], node.priority)
+        upper = PrefixNode(node.salt, parent, node.start, node.key, node.tail[:kept], node.pages[:count], node.priority)
         upper.last_use, upper.retention = node.last_use, node.retention
         upper.priority_until = node.priority_until
         if parent is not None:
-            parent.children[self._key(upper)] = upper
+            parent.children[upper.key] = upper
         for page in upper.pages:
             self._published[page] = upper
-        del node.tokens[:size]
+        node.key = bytes(node.tail[kept:key_end])
+        del node.tail[:key_end]
         del node.pages[:count]
         node.start += count
         node.parent = upper
-        upper.children[self._key(node)] = node
+        upper.children[node.key] = node
         return upper
 
     def remove_last_page(self, node: PrefixNode) -> int:
         """Takes the last page of a leaf out of the tree; a leaf without pages goes too."""
-        page = node.pages[-1]
+        page = node.pages.pop()
         self._published[page] = None
-        if len(node.pages) == 1:
-            self._unlink(node)
+        if node.pages:
+            del node.tail[-self.page_nbytes :]
         else:
-            del node.tokens[-self.page_nbytes :]
-        del node.pages[-1]
+            self._unlink(node)
         return page
 
     def remove_from(self, page: int) -> list[int]:
@@ -187,7 +211,6 @@ class PrefixTree:
             for gone in node.pages:
                 self._published[gone] = None
             node.pages = []
-            node.queued = None
         return removed
 
     def move(self, moves: Mapping[int, int]) -> None:
@@ -216,13 +239,10 @@ class PrefixTree:
             if node.parent is not None:
                 yield node
 
-    def _key(self, node: PrefixNode) -> bytes:
-        return bytes(node.tokens[: self.page_nbytes])
-
     def _common_pages(self, tokens: bytes, position: int, run: bytearray) -> int:
-        """Leading pages of `run` that `tokens` has at `position`; the first is known to agree."""
+        """Leading pages of `run` that `tokens` has at `position`."""
         size = self.page_nbytes
-        agree, limit = 1, min(len(run), len(tokens) - position) // size
+        agree, limit = 0, min(len(run), len(tokens) - position) // size
         while agree < limit:
             middle = (agree + limit + 1) // 2
             if tokens.startswith(run[: middle * size], position):
@@ -239,19 +259,18 @@ class PrefixTree:
             return node, last if node.pages[-1] == previous else node.pages.index(previous) + 1
         root = self._roots.get(salt)
         if root is None:
-            root = self._roots[salt] = PrefixNode(salt, None, 0, bytearray(), [], 0)
+            root = self._roots[salt] = PrefixNode(salt, None, 0, b"", bytearray(), [], 0)
         return root, 0
 
     def _add_below(self, node: PrefixNode, tokens: bytes, pages: list[int], priority: int) -> PrefixNode:
         """Appends a run behind a whole node: to the node itself if it is a leaf of the same priority."""
         if node.parent is not None and not node.children and node.priority == priority:
-            node.tokens += tokens
+            node.tail += tokens
             node.pages += pages
         else:
             start = node.start + len(node.pages)
-            node.children[tokens[: self.page_nbytes]] = child = PrefixNode(
-                node.salt, node, start, bytearray(tokens), pages, priority
-            )
+            key, tail = tokens[: self.page_nbytes], bytearray(tokens[self.page_nbytes :])
+            node.children[key] = child = PrefixNode(node.salt, node, start, key, tail, pages, priority)
             node = child
         for page in pages:
             self._published[page] = node
@@ -262,7 +281,9 @@ class PrefixTree:
         parent = node.parent
         if parent is None:
             return
-        del parent.children[self._key(node)]
-        parent.last_use = max(parent.last_use, node.last_use)
+        del parent.children[node.key]
+        if parent.last_use < node.last_use:
+            parent.last_use = node.last_use
+        node.queued = None
         if parent.parent is None and not parent.children:
             del self._roots[parent.salt]
