@@ -39,14 +39,18 @@ struct route_result {
     double lost_mass;
 };
 
+/* The kernel that all routers of this process use. */
+static const struct route_kernel *route_kernel;
+
 /* Routes `rows` rows and accounts for them. 0 with an exception if the arena was closed meanwhile. */
 static inline int router_run(RouterObject *router, uint32_t layer, const struct route_call *call,
                              enum route_epochs epochs, const float *logits, uint32_t rows, int32_t *ids, float *weights,
                              struct route_result *result) {
     struct arena *arena = owner_arena(router->arena);
     if (!arena) return 0;
-    const struct affinity_law *law = &((AffinityObject *)router->affinity)->law;
     const struct route_rule *rule = &router->rule;
+    struct route_context context = {arena, router->process, layer, rule, &((AffinityObject *)router->affinity)->law, epochs};
+    struct route_boosts boosts = route_boosts(&context);
     struct route_snapshot snapshot;
     struct route_tally tally;
     uint64_t begin = router->timing ? clock_nanoseconds() : 0;
@@ -60,18 +64,17 @@ static inline int router_run(RouterObject *router, uint32_t layer, const struct 
         const float *part_logits = logits + (size_t)done * rule->num_experts;
         int32_t *part_ids = ids + (size_t)done * rule->top_k;
         float *part_weights = weights + (size_t)done * rule->top_k;
-        route_tally_begin(&tally, rule, &snapshot);
+        route_tally_begin(&tally, rule, part, &snapshot);
         if ((uint64_t)part * rule->num_experts >= ROUTE_GIL_LOGITS) {
             Py_BEGIN_ALLOW_THREADS
-            route_rows(rule, &part_call, &snapshot, law, epochs, part_logits, part, part_ids, part_weights, &tally);
+            route_kernel->rows(rule, &part_call, &snapshot, &boosts, part_logits, part, part_ids, part_weights, &tally);
             Py_END_ALLOW_THREADS
             /* Counters and activations have one writer per process: they are written under the GIL. */
-            if (!(arena = owner_arena(router->arena))) return 0;
+            if (!owner_arena(router->arena)) return 0;
         } else {
-            route_rows(rule, &part_call, &snapshot, law, epochs, part_logits, part, part_ids, part_weights, &tally);
+            route_kernel->rows(rule, &part_call, &snapshot, &boosts, part_logits, part, part_ids, part_weights, &tally);
         }
-        uint64_t hits = route_account(arena, router->process, layer, rule, law, epochs, part, &snapshot, &tally,
-                                      result->missing);
+        uint64_t hits = route_account(&context, part, part_ids, &snapshot, &tally, result->missing);
         if (router->control.enabled && call->policy == router->policy)
             control_observe(&router->control, &router->strength[router->policy], hits, (uint64_t)part * rule->top_k, part,
                             tally.lost_mass);
@@ -399,8 +402,43 @@ static PyType_Slot binding_slots[] = {
 static PyType_Spec binding_spec = {"hotset.shm._core.Binding", sizeof(BindingObject), 0,
                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, binding_slots};
 
+/* ---- the choice of a kernel ---- */
+
+static PyObject *core_route_kernels(PyObject *module, PyObject *ignored) {
+    (void)module, (void)ignored;
+    const struct route_kernel *kernels[ROUTE_MAX_KERNELS];
+    uint32_t count = route_kernels(kernels);
+    PyObject *names = PyList_New(0);
+    for (uint32_t i = 0; names && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(kernels[i]->name);
+        if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *core_use_route_kernel(PyObject *module, PyObject *arg) {
+    (void)module;
+    const struct route_kernel *kernels[ROUTE_MAX_KERNELS];
+    uint32_t count = route_kernels(kernels);
+    for (uint32_t i = 0; i < count; i++)
+        if (PyUnicode_Check(arg) && PyUnicode_CompareWithASCIIString(arg, kernels[i]->name) == 0) {
+            PyObject *previous = PyUnicode_FromString(route_kernel->name);
+            route_kernel = kernels[i];
+            return previous;
+        }
+    return PyErr_Format(PyExc_ValueError, "there is no routing kernel %R on this processor, see route_kernels()", arg);
+}
+
+#define ROUTING_FUNCTIONS                                                                                              \
+    {"route_kernels", core_route_kernels, METH_NOARGS, "Names of the routing kernels that run here, best first."},      \
+    {"use_route_kernel", core_use_route_kernel, METH_O, "All routers use this kernel now; the name of the last one."}
+
 /* Adds Affinity and Router to the module; `arena` is its Arena type. -1 with an exception. */
 static inline int add_routing_types(PyObject *module, PyObject *arena) {
+    const struct route_kernel *kernels[ROUTE_MAX_KERNELS];
+    route_kernels(kernels);
+    route_kernel = kernels[0];
     core_types.arena = (PyTypeObject *)arena;
     core_types.affinity = (PyTypeObject *)PyType_FromSpec(&affinity_spec);
     core_types.router = (PyTypeObject *)PyType_FromSpec(&router_spec);

@@ -191,6 +191,7 @@ static PyObject *core_die_with_parent(PyObject *module, PyObject *arg) {
 static PyMethodDef core_functions[] = {
     {"offsets", core_offsets, METH_NOARGS, "Offsets of the shared structs, as the C compiler sees them."},
     {"die_with_parent", core_die_with_parent, METH_O, "PR_SET_PDEATHSIG; False if the parent is not `pid` any more."},
+    ROUTING_FUNCTIONS,
     {NULL, NULL, 0, NULL},
 };
 

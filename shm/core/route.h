@@ -1,8 +1,8 @@
 /* Routing: which experts a token goes to, and with what weights.
  *
- *     rule + call + snapshot + logits  --route_rows()-->  ids, weights, tally  --route_account()-->  arena
+ *     rule + call + snapshot + logits  --kernel.rows()-->  ids, weights, tally  --route_account()-->  arena
  *
- * route_rows() is a pure function (INV-6): it reads no shared memory, so the same logits, snapshot and parameters
+ * kernel.rows() is a pure function (INV-6): it reads no shared memory, so the same logits, snapshot and parameters
  * give the same selection, and it may run without the GIL. route_account() is the only writer.
  *
  * Selection works on adjusted scores, mixing weights always come from the unmodified gate logits. Ties go to the
@@ -19,7 +19,7 @@
 #define ROUTE_MAX_TOP_K 32u
 #define ROUTE_MAX_GROUPS 64u
 #define ROUTE_WORDS (ROUTE_MAX_EXPERTS / 64)
-#define ROUTE_PADDING 32u /* rows of scores are padded with -inf to a multiple of this */
+#define ROUTE_COUNT_BITS 16 /* of route_tally.selections */
 
 enum route_gating {
     GATING_SOFTMAX_TOP_K = 0, /* probabilities over all experts, then the top k */
@@ -61,9 +61,15 @@ struct route_snapshot {
     float range;                     /* running mean of max - min of the layer's logits; 0 = no row seen */
 };
 
+/* What a selection is worth to the affinity, as the tally adds it up. */
+struct route_boosts {
+    const uint64_t *by_age; /* Q.36 by number of rows that follow in the call; NULL: only counted */
+    uint64_t keep;          /* bits of the tally that a further selection adds to; the others it replaces */
+};
+
 /* What the rows did. */
 struct route_tally {
-    uint64_t selections[ROUTE_MAX_EXPERTS]; /* [decayed boosts Q.36 << 16 | count 16] per expert */
+    uint64_t selections[ROUTE_MAX_EXPERTS]; /* per expert [boosts Q.36 | count 16], or only the count: route_boosts */
     uint64_t displaced[ROUTE_WORDS];        /* in some row's true top k, but not selected there, not preferred */
     uint64_t prefetch[ROUTE_WORDS]; /* not selected, not resident, gate probability >= prefetch_threshold in some row */
     uint64_t nan_logits, rows_without_finite, changed;

@@ -1,10 +1,11 @@
-/* The rows of a call, and what they change in the arena. See route.h for how the parts fit. */
+/* What a call reads from the arena before its rows are routed, and writes there afterwards. */
 #ifndef HOTSET_ROUTE_BATCH_H
 #define HOTSET_ROUTE_BATCH_H
 
 #include "affinity.h"
 #include "counters.h"
-#include "route_row.h"
+#include "route_kernel.h"
+#include "route_select.h"
 
 enum route_epochs {
     EPOCH_PER_TOKEN = 0, /* a batch equals the sequence of single calls */
@@ -26,9 +27,9 @@ static inline void route_snapshot_take(struct route_snapshot *snapshot, const st
     snapshot->range = bits_float(load_relaxed(&arena->layers[layer].logit_range));
 }
 
-static inline void route_tally_begin(struct route_tally *tally, const struct route_rule *rule,
+static inline void route_tally_begin(struct route_tally *tally, const struct route_rule *rule, uint32_t rows,
                                      const struct route_snapshot *snapshot) {
-    memset(tally->selections, 0, rule->num_experts * sizeof tally->selections[0]);
+    if (rows > 1) memset(tally->selections, 0, rule->num_experts * sizeof tally->selections[0]);
     memset(tally->displaced, 0, sizeof tally->displaced);
     memset(tally->prefetch, 0, sizeof tally->prefetch);
     tally->nan_logits = tally->rows_without_finite = tally->changed = 0;
@@ -37,23 +38,6 @@ static inline void route_tally_begin(struct route_tally *tally, const struct rou
     tally->range_updates = 0;
     tally->range_gain = 1;
     tally->range_shift = 0;
-}
-
-/* Routes `rows` rows of num_experts logits. Reads no shared memory. rows <= AFFINITY_MAX_AGES if EPOCH_PER_TOKEN. */
-static inline void route_rows(const struct route_rule *rule, const struct route_call *call,
-                              const struct route_snapshot *snapshot, const struct affinity_law *law,
-                              enum route_epochs epochs, const float *logits, uint32_t rows, int32_t *ids, float *weights,
-                              struct route_tally *tally) {
-    struct route_scratch scratch;
-    uint32_t k = rule->top_k;
-    for (uint32_t row = 0; row < rows; row++, ids += k, weights += k, logits += rule->num_experts) {
-        float strength = call->strengths ? call->strengths[row] : call->strength;
-        route_row(rule, call, snapshot, &scratch, logits, strength, ids, weights, tally);
-        uint64_t boost = epochs == EPOCH_PER_TOKEN ? law->weight_q36[rows - 1 - row] << 16 : 0;
-        uint64_t keep = law->saturating && epochs == EPOCH_PER_TOKEN ? 0xFFFF : UINT64_MAX;
-        for (uint32_t i = 0; i < k; i++)
-            tally->selections[ids[i]] = (tally->selections[ids[i]] & keep) + boost + 1;
-    }
 }
 
 /* The rows' effect on the running mean. If nobody else moved it, exactly what single calls would have left. */
@@ -68,40 +52,83 @@ static inline void route_account_range(const struct arena *arena, uint32_t layer
                     : float_bits(tally->range_gain * bits_float(old) + tally->range_shift);
 }
 
-/* Adds the tally to the arena: affinity, activation counts and the counters of `process`, which is the caller.
- * Sets the bits of selected experts that are not resident in `missing`. Returns how many selections hit. */
-static inline uint64_t route_account(const struct arena *arena, uint32_t process, uint32_t layer,
-                                     const struct route_rule *rule, const struct affinity_law *law,
-                                     enum route_epochs epochs, uint32_t rows, const struct route_snapshot *snapshot,
-                                     const struct route_tally *tally, uint64_t *missing) {
-    uint64_t hits = 0, selected = (uint64_t)rows * rule->top_k;
-    uint64_t now = epochs == EPOCH_NONE ? affinity_now(arena, layer)
-                                        : affinity_advance(arena, layer, epochs == EPOCH_PER_TOKEN ? rows : 1);
-    atomic_u64 *slots = affinity_row(arena, layer);
-    atomic_u64 *activations = activation_row(arena, process, layer);
-    for (uint32_t e = 0; e < rule->num_experts; e++) {
+/* On whose behalf rows are routed, and under which rules. */
+struct route_context {
+    const struct arena *arena;
+    uint32_t process, layer;
+    const struct route_rule *rule;
+    const struct affinity_law *law;
+    enum route_epochs epochs;
+};
+
+static inline struct route_boosts route_boosts(const struct route_context *context) {
+    int per_token = context->epochs == EPOCH_PER_TOKEN;
+    return (struct route_boosts){
+        .by_age = per_token ? context->law->weight_q36 : NULL,
+        .keep = per_token && context->law->saturating ? (1 << ROUTE_COUNT_BITS) - 1 : UINT64_MAX,
+    };
+}
+
+/* `count` selections of one expert, worth `amount` at epoch `now`. Returns how many hit; a miss sets its bit. */
+static inline uint64_t route_account_expert(const struct route_context *context, const struct route_snapshot *snapshot,
+                                            uint32_t expert, uint64_t count, uint64_t amount, uint64_t now,
+                                            uint64_t *missing) {
+    atomic_u64 *activations = activation_row(context->arena, context->process, context->layer) + expert;
+    affinity_merge(context->law, affinity_row(context->arena, context->layer) + expert, amount, now);
+    store_relaxed(activations, load_relaxed(activations) + count); /* single writer: no fetch_add */
+    if (bit_test(snapshot->resident, expert)) return count;
+    bit_set(missing, expert);
+    return 0;
+}
+
+/* The affinity, activations, hits and misses of a tally: one CAS per expert that was selected at all. */
+static inline uint64_t route_account_selections(const struct route_context *context, uint32_t rows, const int32_t *ids,
+                                                const struct route_snapshot *snapshot, const struct route_tally *tally,
+                                                uint64_t *missing) {
+    const struct affinity_law *law = context->law;
+    int per_token = context->epochs == EPOCH_PER_TOKEN;
+    uint64_t hits = 0, now = context->epochs == EPOCH_NONE
+                                 ? affinity_now(context->arena, context->layer)
+                                 : affinity_advance(context->arena, context->layer, per_token ? rows : 1);
+    if (rows == 1) {
+        for (uint32_t i = 0; i < context->rule->top_k; i++)
+            hits += route_account_expert(context, snapshot, (uint32_t)ids[i], 1, law->boost_q24, now, missing);
+        return hits;
+    }
+    const uint64_t half = UINT64_C(1) << (AFFINITY_WEIGHT_BITS - 25); /* rounds Q.36 to Q.24 */
+    for (uint32_t e = 0; e < context->rule->num_experts; e++) {
         uint64_t selections = tally->selections[e];
         if (!selections) continue;
-        uint64_t count = epochs == EPOCH_PER_TOKEN ? selections & 0xFFFF : selections;
-        uint64_t amount = epochs == EPOCH_PER_TOKEN
-                              ? ((selections >> 16) + (1 << (AFFINITY_WEIGHT_BITS - 25))) >> (AFFINITY_WEIGHT_BITS - 24)
-                              : law->boost_q24;
-        affinity_merge(law, &slots[e], amount, now);
-        store_relaxed(&activations[e], load_relaxed(&activations[e]) + count);
-        if (bit_test(snapshot->resident, e)) hits += count;
-        else bit_set(missing, e);
+        uint64_t count = per_token ? selections & ((1 << ROUTE_COUNT_BITS) - 1) : selections;
+        uint64_t amount = per_token ? ((selections >> ROUTE_COUNT_BITS) + half) >> (AFFINITY_WEIGHT_BITS - 24)
+                                    : law->boost_q24;
+        hits += route_account_expert(context, snapshot, e, count, amount, now, missing);
     }
-    atomic_u64 *counters = counter_row(arena, process);
+    return hits;
+}
+
+/* Adds what the rows did to the arena: affinity, running mean, and the rows of the caller's process. Sets the bits of
+ * selected experts that are not resident in `missing`. Returns how many selections hit. */
+static inline uint64_t route_account(const struct route_context *context, uint32_t rows, const int32_t *ids,
+                                     const struct route_snapshot *snapshot, const struct route_tally *tally,
+                                     uint64_t *missing) {
+    uint64_t hits = route_account_selections(context, rows, ids, snapshot, tally, missing);
+    uint64_t selected = (uint64_t)rows * context->rule->top_k;
+    atomic_u64 *counters = counter_row(context->arena, context->process);
     counter_add(counters, COUNTER_ROUTING_DECISIONS, rows);
     counter_add(counters, COUNTER_CACHE_HITS, hits);
     counter_add(counters, COUNTER_CACHE_MISSES, selected - hits);
-    counter_add(counters, COUNTER_NAN_LOGITS, tally->nan_logits);
-    counter_add(counters, COUNTER_ROWS_WITHOUT_FINITE_LOGIT, tally->rows_without_finite);
-    counter_add(counters, COUNTER_SELECTIONS_CHANGED, tally->changed);
-    /* Rounding can make a row's loss negative by an ulp; the counter only grows. */
-    if (tally->lost_mass > 0)
-        counter_add(counters, COUNTER_LOST_MASS_Q32, (uint64_t)(tally->lost_mass * 4294967296.0 + 0.5));
-    route_account_range(arena, layer, snapshot, tally);
+    if (tally->nan_logits | tally->rows_without_finite) {
+        counter_add(counters, COUNTER_NAN_LOGITS, tally->nan_logits);
+        counter_add(counters, COUNTER_ROWS_WITHOUT_FINITE_LOGIT, tally->rows_without_finite);
+    }
+    if (tally->changed) {
+        counter_add(counters, COUNTER_SELECTIONS_CHANGED, tally->changed);
+        /* Rounding can make the loss negative by an ulp; the counter only grows. */
+        if (tally->lost_mass > 0)
+            counter_add(counters, COUNTER_LOST_MASS_Q32, (uint64_t)(tally->lost_mass * 4294967296.0 + 0.5));
+    }
+    route_account_range(context->arena, context->layer, snapshot, tally);
     return hits;
 }
 

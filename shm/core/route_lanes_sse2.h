@@ -1,0 +1,92 @@
+/* What the vector kernels need of SSE2, which every x86-64 has: blocks of eight floats in two registers, and vectors
+ * of two keys. */
+#ifndef HOTSET_ROUTE_LANES_SSE2_H
+#define HOTSET_ROUTE_LANES_SSE2_H
+
+#include <emmintrin.h>
+#include <stdint.h>
+
+#define KEY_LANES 2u
+
+typedef struct {
+    __m128 low, high;
+} block;
+typedef __m128d keys;
+
+#define BLOCK_EACH(op, a, b) (block){op((a).low, (b).low), op((a).high, (b).high)}
+
+static inline block block_load(const float *from) { return (block){_mm_loadu_ps(from), _mm_loadu_ps(from + 4)}; }
+static inline void block_store(float *to, block a) { _mm_storeu_ps(to, a.low), _mm_storeu_ps(to + 4, a.high); }
+static inline block block_all(float value) { return (block){_mm_set1_ps(value), _mm_set1_ps(value)}; }
+static inline block block_add(block a, block b) { return BLOCK_EACH(_mm_add_ps, a, b); }
+static inline block block_sub(block a, block b) { return BLOCK_EACH(_mm_sub_ps, a, b); }
+static inline block block_mul(block a, block b) { return BLOCK_EACH(_mm_mul_ps, a, b); }
+static inline block block_max(block a, block b) { return BLOCK_EACH(_mm_max_ps, a, b); }
+static inline block block_min(block a, block b) { return BLOCK_EACH(_mm_min_ps, a, b); }
+static inline block block_and(block a, block b) { return BLOCK_EACH(_mm_and_ps, a, b); }
+static inline block block_or(block a, block b) { return BLOCK_EACH(_mm_or_ps, a, b); }
+/* a where the mask is set, b elsewhere */
+static inline block block_choose(block mask, block a, block b) {
+    return block_or(block_and(mask, a), BLOCK_EACH(_mm_andnot_ps, mask, b));
+}
+static inline block block_at_least(block a, block b) { return BLOCK_EACH(_mm_cmpge_ps, a, b); }
+/* A bit per lane that is set in a mask. */
+static inline uint32_t block_bits(block mask) {
+    return (uint32_t)(_mm_movemask_ps(mask.low) | _mm_movemask_ps(mask.high) << 4);
+}
+static inline int block_is_zero(block a) {
+    __m128i any = _mm_castps_si128(_mm_or_ps(a.low, a.high));
+    return _mm_movemask_epi8(_mm_cmpeq_epi32(any, _mm_setzero_si128())) == 0xFFFF;
+}
+
+/* The eight low bits, as a mask. */
+static inline block block_from_bits(uint32_t bits) {
+    const __m128i low = _mm_setr_epi32(1, 2, 4, 8), high = _mm_setr_epi32(16, 32, 64, 128);
+    __m128i all = _mm_set1_epi32((int)bits);
+    return (block){_mm_castsi128_ps(_mm_cmpeq_epi32(_mm_and_si128(all, low), low)),
+                   _mm_castsi128_ps(_mm_cmpeq_epi32(_mm_and_si128(all, high), high))};
+}
+
+static inline __m128 half_scale(__m128 a, __m128 rounded) {
+    return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_slli_epi32(_mm_castps_si128(rounded), 23)));
+}
+/* a * 2^n, n in the low bits of `rounded` */
+static inline block block_scale(block a, block rounded) { return BLOCK_EACH(half_scale, a, rounded); }
+
+#define BLOCK_FOLD(a, op)                               \
+    __m128 half = op((a).low, (a).high);                \
+    half = op(half, _mm_movehl_ps(half, half));         \
+    return _mm_cvtss_f32(op(half, _mm_shuffle_ps(half, half, 1)));
+
+static inline float block_fold_sum(block a) { BLOCK_FOLD(a, _mm_add_ps) }
+static inline float block_fold_max(block a) { BLOCK_FOLD(a, _mm_max_ps) }
+static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
+
+static inline keys keys_max(keys a, keys b) { return _mm_max_pd(a, b); }
+static inline keys keys_min(keys a, keys b) { return _mm_min_pd(a, b); }
+static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(a)); }
+/* The two lanes, exchanged. */
+static inline keys keys_exchange(keys a, uint32_t distance) {
+    (void)distance;
+    return _mm_shuffle_pd(a, a, 1);
+}
+
+static inline void half_keys(__m128 scores, uint32_t first, keys *out) {
+    const __m128i lane = _mm_setr_epi32(0, 1 << 12, 2 << 12, 3 << 12);
+    const __m128i exponent = _mm_set1_epi64x(0x3FF0000000000000);
+    __m128i bits = _mm_castps_si128(scores);
+    __m128i ordered = _mm_xor_si128(bits, _mm_or_si128(_mm_srai_epi32(bits, 31), _mm_set1_epi32(INT32_MIN)));
+    __m128i inverted = _mm_sub_epi32(_mm_set1_epi32((int)((0xFFFFFu - first) << 12)), lane);
+    __m128i low = _mm_srli_epi64(_mm_unpacklo_epi32(inverted, ordered), 12);
+    __m128i high = _mm_srli_epi64(_mm_unpackhi_epi32(inverted, ordered), 12);
+    out[0] = _mm_castsi128_pd(_mm_or_si128(low, exponent));
+    out[1] = _mm_castsi128_pd(_mm_or_si128(high, exponent));
+}
+
+/* The keys of eight scores whose first has id `first`: see route_network.h. In any order, for the id is in the key. */
+static inline void block_keys(block scores, uint32_t first, keys *out) {
+    half_keys(scores.low, first, out);
+    half_keys(scores.high, first + 4, out + 2);
+}
+
+#endif
