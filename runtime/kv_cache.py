@@ -18,6 +18,7 @@ from hotset.runtime import kv_statistics
 from hotset.runtime.kv_compaction import PageMove, plan_moves
 from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages, UnknownSequence
 from hotset.runtime.kv_events import CacheEvent
+from hotset.runtime.kv_page_memory import KvPageMemory
 from hotset.runtime.kv_page_pool import NO_PAGE, PagePool
 from hotset.runtime.kv_sequence import CachedSequence
 from hotset.runtime.kv_statistics import FragmentationStats, HitRateWindow, PagedCacheStats
@@ -62,8 +63,8 @@ class PagedKvCache:
         num_pages: pages in all; 0 is allowed and serves only empty sequences.
         block_size: tokens per page.
         page_nbytes: bytes of one page over all layers, for the memory figures.
-        memory: if given, copies on write reach it and its pages are cleared before they are handed out, so
-            that nobody reads the rows of an earlier owner.
+        memory: where the rows lie, for example a `KvPageMemory`. If given, copies on write reach it and its pages
+            are cleared before they are handed out, so that nobody reads the rows of an earlier owner.
         enable_prefix_caching: without it nothing is published and every hit is 0.
         hit_rate_window: requests that `hit_rate` looks back.
         events: whether to collect what `take_events` returns.
@@ -374,6 +375,45 @@ class PagedKvCache:
         self._settle(state)
         return copy
 
+    # Rows, if the cache has a page memory
+
+    def write(
+        self, sequence: int, position: int, keys: npt.ArrayLike, values: npt.ArrayLike, *, layer: int = 0
+    ) -> None:
+        """Stores the rows of consecutive tokens from `position` on, in pages that are made the sequence's own.
+
+        Args:
+            keys, values: `[tokens, num_kv_heads, head_dim]`.
+
+        Raises:
+            OutOfBounds: no page is held for some of them. UnrepresentableValue: the format cannot hold a value.
+            OutOfPages: a page must be copied and none is available. Nothing is written then.
+        """
+        memory = self._page_memory()
+        self.slot(sequence, position)
+        rows = memory.encode_rows(keys, values)
+        end = position + rows.shape[1]
+        self.slot(sequence, max(position, end - 1))
+        for at in self._page_starts(position, end):
+            self.writable_page(sequence, at)
+        for at in self._page_starts(position, end):
+            page, offset = self.slot(sequence, at)
+            count = min(self.block_size - offset, end - at)
+            memory.write_rows(page, offset, layer, rows[:, at - position : at - position + count])
+
+    def read(self, sequence: int, start: int, stop: int, *, layer: int = 0) -> npt.NDArray[np.float32]:
+        """Keys and values of the tokens `start` ... `stop - 1`, float32 `[2, tokens, num_kv_heads, head_dim]`.
+
+        Raises:
+            OutOfBounds: some of them are not written, or were given back.
+        """
+        memory = self._page_memory()
+        length = self._state(sequence).length
+        if not 0 <= start <= stop <= length:
+            raise OutOfBounds(sequence, start if start > length else stop, length)
+        slots = self.slot_mapping(sequence, start, stop)
+        return memory.read_rows(*np.divmod(slots, self.block_size), layer)
+
     # Pages
 
     def pin(self, pages: Sequence[int]) -> None:
@@ -538,6 +578,16 @@ class PagedKvCache:
             raise CorruptCache(problem)
 
     # Details
+
+    def _page_memory(self) -> KvPageMemory:
+        if not isinstance(self._memory, KvPageMemory):
+            raise TypeError("this cache has no page memory of its own; give it a KvPageMemory")
+        return self._memory
+
+    def _page_starts(self, start: int, stop: int) -> list[int]:
+        """The first position of `start` ... `stop - 1` in each of their pages."""
+        first = start - start % self.block_size
+        return [max(start, at) for at in range(first, stop, self.block_size)]
 
     def _state(self, sequence: int) -> CachedSequence:
         try:
