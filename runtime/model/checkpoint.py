@@ -124,9 +124,7 @@ class Checkpoint:
         expert_dtype = None
         for layer in range(config.num_layers):
             for expert in range(config.num_experts):
-                for name, shape in zip(
-                    expert_names(layer, expert), (matrix, matrix, transposed), strict=True
-                ):
+                for name, shape in zip(expert_names(layer, expert), (matrix, matrix, transposed), strict=True):
                     location = self._check(name, shape)
                     expert_dtype = expert_dtype or location.dtype
                     if location.dtype != expert_dtype:
@@ -143,8 +141,7 @@ class Checkpoint:
         if location.shape != shape:
             raise CorruptCheckpoint(
                 location.file,
-                f"{location.file}: tensor {name} has shape {list(location.shape)}, "
-                f"config.json needs {list(shape)}.",
+                f"{location.file}: tensor {name} has shape {list(location.shape)}, config.json needs {list(shape)}.",
                 name,
             )
         if location.dtype not in STORED_DTYPES:
@@ -195,9 +192,7 @@ def _read_index(folder: Path) -> dict[str, TensorLocation]:
     if single.is_file():
         return _read_header(single)
     if not index.is_file():
-        raise ModelNotFound(
-            folder, f"{folder} has neither model.safetensors nor model.safetensors.index.json."
-        )
+        raise ModelNotFound(folder, f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
     try:
         weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
     except msgspec.DecodeError as error:
@@ -231,9 +226,7 @@ def _shard(folder: Path, index: Path, file: str) -> Path:
     if Path(file).name != file:
         raise CorruptCheckpoint(index, f"{index} names {file!r}, which is not a file of the same folder.")
     if not (folder / file).is_file():
-        raise CorruptCheckpoint(
-            folder / file, f"The shard {folder / file} is missing; {index.name} names it."
-        )
+        raise CorruptCheckpoint(folder / file, f"The shard {folder / file} is missing; {index.name} names it.")
     return folder / file
 
 
@@ -246,9 +239,7 @@ def _read_header(path: Path) -> dict[str, TensorLocation]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise CorruptCheckpoint(
-                path, f"{path} is not a safetensors file: no header fits its {size} bytes."
-            )
+            raise CorruptCheckpoint(path, f"{path} is not a safetensors file: no header fits its {size} bytes.")
         text = file.read(length)
     try:
         header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])

@@ -123,9 +123,7 @@ class _Options:
         if value is None:
             raise CorruptCheckpoint(self.path, f"{self.path} does not give {key}.")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CorruptCheckpoint(
-                self.path, f"{self.path}: {key} is {value!r}, expected a positive integer."
-            )
+            raise CorruptCheckpoint(self.path, f"{self.path}: {key} is {value!r}, expected a positive integer.")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -148,9 +146,7 @@ class _Options:
 
     def _positive(self, key: str, value: object) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise CorruptCheckpoint(
-                self.path, f"{self.path}: {key} is {value!r}, expected a positive number."
-            )
+            raise CorruptCheckpoint(self.path, f"{self.path}: {key} is {value!r}, expected a positive number.")
         return float(value)
 
     @property
@@ -171,9 +167,7 @@ class _Options:
         """
         values = self.get("rope_parameters", self.get("rope_scaling", {}))
         if not isinstance(values, dict):
-            raise CorruptCheckpoint(
-                self.path, f"{self.path}: the rope parameters are {values!r}, expected an object."
-            )
+            raise CorruptCheckpoint(self.path, f"{self.path}: the rope parameters are {values!r}, expected an object.")
         return values  # pyright: ignore[reportUnknownVariableType]
 
     @property

@@ -34,9 +34,7 @@ def expert(
 def combine(outputs: NDArray[np.float32], weights: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """out [n, width] = sum over rank of weights [n, k] * outputs [n, k, width], rank 0 first."""
 
-def rms_norm(
-    x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, out: NDArray[np.float32]
-) -> None:
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, out: NDArray[np.float32]) -> None:
     """out [n, width] = x / sqrt(mean(x^2) + eps) * weight; out may be x."""
 
 def rotary_angles(

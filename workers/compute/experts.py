@@ -52,9 +52,7 @@ def combine_in_rank_order(outputs: NDArray[np.float32], weights: NDArray[np.floa
     return result
 
 
-def top_k_softmax(
-    gate_logits: NDArray[np.float32], config: ModelConfig
-) -> tuple[NDArray[np.int32], NDArray[Any]]:
+def top_k_softmax(gate_logits: NDArray[np.float32], config: ModelConfig) -> tuple[NDArray[np.int32], NDArray[Any]]:
     """The model's own choice: ids and mixing weights [n, k], likeliest first, ties to the lowest id."""
     shifted = np.exp(gate_logits - gate_logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)

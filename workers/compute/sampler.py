@@ -29,9 +29,7 @@ def sample(
         _penalise(logits, params, prompt_ids, generated_ids)
     best = int(np.argmax(logits))  # the lowest id of equals; a NaN where there is one
     if np.isnan(logits[best]):
-        raise ValueError(
-            f"the logits of position {position} are not numbers: the weights or the KV rows are damaged"
-        )
+        raise ValueError(f"the logits of position {position} are not numbers: the weights or the KV rows are damaged")
     if params.temperature == 0 or params.top_k == 1:
         return best
     weights = np.exp((logits - logits[best]).astype(np.float64) / params.temperature)  # the best one's is 1
@@ -41,7 +39,7 @@ def sample(
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number of [0, 1) with 53 random bits: the first word of Philox4x64 with the key (seed, position)."""
+    """A number of [0, 1) with 53 random bits: the first word of Philox4x64-10, key (seed, position), counter 1."""
     word = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw()
     return (int(word) >> 11) * 2.0**-53
 

@@ -97,9 +97,7 @@ class Transformer:
         _kernels.rms_norm(hidden, self._norm, config.rms_norm_eps, hidden)
         return _linear(hidden, self._head)
 
-    def _attention(
-        self, index: int, layer: _Layer, normed: NDArray[np.float32], rows: _Rows
-    ) -> NDArray[np.float32]:
+    def _attention(self, index: int, layer: _Layer, normed: NDArray[np.float32], rows: _Rows) -> NDArray[np.float32]:
         config, count = self.config, len(normed)
         queries, keys, values = (_linear(normed, weight) for weight in (layer.query, layer.key, layer.value))
         _kernels.rms_norm(queries, layer.query_norm, config.rms_norm_eps, queries)

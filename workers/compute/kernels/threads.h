@@ -21,7 +21,7 @@ static struct {
     int size;    /* threads besides the caller */
     int wanted;  /* a thread with an index from here on ends */
     int running; /* threads that have not finished the current loop */
-    unsigned long loop;
+    unsigned long loop; /* number of loops since the threads were started */
     loop_part *part;
     void *context;
     size_t count, step;
@@ -42,9 +42,8 @@ static inline void pool_work(void) {
 
 static void *pool_thread(void *argument) {
     int index = (int)(ptrdiff_t)argument;
-    unsigned long seen = 0;
+    unsigned long seen = 0; /* not pool.loop: the first loop may have begun before this thread did */
     pthread_mutex_lock(&pool.lock);
-    seen = pool.loop;
     for (;;) {
         while (pool.loop == seen && index < pool.wanted) pthread_cond_wait(&pool.start, &pool.lock);
         if (index >= pool.wanted) break;
@@ -76,6 +75,7 @@ static inline int pool_resize(int threads) {
     pthread_cond_broadcast(&pool.start);
     pthread_mutex_unlock(&pool.lock);
     for (int i = 0; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
+    pool.loop = 0;
     pool.wanted = threads - 1;
     sigset_t all, before; /* the host's signals are for its own threads */
     sigfillset(&all);

@@ -1,0 +1,127 @@
+"""Reading config.json: what is taken from it, and what is refused before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from model_factory import make_model
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set keys of config.json; ... removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", num_heads=4, num_kv_heads=2)
+
+
+def test_sizes_come_from_the_file(folder: Path) -> None:
+    config = ModelConfig.load(folder)
+    assert config.architecture == "OlmoeForCausalLM"
+    assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (32, 4, 2, 8)
+    assert (config.num_experts, config.experts_per_token, config.normalize_top_k) == (8, 2, False)
+    assert config.eos_token_ids == (0,)
+    assert config.clip_qkv is None
+    assert config.dtype == "bfloat16"
+
+
+def test_rope_parameters_of_transformers_5(folder: Path) -> None:
+    edit_config(folder, rope_theta=..., rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    assert ModelConfig.load(folder).rope_theta == 5e5
+
+
+def test_rope_theta_of_transformers_4(folder: Path) -> None:
+    edit_config(folder, rope_theta=25000, rope_scaling=None)
+    assert ModelConfig.load(folder).rope_theta == 25000.0
+
+
+def test_dtype_under_its_newer_name(folder: Path) -> None:
+    edit_config(folder, torch_dtype=..., dtype="float16")
+    assert ModelConfig.load(folder).dtype == "float16"
+
+
+def test_key_value_heads_default_to_all_heads(folder: Path) -> None:
+    edit_config(folder, num_key_value_heads=...)
+    assert ModelConfig.load(folder).num_kv_heads == 4
+
+
+def test_end_of_text_ids_of_the_generation_config_are_added(folder: Path) -> None:
+    edit_config(folder, eos_token_id=[5, 3])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
+    assert ModelConfig.load(folder).eos_token_ids == (3, 5, 7)
+
+
+def test_no_end_of_text(folder: Path) -> None:
+    edit_config(folder, eos_token_id=None)
+    assert ModelConfig.load(folder).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("option", "changes"),
+    [
+        ("LlamaForCausalLM", {"architectures": ["LlamaForCausalLM"]}),
+        ("mamba", {"architectures": ..., "model_type": "mamba"}),
+        ("hidden_act", {"hidden_act": "gelu"}),
+        ("attention_bias", {"attention_bias": True}),
+        ("rope_scaling", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        ("rope_scaling", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("rope_scaling", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}),
+        ("sliding_window", {"sliding_window": 128}),
+        ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
+        ("dtype", {"torch_dtype": "float8_e4m3fn"}),
+    ],
+)
+def test_unsupported_is_refused_by_name_without_reading_weights(
+    folder: Path, option: str, changes: dict[str, Any]
+) -> None:
+    edit_config(folder, **changes)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel) as caught:
+        ModelConfig.load(folder)
+    assert caught.value.option == option
+    assert option in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "changes"),
+    [
+        ("num_experts", {"num_experts": ...}),
+        ("num_experts", {"num_experts": "many"}),
+        ("hidden_size", {"hidden_size": -8}),
+        ("hidden_size", {"hidden_size": 30}),
+        ("vocab_size", {"vocab_size": True}),
+        ("key-value heads", {"num_key_value_heads": 3}),
+        ("num_experts_per_tok", {"num_experts_per_tok": 9}),
+        ("norm_topk_prob", {"norm_topk_prob": 1}),
+        ("rope_theta", {"rope_theta": 0}),
+        ("eos_token_id", {"eos_token_id": "end"}),
+        ("rope parameters", {"rope_parameters": [1]}),
+    ],
+)
+def test_values_that_make_no_sense_are_named(folder: Path, word: str, changes: dict[str, Any]) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(CorruptCheckpoint, match=word) as caught:
+        ModelConfig.load(folder)
+    assert caught.value.path == folder / "config.json"
+
+
+def test_a_file_that_is_not_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CorruptCheckpoint, match="JSON"):
+        ModelConfig.load(folder)
+
+
+def test_no_folder_and_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="nowhere"):
+        ModelConfig.load(tmp_path / "nowhere")
+    with pytest.raises(ModelNotFound, match=r"config\.json"):
+        ModelConfig.load(tmp_path)

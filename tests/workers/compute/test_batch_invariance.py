@@ -1,0 +1,122 @@
+"""Bit for bit, a row's result depends on nothing but its own sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hotset.workers.compute import _kernels
+from hotset.workers.compute.transformer import Batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_process_model import InProcessModel
+from model_factory import make_model, stored
+
+
+@pytest.fixture(params=_kernels.instruction_sets(), autouse=True, scope="module")
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    _kernels.use_instruction_set(request.param)
+    yield
+    _kernels.use_instruction_set(_kernels.instruction_sets()[-1])
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    yield
+    _kernels.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> InProcessModel:
+    folder = make_model(
+        tmp_path_factory.mktemp("model"), hidden_size=48, num_heads=6, num_kv_heads=2, intermediate_size=40
+    )
+    return InProcessModel(folder, num_pages=64, block_size=4)
+
+
+@given(
+    rows=st.integers(1, 12),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 30),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    seed=st.integers(0, 1000),
+)
+def test_a_product_row_alone_equals_the_row_in_a_batch(
+    rows: int, inputs: int, outputs: int, dtype: str, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((rows, inputs), dtype=np.float32)
+    weight = stored(random.standard_normal((outputs, inputs), dtype=np.float32), dtype)
+    together, alone = np.empty((rows, outputs), np.float32), np.empty((1, outputs), np.float32)
+    _kernels.linear(x, weight, together)
+    for row in range(rows):
+        _kernels.linear(x[row : row + 1], weight, alone)
+        np.testing.assert_array_equal(together[row], alone[0])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rows", [1, 33])
+def test_the_number_of_threads_does_not_show(rows: int) -> None:
+    random = np.random.default_rng(1)
+    x = random.standard_normal((rows, 1000), dtype=np.float32)
+    weight = random.standard_normal((1003, 1000), dtype=np.float32)
+    results = []
+    for threads in (1, 2, 3, 8):
+        _kernels.set_num_threads(threads)
+        results.append(np.full((rows, 1003), np.nan, np.float32))
+        _kernels.linear(x, weight, results[-1])
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_prefill_in_any_chunks_equals_token_by_token(model: InProcessModel, data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, 40), label="length")
+    token_ids = np.array(data.draw(st.lists(st.integers(0, 259), min_size=length, max_size=length)), np.int32)
+    chunks = []
+    while sum(chunks) < length:
+        chunks.append(data.draw(st.integers(1, length - sum(chunks)), label="chunk"))
+    one_by_one = model.logits(token_ids, [1] * length)
+    np.testing.assert_array_equal(model.logits(token_ids, chunks), one_by_one)
+    assert np.isfinite(one_by_one).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_sequences_together_equal_each_alone(model: InProcessModel, data: st.DataObject) -> None:
+    """Each sequence has some rows written before, and the rest in one batch with the others, in pages of any order."""
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=5), label="lengths")
+    befores = [data.draw(st.integers(0, length - 1), label="before") for length in lengths]
+    random = np.random.default_rng(data.draw(st.integers(0, 1000), label="seed"))
+    prompts = [random.integers(0, 260, length).astype(np.int32) for length in lengths]
+    alone = [model.logits(prompt) for prompt in prompts]
+
+    pages = iter(1 + random.permutation(len(model.kv_pages) - 1))
+    tables = [[next(pages) for _ in range(-(-length // 4))] for length in lengths]
+    model.kv_pages[:] = np.nan
+    for prompt, before, table in zip(prompts, befores, tables, strict=True):
+        if before:
+            positions = np.arange(before, dtype=np.int32)
+            model.transformer.forward(Batch(prompt[:before], positions, [model.sequence(0, before, table)]))
+    new = [prompt[before:] for prompt, before in zip(prompts, befores, strict=True)]
+    starts = np.cumsum([0, *map(len, new)]).tolist()
+    batch = Batch(
+        np.concatenate(new),
+        np.concatenate([np.arange(b, n, dtype=np.int32) for b, n in zip(befores, lengths, strict=True)]),
+        [model.sequence(start, len(ids), table) for start, ids, table in zip(starts, new, tables, strict=False)],
+    )
+    together = model.transformer.forward(batch)
+    assert together.shape == (len(lengths), 260)
+    for row, logits in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(row, logits[-1])
+
+
+@pytest.mark.parametrize("block_sizes", [(4, 16), (1, 7)])
+def test_the_page_size_does_not_show(tmp_path: Path, block_sizes: tuple[int, int]) -> None:
+    folder = make_model(tmp_path / "model")
+    token_ids = np.arange(50, dtype=np.int32)
+    one, other = (InProcessModel(folder, block_size=size).logits(token_ids) for size in block_sizes)
+    np.testing.assert_array_equal(one, other)
