@@ -1,0 +1,302 @@
+"""The whole residency protocol as a model for the explorer: two workers, one pager with a read lane, its restart.
+
+Kept in step with the code by hand. Each routine names what it mirrors; all C functions are in shm/core/residency.h:
+
+    want, check         pin_set(), residency_find()
+    request, wait       workers/moe.py `_wait`: generation, find again, request_set(), send, futex_wait()
+    use, unpin          reading the slot's bytes, pin_clear()
+    serve               workers/pager.py `_serve`, `_serve_messages`, `_rescan`
+    evict               workers/pager.py `_take_slot`, evict_begin(), is_pinned()
+    load_begin          load_begin()
+    read_lane           the reading of the bytes, load_publish(), futex_bump_and_wake()
+    recover             residency_recover()
+    reclaim             Arena.unpin_all() by the coordinator
+
+Left out, because no decision of the protocol depends on them: the residency, loading and prefetched masks (R4),
+prefetch requests (an urgent one without a waiter), checksums. The pager's read lane is a thread of its own here; the
+pager that reads in its main thread has fewer interleavings, all of them among these. The slot's bytes are two cells,
+so that a load can be seen half done. A generation is compared for equality only, so it is a flag for each worker:
+something changed since it looked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from explorer import Await, Cell, Choose, Killable, Load, Next, Result, Routine, Store, Update, Value, explore
+
+EMPTY, LOADING, RESIDENT, EVICTING = "EMPTY", "LOADING", "RESIDENT", "EVICTING"
+NOBODY = -1
+
+Memory = Callable[[Cell], Value]
+
+
+class Variant(NamedTuple):
+    """The protocol as built, or with one mistake planted."""
+
+    clear_bit_before_loading: bool = False
+    clear_bit_after_load: bool = False
+    check_before_pin: bool = False
+    evict_without_reading_pins: bool = False
+    recover_without_request: bool = False
+    generation_after_check: bool = False
+    no_wake_for_what_is_resident: bool = False
+
+
+AS_BUILT = Variant()
+
+
+class Scenario(NamedTuple):
+    """`wants`: the experts that each worker uses, one after the other. `resident`: what lies in the slots at first.
+
+    The smallest legal pool for two workers with one pin and one read lane is 2 * 1 + 0 + 1 = 3 slots.
+    """
+
+    wants: tuple[tuple[int, ...], ...]
+    resident: tuple[int, ...]
+    queue_length: int = 1
+    kill_worker: bool = False
+    kills_of_pager: int = 0
+    timeout: bool = False  # whether a sleeping worker looks again by itself, as it does after 50 ms
+
+    @property
+    def experts(self) -> range:
+        return range(1 + max(max(self.resident, default=0), *(max(wants) for wants in self.wants)))
+
+    def layer(self, expert: int) -> int:
+        """Two layers, each with a futex of its own."""
+        return expert % 2
+
+    @property
+    def slots(self) -> range:
+        return range(len(self.resident))
+
+
+class Residency:
+    """The processes, over cells named ("slot", 0), ("urgent", 3) and so on."""
+
+    def __init__(self, scenario: Scenario, variant: Variant) -> None:
+        self.scenario = scenario
+        self.variant = variant
+
+    # ---- worker
+
+    def want(self, worker: int, wants: tuple[int, ...]) -> Routine:
+        if not wants:
+            return None
+        expert = wants[0]
+        if self.variant.check_before_pin:
+            slot = yield from self.find(expert)
+            yield Store(("pin", worker), expert)
+            return (self.use, worker, wants, slot) if slot != NOBODY else (self.request, worker, wants)
+        yield Store(("pin", worker), expert)
+        return self.check, worker, wants
+
+    def find(self, expert: int) -> Any:
+        slot = yield Load(("directory", expert))
+        if slot == NOBODY:
+            return NOBODY
+        word = yield Load(("slot", slot))
+        return slot if word == (expert, RESIDENT) else NOBODY
+
+    def check(self, worker: int, wants: tuple[int, ...]) -> Routine:
+        slot = yield from self.find(wants[0])
+        return (self.use, worker, wants, slot) if slot != NOBODY else (self.request, worker, wants)
+
+    def request(self, worker: int, wants: tuple[int, ...]) -> Routine:
+        expert = wants[0]
+        if not self.variant.generation_after_check:
+            yield from self.read_generation(worker, expert)
+        slot = yield from self.find(expert)
+        if slot != NOBODY:
+            return self.use, worker, wants, slot
+        if self.variant.generation_after_check:
+            yield from self.read_generation(worker, expert)
+        was_set = yield Update(("urgent", expert), lambda _: True, also=(("waiting", worker), expert))
+        return (self.wait if was_set else self.send), worker, wants
+
+    def read_generation(self, worker: int, expert: int) -> Any:
+        if not self.scenario.timeout:  # else nothing depends on it
+            yield Update(("up to date", self.scenario.layer(expert)), lambda workers: workers | {worker})
+
+    def send(self, worker: int, wants: tuple[int, ...]) -> Routine:
+        def push(queue: tuple[int, ...]) -> tuple[int, ...]:
+            full = len(queue) == self.scenario.queue_length  # then it is lost, and the bit alone says it
+            return queue if full else (*queue, wants[0])
+
+        yield Update("queue", push)
+        return self.wait, worker, wants
+
+    def wait(self, worker: int, wants: tuple[int, ...]) -> Routine:
+        """Asleep while the generation is the one that was read."""
+        if not self.scenario.timeout:
+            generation = ("up to date", self.scenario.layer(wants[0]))
+            yield Choose(lambda memory: [] if worker in memory(generation) else [True])
+        return self.check, worker, wants
+
+    def use(self, worker: int, wants: tuple[int, ...], slot: int) -> Routine:
+        for half in ("first", "second"):
+            weights = yield Load((half, slot), also=(("waiting", worker), NOBODY))
+            assert weights == wants[0], f"computed with weights of {weights} for expert {wants[0]}"
+        yield Store(("pin", worker), NOBODY)
+        return self.want, worker, wants[1:]
+
+    # ---- coordinator
+
+    def reclaim(self, worker: int) -> Routine:
+        yield Await(("dead", worker), True)
+        yield Store(("pin", worker), NOBODY)
+        return None
+
+    # ---- pager
+
+    def serve(self) -> Routine:
+        """The slot words and the directory are this thread's own, but for RESIDENT, so it reads them in one step."""
+
+        def requests(memory: Memory) -> list[tuple[str, int, str]]:
+            found = [("message", expert) for expert in memory("queue")[:1]]
+            found += [("bit", expert) for expert in self.scenario.experts if memory(("urgent", expert))]
+            return [(kind, expert, self.state_of(expert, memory)) for kind, expert in found]
+
+        kind, expert, state = yield Choose(requests)  # a rescan may come at any time, messages waiting or not
+        if kind == "message":
+            yield Update("queue", lambda queue: queue[1:])
+            if not (yield Load(("urgent", expert))):
+                return (self.serve,)
+        if state == EMPTY:
+            return self.evict, expert, 0
+        yield Store(("urgent", expert), False)
+        if state == RESIDENT and not self.variant.no_wake_for_what_is_resident:
+            yield from self.wake(expert)
+        return (self.serve,)
+
+    def state_of(self, expert: int, memory: Memory) -> str:
+        slot = memory(("directory", expert))
+        held, state = memory(("slot", slot)) if slot != NOBODY else (NOBODY, EMPTY)
+        return state if held == expert else EMPTY
+
+    def evict(self, expert: int, first: int) -> Routine:
+        """The first slot that can be had, so that all contend for one; else the bit stays, for the next rescan."""
+
+        def victims(memory: Memory) -> list[int]:
+            words = ((slot, *memory(("slot", slot))) for slot in self.scenario.slots[first:])
+            return [*[word for word in words if word[2] in (EMPTY, RESIDENT)][:1], *[None]][:1]
+
+        victim = yield Choose(victims)
+        if victim is None:
+            return (self.serve,)
+        slot, held, state = victim
+        if state == EMPTY:
+            return self.load_begin, expert, slot, NOBODY
+        yield Store(("slot", slot), (held, EVICTING))
+        if not self.variant.evict_without_reading_pins:
+            for worker in range(len(self.scenario.wants)):
+                if (yield Load(("pin", worker))) == held:
+                    yield Store(("slot", slot), (held, RESIDENT))
+                    return self.evict, expert, slot + 1
+        return self.load_begin, expert, slot, held
+
+    def load_begin(self, expert: int, slot: int, previous: int) -> Routine:
+        if self.variant.clear_bit_before_loading:
+            yield Store(("urgent", expert), False)
+        if previous != NOBODY:
+            yield Store(("directory", previous), NOBODY)
+        yield Store(("slot", slot), (expert, LOADING))
+        yield Store(("directory", expert), slot)
+        if not self.variant.clear_bit_before_loading and not self.variant.clear_bit_after_load:
+            yield Store(("urgent", expert), False)
+        yield Choose(lambda memory: [True] if memory("job") is None else [])
+        yield Store("job", (slot, expert))
+        return (self.serve,)
+
+    def read_lane(self) -> Routine:
+        (slot, expert) = yield Choose(lambda memory: [memory("job")] if memory("job") else [])
+        for half in ("first", "second"):
+            yield Store((half, slot), expert)
+        yield Store(("slot", slot), (expert, RESIDENT))
+        if self.variant.clear_bit_after_load:
+            yield Store(("urgent", expert), False)
+        yield from self.wake(expert)
+        yield Store("job", None)
+        return (self.read_lane,)
+
+    def wake(self, expert: int) -> Any:
+        if not self.scenario.timeout:
+            yield Store(("up to date", self.scenario.layer(expert)), frozenset())
+
+    def recover(self) -> Routine:
+        """What it reads is its own, and nobody else's after the kill, so it is read in one step."""
+
+        def repairs(memory: Memory) -> list[tuple[tuple[Cell, Value], ...]]:
+            stores: list[tuple[Cell, Value]] = []
+            for expert in self.scenario.experts:
+                if self.state_of(expert, memory) != RESIDENT:
+                    stores.append((("directory", expert), NOBODY))
+            for slot in self.scenario.slots:
+                expert, state = memory(("slot", slot))
+                if state == LOADING:
+                    if not self.variant.recover_without_request:
+                        stores.append((("urgent", expert), True))
+                    stores.append((("slot", slot), (NOBODY, EMPTY)))
+                elif state in (EVICTING, RESIDENT):
+                    stores += [(("slot", slot), (expert, RESIDENT)), (("directory", expert), slot)]
+            now = {cell: memory(cell) for cell, _ in stores}
+            visible: list[tuple[Cell, Value]] = []
+            for cell, value in stores:
+                if now[cell] != value:  # a store of what is there already is seen by nobody: not a step
+                    visible.append((cell, value))
+                    now[cell] = value
+            return [tuple(visible)]
+
+        for cell, value in (yield Choose(repairs)):
+            yield Store(cell, value)
+        return (self.serve,)
+
+    # ---- what must hold
+
+    def invariant(self, memory: Memory) -> str | None:
+        words = [memory(("slot", slot)) for slot in self.scenario.slots]
+        held = [expert for expert, state in words if state != EMPTY]
+        if len(held) != len(set(held)):
+            return "an expert is in two slots"
+        for slot, (expert, state) in enumerate(words):
+            whole = (memory(("first", slot)), memory(("second", slot))) == (expert, expert)
+            if state in (RESIDENT, EVICTING) and not whole:
+                return f"slot {slot} says {state} over bytes that are not expert {expert}'s (R1)"
+        for worker in range(len(self.scenario.wants)):
+            expert = memory(("waiting", worker))
+            if expert == NOBODY or memory(("dead", worker)):
+                continue
+            if not memory(("urgent", expert)) and expert not in held:
+                return f"worker {worker} waits for expert {expert}, which nobody knows of (R3)"
+        return None
+
+
+def explore_residency(scenario: Scenario, variant: Variant = AS_BUILT, *, limit: int = 2_000_000) -> Result:
+    model = Residency(scenario, variant)
+    workers = range(len(scenario.wants))
+    memory: dict[Cell, Value] = {"queue": (), "job": None}
+    for worker in workers:
+        memory[("pin", worker)] = NOBODY
+        memory[("waiting", worker)] = NOBODY
+        memory[("dead", worker)] = False
+    for layer in range(2):
+        memory[("up to date", layer)] = frozenset()
+    for expert in scenario.experts:
+        memory[("urgent", expert)] = False
+        memory[("directory", expert)] = scenario.resident.index(expert) if expert in scenario.resident else NOBODY
+    for slot, expert in enumerate(scenario.resident):
+        memory[("slot", slot)] = (expert, RESIDENT)
+        memory[("first", slot)] = memory[("second", slot)] = expert
+    processes: list[Next] = [(model.want, worker, scenario.wants[worker]) for worker in workers]
+    serving, lane = len(processes), len(processes) + 1
+    processes += [(model.serve,), (model.read_lane,)]
+    killable: list[Killable] = []
+    if scenario.kills_of_pager:
+        restart: dict[int, Next] = {serving: (model.recover,), lane: (model.read_lane,)}
+        killable.append(Killable(restart, scenario.kills_of_pager, also=("job", None)))
+    if scenario.kill_worker:
+        processes.append((model.reclaim, 0))
+        killable.append(Killable({0: None}, also=(("dead", 0), True)))
+    return explore(memory, processes, model.invariant, killable=killable, must_end=workers, limit=limit)
