@@ -20,6 +20,7 @@ from typing import Any, Self, overload
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.completion import FinishReason
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig, InstancePlan, plan_instance
@@ -60,11 +61,15 @@ Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """A part of an answer as it comes: the text that `token_ids` completed. The last one has `finish_reason`."""
+    """A part of an answer as it comes: the text that `token_ids` completed. The last one has `finish_reason`.
+
+    `cached_tokens`, in the last one: how much of the prompt was found in the prefix cache.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -74,6 +79,7 @@ class Completion(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: FinishReason
     prompt_tokens: int
+    cached_tokens: int = 0
 
 
 class Backend:
@@ -196,11 +202,11 @@ class Backend:
                     last = finished and index == len(tokens) - 1 and answer.finish != "error"
                     if last:
                         piece += stops.finish_with(text.finish())
-                    yield Piece(piece, [token], answer.finish if last else None)
+                    yield Piece(piece, [token], answer.finish, answer.cached_tokens) if last else Piece(piece, [token])
                 if answer.finish == "error":
                     raise RequestFailed(answer.error or "the request failed")
                 if finished and not tokens:
-                    yield Piece(stops.finish_with(text.finish()), [], answer.finish)
+                    yield Piece(stops.finish_with(text.finish()), [], answer.finish, answer.cached_tokens)
         finally:
             with self._lock:
                 self._answers.pop(number, None)
@@ -336,11 +342,11 @@ class Backend:
 
 
 def _join(prompt_tokens: int, pieces: Iterator[Piece]) -> Completion:
-    text: list[str] = []
-    token_ids: list[int] = []
-    finish: FinishReason = "abort"
-    for piece in pieces:
-        text.append(piece.text)
-        token_ids.extend(piece.token_ids)
-        finish = piece.finish_reason or finish
-    return Completion("".join(text), token_ids, finish, prompt_tokens)
+    parts = list(pieces)
+    return Completion(
+        "".join(piece.text for piece in parts),
+        [token for piece in parts for token in piece.token_ids],
+        parts[-1].finish_reason or "abort",
+        prompt_tokens,
+        parts[-1].cached_tokens,
+    )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+
 from hotset.runtime.errors import HotsetError
 
 INTERRUPTED = 130

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
+
 from hotset.runtime.errors import BudgetTooSmall
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+
 from hotset.runtime.completion import FinishReason
 from hotset.runtime.config import BackendConfig, InstancePlan
 from hotset.runtime.sampling_params import SamplingParams
@@ -23,7 +24,7 @@ class StartInstance(Message, frozen=True, tag=True):
 
 
 class Submit(Message, frozen=True, tag=True):
-    """A request: the prompt's token ids, and how to continue it. `request` is the client's number for it."""
+    """A request: the prompt's token ids, and how to continue it, with a seed. `request` is the client's number."""
 
     request: int
     prompt: bytes
@@ -100,7 +101,6 @@ class RunSequence(Message, frozen=True, tag=True):
     known: int
     limit: int
     params: SamplingParams
-    seed: int
 
 
 class PagesGranted(Message, frozen=True, tag=True):

@@ -1,21 +1,24 @@
-"""Which request runs, where, and with which pages. Decisions only: the coordinator carries them out.
+"""Which request runs, where, and with which pages. Decisions only: the dispatcher carries them out.
 
-A request waits until a sequence row and pages for its known tokens are free. While it runs it is granted one page
-ahead of what it has committed, so that a worker never waits for the coordinator in the middle of a page. When the
-pages run out, the request admitted last gives its pages back and waits again, its tokens kept.
+A request waits until a sequence row and pages for its known tokens are free; pages that another request has computed
+for the same beginning are shared. While it runs it is granted one page ahead of what it has committed, so that a
+worker never waits for the coordinator in the middle of a page. When the pages run out, the request admitted last
+gives its pages back and waits again, its tokens kept.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime.errors import RequestTooLong
 from hotset.runtime.kv_cache import PagedKvCache
 from hotset.runtime.kv_errors import OutOfPages
+from hotset.runtime.kv_preemption import RunningSequence, choose_victim
 from hotset.runtime.sampling_params import SamplingParams
 
 TokenIds = npt.NDArray[np.int32]
@@ -36,18 +39,23 @@ class Request:
         prompt: int32 token ids.
         generated: token ids committed so far.
         limit: length in tokens, prompt included, at which it ends.
+        salt: only requests of an equal salt share pages.
         row: its row in the arena's sequence sections while it runs.
         worker: which worker serves it while it runs; None if that worker has died and no other has taken over.
         sequence: its sequence in the page cache while it runs.
-        reserved: tokens that its pages in the cache were asked for.
-        granted_blocks: valid entries of its block table.
+        admitted: tokens that were known when it was last admitted: what the page cache takes for the prompt.
+        accounted: positions whose rows the page cache knows to be written.
+        reserved: positions that have pages.
+        cached_tokens: how much of the prompt was found in the prefix cache at the first admission.
         lost_workers: how many workers have died while serving it.
     """
 
     __slots__ = (
+        "accounted",
+        "admitted",
+        "cached_tokens",
         "client",
         "generated",
-        "granted_blocks",
         "limit",
         "lost_workers",
         "order",
@@ -55,25 +63,28 @@ class Request:
         "prompt",
         "reserved",
         "row",
+        "salt",
         "seed",
         "sequence",
         "state",
         "worker",
     )
 
-    def __init__(self, client: int, prompt: TokenIds, params: SamplingParams, seed: int, limit: int) -> None:
+    def __init__(self, client: int, prompt: TokenIds, params: SamplingParams, limit: int, salt: Hashable) -> None:
         self.client = client
         self.prompt = prompt
         self.params = params
-        self.seed = seed
         self.limit = limit
+        self.salt = salt
         self.generated: list[int] = []
         self.state = RequestState.WAITING
         self.row = -1
         self.worker: int | None = None
         self.sequence = -1
+        self.admitted = 0
+        self.accounted = 0
         self.reserved = 0
-        self.granted_blocks = 0
+        self.cached_tokens: int | None = None
         self.lost_workers = 0
         self.order = 0  # of admission
 
@@ -87,6 +98,11 @@ class Request:
 
 
 class Scheduler:
+    """Rows, pages and order of the requests of one instance.
+
+    Invariant: a request is in `running` exactly while it has a row and a sequence in the cache.
+    """
+
     def __init__(self, cache: PagedKvCache, max_sequences: int, max_model_len: int) -> None:
         self.cache = cache
         self.block_size = cache.block_size
@@ -98,30 +114,27 @@ class Scheduler:
         self._free_rows = list(range(max_sequences - 1, -1, -1))
         self._admissions = 0
 
-    def submit(self, client: int, prompt: TokenIds, params: SamplingParams, seed: int) -> Request:
+    def submit(self, client: int, prompt: TokenIds, params: SamplingParams, salt: Hashable = ()) -> Request:
         """Puts a request in the queue; raises `RequestTooLong` if it could never be served."""
         if len(prompt) + 1 > self.max_model_len:
             raise RequestTooLong(len(prompt) + 1, self.max_model_len, "the context (max_model_len)")
         limit = min(len(prompt) + params.max_tokens, self.max_model_len)
-        capacity = self.cache.num_pages * self.block_size
-        if limit > capacity:
-            raise RequestTooLong(limit, capacity, "the KV cache")
-        request = Request(client, prompt, params, seed, limit)
+        if limit > self.cache.capacity_tokens:
+            raise RequestTooLong(limit, self.cache.capacity_tokens, "the KV cache")
+        request = Request(client, prompt, params, limit, salt)
         self.waiting.append(request)
         return request
 
     def admit(self) -> Request | None:
-        """Gives the first waiting request a row and pages; None if it must wait on."""
+        """Gives the first waiting request a row and pages for its known tokens; None if it must wait on."""
         if not self.waiting or not self._free_rows:
             return None
         request = self.waiting[0]
-        blocks = -(-(request.known + 1) // self.block_size)
-        if self.running and self.cache.num_free_pages - blocks < len(self.running):
+        pages = -(-(request.known + 1) // self.block_size)
+        if self.running and self.cache.num_free_pages - pages < len(self.running):
             return None  # it would soon be preempted again: those that run will want a page each
-        # Room for every known token and the next one, so that a fresh admission cannot be stalled at once.
-        request.reserved = min(request.known + 1, request.limit)
         try:
-            request.sequence = self.cache.allocate(request.reserved)
+            request.sequence, cached_tokens = self.cache.admit(request.known_ids(), salt=request.salt)
         except OutOfPages:
             return None
         self.waiting.popleft()
@@ -129,41 +142,58 @@ class Scheduler:
         request.order = self._admissions
         request.row = self._free_rows.pop()
         request.state = RequestState.RUNNING
-        request.granted_blocks = len(self.cache.block_table(request.sequence))
+        request.accounted = cached_tokens
+        if request.cached_tokens is None:
+            request.cached_tokens = cached_tokens
+        request.reserved = request.admitted = request.known
         self.running[request.row] = request
+        self.grow(request, request.known - 1)
         self._note_peak()
         return request
+
+    def account(self, request: Request, committed: int) -> None:
+        """Tells the page cache that the rows below `committed` are written; pages that are full are published."""
+        written = min(committed, request.known)
+        if request.accounted < min(written, request.admitted):
+            self.cache.commit(request.sequence, min(written, request.admitted))
+        for position in range(max(request.accounted, request.admitted), written):
+            self.cache.append(request.sequence, request.generated[position - len(request.prompt)])
+        request.accounted = max(request.accounted, written)
 
     def grow(self, request: Request, committed: int) -> bool:
         """Grants pages so that a whole spare page lies beyond `committed`; whether the block table has grown.
 
         Without free pages nothing happens: `is_stalled` tells whether that stops the sequence.
         """
-        full = -(-(committed + 1) // self.block_size) * self.block_size
-        for wanted in (full + self.block_size, full):
-            wanted = min(wanted, request.limit)
-            if wanted <= request.granted_blocks * self.block_size:
+        block_size = self.block_size
+        full = -(-(committed + 1) // block_size) * block_size
+        for wanted in (full + block_size, full):
+            if min(wanted, request.limit) <= self.blocks(request) * block_size:
                 return False
             try:
                 self.cache.extend(request.sequence, wanted - request.reserved)
             except OutOfPages:
                 continue
             request.reserved = wanted
-            request.granted_blocks = len(self.cache.block_table(request.sequence))
             self._note_peak()
             return True
         return False
 
+    def blocks(self, request: Request) -> int:
+        """Entries of a running request's block table."""
+        return len(self.cache.block_table(request.sequence))
+
     def is_stalled(self, request: Request, committed: int) -> bool:
         """Whether the next position, `committed`, has no page."""
-        return request.granted_blocks * self.block_size <= committed < request.limit - 1
+        return self.blocks(request) * self.block_size <= committed < request.limit - 1
 
     def preemption_victim(self) -> Request | None:
-        """The running request that was admitted last; None while another is giving its pages back."""
-        candidates = list(self.running.values())
-        if any(request.state is not RequestState.RUNNING for request in candidates):
+        """Which running request gives its pages back; None while another is doing so already."""
+        requests = {request.sequence: request for request in self.running.values()}
+        if any(request.state is not RequestState.RUNNING for request in requests.values()):
             return None
-        return max(candidates, key=lambda request: request.order, default=None)
+        victim = choose_victim(RunningSequence(r.sequence, 0, r.order) for r in requests.values())
+        return None if victim is None else requests[victim.sequence]
 
     def release(self, request: Request) -> None:
         """Takes row and pages back from a request that its worker does not touch any more."""
@@ -172,7 +202,7 @@ class Scheduler:
         self._free_rows.append(request.row)
         request.row = request.sequence = -1
         request.worker = None
-        request.granted_blocks = 0
+        request.accounted = request.reserved = 0
 
     def requeue(self, request: Request) -> None:
         """Puts a preempted request, its tokens kept, before those that have not begun."""
@@ -192,9 +222,5 @@ class Scheduler:
                 load[request.worker] += 1
         return min(load, key=lambda worker: (load[worker], worker), default=None)
 
-    @property
-    def pages_used(self) -> int:
-        return self.cache.num_pages - self.cache.num_free_pages
-
     def _note_peak(self) -> None:
-        self.peak_pages = max(self.peak_pages, self.pages_used)
+        self.peak_pages = max(self.peak_pages, self.cache.num_used_pages)

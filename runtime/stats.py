@@ -5,7 +5,10 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from hotset.runtime.metrics import Latency, MoeMetrics, MoeMetricsSummary
+
+from hotset.runtime.config import InstancePlan
+from hotset.runtime.metrics import Latency, MoeMetrics
+from hotset.runtime.scheduler import Scheduler
 from hotset.shm.counters import Counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS
 from hotset.shm.segment import Segment
@@ -39,6 +42,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     kv_pages_used: int
     kv_pages_peak: int
     kv_pages_total: int
+    prefix_cache_hit_rate: float  # of recent prompts' tokens
     requests_running: int
     requests_waiting: int
     preemptions: int
@@ -77,8 +81,50 @@ class InstanceCounters:
         totals = self._totals() - self._baseline
         return {counter: int(totals[counter]) for counter in Counter}
 
-    def routing(self) -> MoeMetricsSummary:
-        return self._metrics.summary()
+    def stats(
+        self,
+        plan: InstancePlan,
+        scheduler: Scheduler,
+        *,
+        worker_restarts: int,
+        pager_restarts: int,
+        pins_reclaimed: int,
+    ) -> BackendStats:
+        """The snapshot that a user gets: what the arena has counted, and what the coordinator knows besides."""
+        counts, routing, cache = self.counts(), self._metrics.summary(), scheduler.cache
+        resident = len(self._arena.resident_experts())
+        return BackendStats(
+            decode_expert_hits=counts[Counter.DECODE_EXPERT_HITS],
+            decode_expert_misses=counts[Counter.DECODE_EXPERT_MISSES],
+            prefill_expert_hits=counts[Counter.PREFILL_EXPERT_HITS],
+            prefill_expert_misses=counts[Counter.PREFILL_EXPERT_MISSES],
+            decode_tokens=counts[Counter.DECODE_TOKENS],
+            prefill_tokens=counts[Counter.PREFILL_TOKENS],
+            steps=counts[Counter.STEPS],
+            urgent_page_ins=counts[Counter.URGENT_PAGE_INS],
+            prefetch_page_ins=counts[Counter.PREFETCH_PAGE_INS],
+            prefetch_hits=counts[Counter.PREFETCH_HITS],
+            evictions=counts[Counter.EVICTIONS],
+            bytes_read=counts[Counter.BYTES_READ],
+            routing_decisions=routing.routing_decisions,
+            routing=routing.routing_latency,
+            paging=routing.paging_latency,
+            lost_mass=routing.lost_mass,
+            resident_experts=resident,
+            resident_expert_bytes=resident * plan.expert_nbytes,
+            expert_budget_bytes=plan.expert_budget_nbytes,
+            kv_pages_used=cache.num_used_pages,
+            kv_pages_peak=scheduler.peak_pages,
+            kv_pages_total=cache.num_pages,
+            prefix_cache_hit_rate=cache.hit_rate,
+            requests_running=len(scheduler.running),
+            requests_waiting=len(scheduler.waiting),
+            preemptions=scheduler.preemptions,
+            worker_restarts=worker_restarts,
+            pager_restarts=pager_restarts,
+            pins_reclaimed=pins_reclaimed,
+            workers=plan.num_workers,
+        )
 
     def _totals(self) -> npt.NDArray[np.uint64]:
         totals = np.empty(COUNTERS_PER_PROCESS, np.uint64)

@@ -83,4 +83,5 @@ def enter_child(arguments: list[str], received: Any, *, dies_with_parent: bool =
     if dies_with_parent and not _core.die_with_parent(parent):
         raise SystemExit(0)
     os.set_inheritable(fd, False)
-    return Channel.from_fd(fd, received)
+    channel: Channel[Any] = Channel.from_fd(fd, received)
+    return channel

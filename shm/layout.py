@@ -87,9 +87,7 @@ SLOT_INFO = np.dtype([("checksum", "<u8"), ("nbytes", "<u4"), ("format", "<u4")]
 SEQUENCE_STATE = np.dtype(
     {"names": ["committed", "granted_blocks"], "formats": ["<u8", "<u4"], "offsets": [0, 8], "itemsize": 64}
 )
-SECTION_ENTRY = np.dtype(
-    [("name", "S24"), ("offset", "<u8"), ("length", "<u8"), ("stride", "<u4"), ("count", "<u4")]
-)
+SECTION_ENTRY = np.dtype([("name", "S24"), ("offset", "<u8"), ("length", "<u8"), ("stride", "<u4"), ("count", "<u4")])
 HEADER = np.dtype(
     [
         ("magic", "<u8"),
@@ -240,9 +238,7 @@ class Layout:
             table[s.section] = (s.section.name.lower().encode(), s.offset, s.nbytes, s.stride, s.rows)
         return table
 
-    def write_header(
-        self, memory: memoryview, *, uuid: bytes, boot_id: bytes, pid: int, start_time: int
-    ) -> None:
+    def write_header(self, memory: memoryview, *, uuid: bytes, boot_id: bytes, pid: int, start_time: int) -> None:
         """Writes the header page but for the state word, which the creator stores last."""
         from hotset.shm import _core
 
@@ -282,9 +278,7 @@ class Layout:
         # frombuffer, because ndarray(buffer=memory) lets go of the buffer at once: `memory` could then be
         # unmapped under the array.
         whole = np.frombuffer(memory, np.uint8)
-        return np.ndarray(
-            (s.rows, s.columns), dtype, buffer=whole, offset=s.offset, strides=(s.stride, dtype.itemsize)
-        )
+        return np.ndarray((s.rows, s.columns), dtype, buffer=whole, offset=s.offset, strides=(s.stride, dtype.itemsize))
 
 
 def header_crc(header: bytes) -> int:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.config import EvictionPolicy
 from hotset.shm.segment import Segment

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import MemoryAwareRouter

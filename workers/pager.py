@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+
 from hotset.runtime.channel import Channel, ChannelClosed
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.messages import (

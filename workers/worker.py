@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime.channel import Channel, ChannelClosed
 from hotset.runtime.completion import completion
 from hotset.runtime.errors import HotsetError
@@ -210,7 +211,7 @@ class Worker:
         return sample(
             logits,
             run.params,
-            seed=run.seed,
+            seed=run.params.seed or 0,
             position=sequence.known,
             prompt_ids=sequence.token_ids[: run.prompt_length],
             generated_ids=sequence.token_ids[run.prompt_length : sequence.known],

@@ -48,15 +48,16 @@ def test_a_prompt_longer_than_a_step_gives_the_tokens_of_one_that_is_prefilled_a
 def test_a_seed_repeats_the_draws(backend: Backend) -> None:
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=24, routing="off")
     first, second = backend.generate(PROMPTS[2], params), backend.generate(PROMPTS[2], params)
-    assert first == second
+    assert first.token_ids == second.token_ids
     other = SamplingParams(temperature=1.0, seed=8, max_tokens=24, routing="off")
     assert backend.generate(PROMPTS[2], other).token_ids != first.token_ids
 
 
 def test_token_ids_are_as_good_a_prompt_as_text(backend: Backend) -> None:
     ids = backend.tokenizer.encode(PROMPTS[0])
-    assert backend.generate(ids, GREEDY) == backend.generate(PROMPTS[0], GREEDY)
-    assert backend.generate(ids.tolist(), GREEDY) == backend.generate(PROMPTS[0], GREEDY)
+    expected = backend.generate(PROMPTS[0], GREEDY).token_ids
+    assert backend.generate(ids, GREEDY).token_ids == expected
+    assert backend.generate(ids.tolist(), GREEDY).token_ids == expected
 
 
 def test_the_text_ends_before_a_stop_string(backend: Backend) -> None:
@@ -125,12 +126,39 @@ def test_the_smallest_legal_budget_answers() -> None:
         assert backend.stats().evictions > 0
 
 
+def test_a_shared_beginning_is_computed_once() -> None:
+    system = "import os\nimport sys\n\n\nclass Handler:\n    def __init__(self, name):\n        self.name = name\n" * 2
+    prompts = [system + question for question in ("\n    def run(", "\n    def close(", "\ndef main():")]
+    with Backend(workers=1, expert_budget="50%") as backend:
+        first = backend.generate(prompts[0], GREEDY)
+        assert first.cached_tokens == 0
+        computed = backend.stats().prefill_tokens
+        assert computed == first.prompt_tokens
+        for prompt in prompts:
+            backend.reset_stats()
+            answer = backend.generate(prompt, GREEDY)
+            shared = len(backend.tokenizer.encode(system)) // 16 * 16
+            assert answer.cached_tokens >= shared - 16
+            assert backend.stats().prefill_tokens == answer.prompt_tokens - answer.cached_tokens
+        with Backend(workers=1, expert_budget="50%") as fresh:
+            assert fresh.generate(prompts[2], GREEDY).token_ids == answer.token_ids
+
+
+def test_exact_requests_do_not_reuse_rows_of_a_cache_preference(backend: Backend) -> None:
+    prompt = "def unlikely_to_be_asked_before(argument):\n    return argument\n" * 3
+    preferring = SamplingParams(temperature=0, max_tokens=4)
+    backend.generate(prompt, preferring)
+    assert backend.generate(prompt, GREEDY).cached_tokens == 0
+    assert backend.generate(prompt, GREEDY).cached_tokens > 0
+    assert backend.generate(prompt, preferring).cached_tokens > 0
+
+
 def test_numbers_add_up(backend: Backend) -> None:
     backend.reset_stats()
-    backend.generate(PROMPTS[0], GREEDY)
+    answer = backend.generate(PROMPTS[0], GREEDY)
     stats = backend.stats()
     assert stats.decode_tokens == 47  # the first one comes from the prefill
-    assert stats.prefill_tokens == len(backend.tokenizer.encode(PROMPTS[0]))
+    assert stats.prefill_tokens == answer.prompt_tokens - answer.cached_tokens
     assert stats.decode_expert_hits + stats.decode_expert_misses == 47 * 4 * 4  # layers x top-k, all distinct
     assert 0 < stats.resident_expert_bytes <= stats.expert_budget_bytes
     assert stats.routing_decisions == (stats.decode_tokens + stats.prefill_tokens) * 4
