@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+
 from hotset.shm.layout import Geometry
 from hotset.shm.segment import Segment
 

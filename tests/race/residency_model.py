@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from explorer import Await, Cell, Choose, Killable, Load, Next, Result, Routine, Store, Update, Value, explore
+from race.explorer import Await, Cell, Choose, Killable, Load, Next, Result, Routine, Store, Update, Value, explore
 
 EMPTY, LOADING, RESIDENT, EVICTING = "EMPTY", "LOADING", "RESIDENT", "EVICTING"
 NOBODY = -1

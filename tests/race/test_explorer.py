@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from explorer import Await, Choose, Killable, Load, Routine, Store, Update, explore
+from race.explorer import Await, Choose, Killable, Load, Routine, Store, Update, explore
 
 
 def sound(_: object) -> None:

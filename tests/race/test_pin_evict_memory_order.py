@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from race.native import compile_program, write_arena_image
+
 from hotset.shm.layout import Geometry
-from native import compile_program, write_arena_image
 
 pytestmark = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="the two processes never meet on one processor"

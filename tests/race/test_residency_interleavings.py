@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from residency_model import Scenario, Variant, explore_residency
+from race.residency_model import Scenario, Variant, explore_residency
 
 # Each is the smallest pool that the configuration accepts for two workers with one pin and one read lane.
 CONTEND = Scenario(wants=((0,), (1,)), resident=(1, 2, 3))  # what one wants is the victim for the other

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from hotset.shm import segment as segment_module
 from hotset.shm.layout import Geometry
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hotset.shm import _core
 from hotset.shm.layout import ArenaState, Layout, Section
 from hotset.shm.segment import Segment
@@ -70,9 +71,7 @@ def test_every_method_is_in_the_list() -> None:
     methods: set[str] = set()
     for file in ("bind_residency.h", "module.c"):
         methods.update(
-            re.findall(
-                r'^    \{"(\w+)", (?:FASTCALL|arena_\w+, METH_)', (CORE / file).read_text(), re.MULTILINE
-            )
+            re.findall(r'^    \{"(\w+)", (?:FASTCALL|arena_\w+, METH_)', (CORE / file).read_text(), re.MULTILINE)
         )
     assert methods == {*METHODS, *WITHOUT_ARGUMENTS, "close"}
 
@@ -83,9 +82,7 @@ def out_of_range() -> list[Any]:
         for position, (name, limit) in enumerate(limits):
             for value in (-1, limit, (1 << 63) - 1):
                 arguments = (*valid[:position], value, *valid[position + 1 :])
-                cases.append(
-                    pytest.param(method, arguments, name, value, limit, id=f"{method}-{name}-{value}")
-                )
+                cases.append(pytest.param(method, arguments, name, value, limit, id=f"{method}-{name}-{value}"))
     return cases
 
 
@@ -119,9 +116,7 @@ def test_an_argument_of_another_type_is_refused(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_integer_of_more_than_64_bits_is_refused(
-    private: Segment, arena: _core.Arena, method: str
-) -> None:
+def test_an_integer_of_more_than_64_bits_is_refused(private: Segment, arena: _core.Arena, method: str) -> None:
     valid, limits = METHODS[method]
     before = bytes(private._mmap)
     for position in range(len(limits)):

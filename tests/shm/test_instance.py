@@ -12,6 +12,7 @@ from pathlib import Path
 
 import posix_ipc
 import pytest
+
 from hotset.shm.layout import Geometry
 from hotset.shm.segment import (
     SHM_FOLDER,
@@ -117,9 +118,7 @@ def test_the_janitor_leaves_a_running_instance_alone(holder: subprocess.Popen[st
     assert has_queue("theirs")
 
 
-def test_the_janitor_removes_what_a_killed_instance_left(
-    holder: subprocess.Popen[str], tmp_path: Path
-) -> None:
+def test_the_janitor_removes_what_a_killed_instance_left(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert has_segment("theirs")

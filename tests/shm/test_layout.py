@@ -8,6 +8,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hotset.shm import _core
 from hotset.shm.counters import Counter, Histogram
 from hotset.shm.layout import (
@@ -28,8 +31,6 @@ from hotset.shm.layout import (
     Layout,
     Section,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 CORE = Path(__file__).parents[2] / "shm" / "core"
 

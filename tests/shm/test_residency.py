@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hotset.shm import _core
-from hotset.shm.layout import Geometry, Section, SlotState
-from hotset.shm.segment import Segment
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hotset.shm import _core
+from hotset.shm.layout import Geometry, Section, SlotState
+from hotset.shm.segment import Segment
 
 MASKS = (
     Section.RESIDENT_MASK,
@@ -87,9 +88,7 @@ def test_a_published_expert_is_found_in_its_slot(private: Segment, arena: _core.
     assert (info["checksum"], info["nbytes"], info["format"]) == (1075, 100, 1)
 
 
-def test_evicting_hides_an_expert_and_releasing_empties_its_slot(
-    private: Segment, arena: _core.Arena
-) -> None:
+def test_evicting_hides_an_expert_and_releasing_empties_its_slot(private: Segment, arena: _core.Arena) -> None:
     load(arena, 4, 75)
     assert arena.evict_begin(4)
     assert arena.slot(4) == (1, 75, SlotState.EVICTING)
@@ -372,9 +371,7 @@ def test_recovery_rebuilds_everything_from_the_slot_words(
         assert arena.urgent_requests() == ([75] if state == SlotState.LOADING else [])
 
 
-def test_recovery_drops_the_mark_of_a_prefetch_that_did_not_arrive(
-    private: Segment, arena: _core.Arena
-) -> None:
+def test_recovery_drops_the_mark_of_a_prefetch_that_did_not_arrive(private: Segment, arena: _core.Arena) -> None:
     """Killed in load_publish(), between the mark and RESIDENT: the load that follows is an urgent one."""
     arena.load_begin(1, 75)
     arena.store_u64(Section.PREFETCHED_MASK, 1, 0, 1 << 5)
@@ -385,9 +382,7 @@ def test_recovery_drops_the_mark_of_a_prefetch_that_did_not_arrive(
 
 # ---- any sequence of calls ----
 
-SMALL = Geometry(
-    num_layers=2, num_experts=3, num_processes=2, pins_per_process=2, num_slots=3, slot_nbytes=64
-)
+SMALL = Geometry(num_layers=2, num_experts=3, num_processes=2, pins_per_process=2, num_slots=3, slot_nbytes=64)
 experts = st.integers(0, 5)
 slots = st.integers(0, 2)
 processes = st.integers(0, 1)

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import posix_ipc
 import pytest
+
 from hotset.shm import segment as segment_module
 from hotset.shm.layout import HEADER, PAGE, ArenaState, Geometry, Layout, Section, header_crc
 from hotset.shm.process import boot_id, start_time
@@ -112,16 +113,12 @@ def test_another_layout_is_refused(created: Segment, geometry: Geometry, change:
 
 def test_a_too_small_segment_is_refused(created: Segment, geometry: Geometry) -> None:
     larger = msgspec.structs.replace(geometry, num_slots=geometry.num_slots + 1)
-    with pytest.raises(
-        SegmentError, match=rf"has {Layout(geometry).nbytes} bytes, expected {Layout(larger).nbytes}"
-    ):
+    with pytest.raises(SegmentError, match=rf"has {Layout(geometry).nbytes} bytes, expected {Layout(larger).nbytes}"):
         Segment.attach("mine", larger)
 
 
 @pytest.mark.parametrize("state", [ArenaState.BUILDING, ArenaState.CLOSED])
-def test_a_segment_that_is_not_ready_is_refused(
-    created: Segment, geometry: Geometry, state: ArenaState
-) -> None:
+def test_a_segment_that_is_not_ready_is_refused(created: Segment, geometry: Geometry, state: ArenaState) -> None:
     created.arena.state = state
     with pytest.raises(SegmentError, match=f"is {state.name}, expected READY"):
         Segment.attach("mine", geometry)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import msgspec
 import pytest
+
 from hotset.shm.layout import Geometry
 from hotset.shm.segment import Segment, remove_ipc_objects
 
@@ -40,9 +41,7 @@ def shared(instance: str, geometry: Geometry) -> Iterator[Segment]:
 @contextmanager
 def sleeper(namespace: str, geometry: Geometry, layer: int, seen: int) -> Iterator[subprocess.Popen[str]]:
     arguments = [namespace, msgspec.json.encode(geometry).decode(), str(layer), str(seen)]
-    with subprocess.Popen(
-        [sys.executable, "-c", SLEEPER, *arguments], stdout=subprocess.PIPE, text=True
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", SLEEPER, *arguments], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "sleeping\n"
         try:
@@ -51,9 +50,7 @@ def sleeper(namespace: str, geometry: Geometry, layer: int, seen: int) -> Iterat
             child.kill()
 
 
-def test_a_waiter_in_another_process_is_woken_by_a_page_in(
-    shared: Segment, namespace: str, geometry: Geometry
-) -> None:
+def test_a_waiter_in_another_process_is_woken_by_a_page_in(shared: Segment, namespace: str, geometry: Geometry) -> None:
     with sleeper(namespace, geometry, 1, 0) as one, sleeper(namespace, geometry, 1, 0) as two:
         shared.arena.load_begin(4, 75)
         shared.arena.load_publish(4, 0, 0, 0, False)
