@@ -1,5 +1,6 @@
 /* hotset.shm._core: the Python type Arena over arena.h. The logic is in the headers without Python.h, so that the
  * same code runs under the sanitizers, the crash stepper and the benchmarks; bind_*.h check arguments and call it. */
+#include "bind_kv_format.h"
 #include "bind_metrics.h"
 #include "bind_residency.h"
 #include "bind_routing.h"
@@ -192,6 +193,7 @@ static PyMethodDef core_functions[] = {
     {"offsets", core_offsets, METH_NOARGS, "Offsets of the shared structs, as the C compiler sees them."},
     {"die_with_parent", core_die_with_parent, METH_O, "PR_SET_PDEATHSIG; False if the parent is not `pid` any more."},
     ROUTING_FUNCTIONS,
+    KV_FORMAT_FUNCTIONS,
     {NULL, NULL, 0, NULL},
 };
 
