@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime import kv_statistics
 from hotset.runtime.kv_compaction import PageMove, plan_moves
 from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages, UnknownSequence

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from hotset.shm.kv_page_format import Bytes, Floats, KvPageLayout, decode, encode
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime.kv_events import CacheCleared, CacheEvent, PagesRemoved, PagesStored, page_keys
 from hotset.runtime.kv_page_pool import PagePool
 from hotset.runtime.prefix_eviction import DEFAULT_PRIORITY, EvictionOrder

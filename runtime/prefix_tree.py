@@ -149,7 +149,7 @@ class PrefixTree:
                 if child is None:
                     break
                 node, offset = child, 0
-            elif node.tail[(offset - 1) * size : offset * size] != key:
+            elif bytes(node.tail[(offset - 1) * size : offset * size]) != key:
                 break
             if node.pages[offset] != page:
                 duplicates.append((page, node.pages[offset]))

@@ -191,5 +191,5 @@ def _quantize_q4_0(blocks: Floats) -> Bytes:
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
     scale = largest / np.float32(-8)  # the value of largest magnitude becomes 0, which stands for -8
     numbers = np.trunc(blocks * _inverse(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    packed = numbers[:, : QUANT_BLOCK // 2] | (numbers[:, QUANT_BLOCK // 2 :] << 4)
+    packed = numbers[:, : QUANT_BLOCK // 2] | (numbers[:, QUANT_BLOCK // 2 :] << np.uint8(4))
     return np.concatenate([scale.astype("<f2").view(np.uint8), packed], axis=1)

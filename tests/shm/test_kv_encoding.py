@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from hotset.shm import _core
 from hotset.shm.kv_page_format import KvFormat, UnrepresentableValue, encode
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from hotset.shm.kv_page_format import Floats, KvFormat, KvPageLayout, UnrepresentableValue, decode, encode
 
 QUANTISED = [KvFormat.Q8_0, KvFormat.Q4_0]

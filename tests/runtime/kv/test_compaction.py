@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from hotset.runtime.kv_cache import PagedKvCache
 from hotset.runtime.kv_compaction import PageMove, plan_moves
 

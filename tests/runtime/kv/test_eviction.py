@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+
 from hotset.runtime.kv_cache import PagedKvCache
 from hotset.runtime.kv_errors import ExceedsArena, OutOfBounds, OutOfPages
 from hotset.runtime.kv_preemption import RunningSequence, choose_victim

@@ -5,6 +5,7 @@ test_page_memory.py.
 from __future__ import annotations
 
 import pytest
+
 from hotset.runtime.kv_cache import PagedKvCache
 from hotset.runtime.kv_errors import OutOfPages
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from hotset.runtime.kv_cache import PagedKvCache
 from hotset.runtime.kv_errors import OutOfBounds, OutOfPages
 from hotset.runtime.kv_page_memory import KvPageMemory

@@ -10,6 +10,7 @@ import random
 from collections.abc import Hashable, Sequence
 
 import pytest
+
 from hotset.runtime import kv_events
 from hotset.runtime.kv_cache import Admission, PagedKvCache
 from hotset.runtime.kv_errors import OutOfPages

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+
 from hotset.runtime.kv_cache import PagedKvCache
 from hotset.runtime.kv_errors import OutOfPages
 
