@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hotset.workers.compute import _kernels
-from hotset.workers.compute.transformer import Batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process_model import InProcessModel
 from model_factory import make_model, stored
+
+from hotset.workers.compute import _kernels
+from hotset.workers.compute.transformer import Batch
 
 
 @pytest.fixture(params=_kernels.instruction_sets(), autouse=True, scope="module")

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hotset.shm.layout import WeightFormat
-from hotset.workers.compute import _kernels
 from model_factory import stored
 from numpy.typing import NDArray
+
+from hotset.shm.layout import WeightFormat
+from hotset.workers.compute import _kernels
 
 FORMATS = ["float32", "float16", "bfloat16"]
 random = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def assert_close(result: NDArray[np.float32], expected: NDArray[np.float64], terms: int) -> None:
-    """float32 sums of `terms` products of order 1, in 16 partial sums: errors grow like the square root of the terms."""
+    """float32 sums of `terms` products of order 1 in 16 partial sums: errors grow like the root of the terms."""
     np.testing.assert_allclose(result, expected, rtol=2e-6, atol=4e-7 * np.sqrt(terms) * max(1, np.abs(expected).max()))
 
 

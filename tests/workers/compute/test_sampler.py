@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.workers.compute.sampler import sample, uniform
-from numpy.typing import NDArray
 
 NONE = np.empty(0, np.int32)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hotset.workers.compute.experts import group_by_expert
-from hotset.workers.compute.transformer import Batch, SequenceRows, as_float32
 from in_process_model import InProcessModel
 from model_factory import make_model
 from numpy.typing import NDArray
+
+from hotset.workers.compute.experts import group_by_expert
+from hotset.workers.compute.transformer import Batch, SequenceRows, as_float32
 
 Float64 = NDArray[np.float64]
 
