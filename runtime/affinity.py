@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from hotset.shm import _core
 from hotset.shm.layout import Geometry
 from hotset.shm.segment import Segment

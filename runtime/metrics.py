@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from hotset.shm.counters import Counter, Histogram
 from hotset.shm.histogram import bucket_upper_bound, percentile_nanoseconds
 from hotset.shm.layout import COUNTERS_PER_PROCESS, HISTOGRAM_BUCKETS

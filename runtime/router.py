@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.metrics import MoeMetrics

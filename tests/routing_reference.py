@@ -1,0 +1,83 @@
+"""Routing in plain numpy, one row at a time: what the kernels must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+RANGE_RATE = np.float32(0.05)
+
+
+def ranking(scores: Float32) -> list[int]:
+    """All ids by (score descending, id ascending), NaN last."""
+    nan = np.isnan(scores)
+    return np.lexsort((np.arange(scores.size), -np.where(nan, 0, scores), nan)).tolist()
+
+
+def probabilities(logits: Float32) -> npt.NDArray[np.float64]:
+    """Softmax in float64; NaN has none, and beside +inf nothing else has."""
+    wide = np.where(np.isnan(logits), -np.inf, logits.astype(np.float64))
+    if np.isposinf(wide).any():
+        return np.isposinf(wide) / np.isposinf(wide).sum()
+    shares = np.exp(wide - wide.max())
+    return shares / shares.sum()
+
+
+def select(
+    logits: Float32,
+    k: int,
+    resident: Collection[int],
+    policy: str,
+    strength: float,
+    *,
+    keep_top: int = 1,
+    mean_range: np.float32 | None = None,
+) -> list[int]:
+    """The experts of a row with at least one finite logit, best first."""
+    truth = ranking(logits)[:k]
+    mask = np.zeros(logits.size, bool)
+    mask[list(resident)] = True
+    with np.errstate(over="ignore", invalid="ignore"):
+        if policy == "bonus":
+            return ranking(logits + np.where(mask, np.float32(strength), np.float32(0)))[:k]
+        if policy == "range":
+            assert mean_range is not None
+            mask[truth[:keep_top]] = True
+            bonus = np.float32(strength) * mean_range
+            return ranking(logits + np.where(mask, bonus, np.float32(0)))[:k]
+    return exchange_within_mass(logits, truth, mask, strength)[0] if policy == "mass" else truth
+
+
+def exchange_within_mass(
+    logits: Float32, truth: list[int], mask: npt.NDArray[np.bool_], budget: float
+) -> tuple[list[int], list[float]]:
+    """The selection of policy "mass", and the mass lost after each exchange that was considered."""
+    share = probabilities(logits)
+    substitutes = [e for e in ranking(logits) if mask[e] and e not in truth and not np.isnan(logits[e])]
+    removed: list[int] = []
+    taken: list[int] = []
+    lost: list[float] = []
+    for expert in reversed(truth):
+        if mask[expert]:
+            continue
+        if not substitutes:
+            break
+        lost.append((lost[-1] if lost else 0.0) + share[expert] - share[substitutes[0]])
+        if lost[-1] > budget:
+            break
+        removed.append(expert)
+        taken.append(substitutes.pop(0))
+    return [e for e in truth if e not in removed] + taken, lost
+
+
+def next_mean_range(mean: np.float32, logits: Float32) -> np.float32:
+    """The running mean of max - min after one more row; 0 is "no row yet"."""
+    finite = logits[np.isfinite(logits)]
+    with np.errstate(over="ignore"):
+        spread = finite.max() - finite.min()
+    if not np.isfinite(spread):
+        return mean
+    return spread if mean == 0 else np.float32(mean + RANGE_RATE * np.float32(spread - mean))

@@ -1,0 +1,113 @@
+"""All kernels give the same bits, for every batch size; that is what repeatable text rests on."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
+from hotset.shm import _core
+
+POLICIES = ["off", "bonus", "range", "mass"]
+
+
+def bits(array: np.ndarray) -> list[int]:
+    return array.view(np.int32).ravel().tolist()
+
+
+def logits(seed: int, rows: int, experts: int, kind: str) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, experts)).astype(np.float32)
+    if kind == "tied":
+        values = np.round(values * 2) / 2
+    elif kind == "odd":
+        for odd in (np.nan, np.inf, -np.inf):
+            values[rng.random(values.shape) < 0.02] = odd
+    elif kind == "denormal":
+        values *= np.float32(1e-40)
+    elif kind == "huge":
+        values *= np.float32(5e37)
+    return values
+
+
+def routed(
+    config: RouterConfig, rows: np.ndarray, resident: list[int], kernel: str
+) -> tuple[BatchRouteResult, list[int]]:
+    previous = _core.use_route_kernel(kernel)
+    try:
+        router = MemoryAwareRouter(config)
+        router.update_cache_state(resident)
+        return router.route_batch(rows, prefetch=True), bits(router.affinity.scores())
+    finally:
+        _core.use_route_kernel(previous)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    experts=st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 160, 256, 1024])),
+    policy=st.sampled_from(POLICIES),
+    kind=st.sampled_from(["ordinary", "tied", "odd", "denormal", "huge"]),
+    renormalize=st.booleans(),
+    data=st.data(),
+)
+def test_kernels_agree_bit_for_bit(
+    seed: int, experts: int, policy: str, kind: str, renormalize: bool, data: st.DataObject
+) -> None:
+    config = RouterConfig(
+        experts,
+        data.draw(st.integers(1, min(experts, 10))),
+        policy=policy,  # type: ignore[arg-type]
+        renormalize=renormalize,
+    )
+    rows = logits(seed, 19, experts, kind)
+    resident = np.flatnonzero(np.random.default_rng(seed).random(experts) < 0.5).tolist()
+    plain, scores = routed(config, rows, resident, "plain")
+    for kernel in _core.route_kernels():
+        result, its_scores = routed(config, rows, resident, kernel)
+        assert result.experts.tolist() == plain.experts.tolist(), kernel
+        assert bits(result.weights) == bits(plain.weights), kernel
+        for field in ("misses", "displaced", "prefetches", "lost_mass", "changed"):
+            assert getattr(result, field) == getattr(plain, field), (kernel, field)
+        assert its_scores == scores, kernel
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (16, 4), (60, 4), (64, 8), (128, 8), (256, 9)])
+def test_a_rows_weights_do_not_depend_on_its_batch(experts: int, k: int, renormalize: bool) -> None:
+    rows = logits(1, 50, experts, "ordinary")
+    router = MemoryAwareRouter(RouterConfig(experts, k, policy="off", renormalize=renormalize))
+    whole = router.route_batch(rows)
+    for start, stop in ((0, 1), (0, 7), (3, 12), (49, 50)):
+        part = router.route_batch(rows[start:stop])
+        assert part.experts.tolist() == whole.experts[start:stop].tolist()
+        assert bits(part.weights) == bits(whole.weights[start:stop])
+    shuffled = router.route_batch(np.ascontiguousarray(rows[::-1]))
+    assert bits(shuffled.weights[::-1].copy()) == bits(whole.weights)
+
+
+@pytest.mark.usefixtures("kernel")
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), policy=st.sampled_from(POLICIES))
+def test_inv6_the_same_inputs_select_the_same_experts(seed: int, policy: str) -> None:
+    """Same logits, mask, running range and parameters, but another history of affinity and counters."""
+    rows = logits(seed, 8, 64, "tied")
+    config = RouterConfig(64, 6, policy=policy)  # type: ignore[arg-type]
+    resident = list(range(seed % 3, 64, 3))
+    fresh, used = MemoryAwareRouter(config), MemoryAwareRouter(msgspec.structs.replace(config))
+    used.route_batch(logits(seed ^ 1, 40, 64, "ordinary"), policy="bonus")  # leaves the running range alone
+    for router in (fresh, used):
+        router.update_cache_state(resident)
+    first, second = fresh.route_batch(rows, prefetch=True), used.route_batch(rows, prefetch=True)
+    assert first.experts.tolist() == second.experts.tolist()
+    assert bits(first.weights) == bits(second.weights)
+    assert (first.misses, first.displaced, first.prefetches) == (second.misses, second.displaced, second.prefetches)
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="no routing kernel 'avx9'"):
+        _core.use_route_kernel("avx9")
