@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.shm.layout import WeightFormat
@@ -16,7 +18,6 @@ from hotset.workers.compute.experts import (
     top_k_softmax,
 )
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
-from numpy.typing import NDArray
 
 FloatRows = NDArray[np.float32]
 

@@ -36,7 +36,7 @@ def make_model(
 ) -> Path:
     """Write a random OLMoE model to `folder` and return it.
 
-    One expert takes 3 * intermediate_size * hidden_size values of dtype (float32, float16 or bfloat16). `options` go into
+    One expert takes 3 * intermediate_size * hidden_size values of dtype (float32, float16, bfloat16). `options` go into
     config.json as they are, over the defaults. With `tokenizer`, bytes are tokens 1 to 256 and 0 ends the text.
     """
     config = {

@@ -16,9 +16,10 @@ from typing import Any, Final, Self
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
+
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from numpy.typing import NDArray
 
 # numpy has no bfloat16: its bits are kept as uint16, and nothing else here is uint16.
 STORED_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {

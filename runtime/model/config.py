@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import msgspec
+
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 
 ARCHITECTURES: Final = ("OlmoeForCausalLM",)

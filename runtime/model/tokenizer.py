@@ -8,8 +8,9 @@ from typing import Final
 
 import numpy as np
 import tokenizers
-from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound
 from numpy.typing import NDArray
+
+from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound
 
 _REPLACEMENT: Final = "\ufffd"  # what a decoder puts in the place of bytes that are not UTF-8 (yet)
 

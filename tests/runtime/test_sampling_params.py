@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from hotset.runtime.sampling_params import SamplingParams
 
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from hotset.runtime.model.config import ModelConfig
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
-from numpy.typing import NDArray
 
 
 def group_by_expert(expert_ids: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int64]]]:

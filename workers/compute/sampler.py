@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-from hotset.runtime.sampling_params import SamplingParams
 from numpy.typing import NDArray
+
+from hotset.runtime.sampling_params import SamplingParams
 
 TokenIds = NDArray[np.int32]
 
@@ -28,7 +31,7 @@ def sample(
         _bias(logits, params)
         _penalise(logits, params, prompt_ids, generated_ids)
     best = int(np.argmax(logits))  # the lowest id of equals; a NaN where there is one
-    if np.isnan(logits[best]):
+    if math.isnan(logits[best]):
         raise ValueError(f"the logits of position {position} are not numbers: the weights or the KV rows are damaged")
     if params.temperature == 0 or params.top_k == 1:
         return best

@@ -13,10 +13,11 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
+
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.workers.compute import _kernels
-from numpy.typing import NDArray
 
 Experts = Callable[[int, NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
 """(layer, hidden [n, hidden_size] after its norm, gate logits [n, num_experts]) -> mixture [n, hidden_size].

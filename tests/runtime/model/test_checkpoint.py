@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hotset.runtime.model.checkpoint import Checkpoint, dense_shapes, expert_names
-from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from model_factory import make_model, tensor_shapes
 from safetensors import safe_open
+
+from hotset.runtime.model.checkpoint import Checkpoint, dense_shapes, expert_names
+from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 
 Header = dict[str, Any]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_factory import make_model
+
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from model_factory import make_model
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound
-from hotset.runtime.model.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from model_factory import write_byte_tokenizer
+
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound
+from hotset.runtime.model.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process_model import InProcessModel
 from model_factory import make_model, stored
+from numpy.typing import NDArray
 
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.transformer import Batch
@@ -121,3 +123,23 @@ def test_the_page_size_does_not_show(tmp_path: Path, block_sizes: tuple[int, int
     token_ids = np.arange(50, dtype=np.int32)
     one, other = (InProcessModel(folder, block_size=size).logits(token_ids) for size in block_sizes)
     np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("threads")
+def test_callers_at_once_do_not_mix() -> None:
+    """The pool runs one caller's loop; the other caller computes its own alone."""
+    _kernels.set_num_threads(3)
+    random = np.random.default_rng(2)
+    weight = random.standard_normal((500, 1000), dtype=np.float32)
+    rows = random.standard_normal((2, 2, 1000), dtype=np.float32)
+
+    def product(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        out = np.full((2, 500), np.nan, np.float32)
+        _kernels.linear(x, weight, out)
+        return out
+
+    expected = [product(x) for x in rows]
+    with ThreadPoolExecutor(2) as executor:
+        for _ in range(50):
+            for result, wanted in zip(executor.map(product, rows), expected, strict=True):
+                np.testing.assert_array_equal(result, wanted)

@@ -6,10 +6,9 @@
 INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_format format, const float *x,
                                size_t x_stride, const uint8_t *weight, size_t weight_stride, size_t n, float *out,
                                size_t out_stride) {
-    V(vec) sum[MAX_TILE_ROWS][MAX_TILE_OUTS][VEC_PARTS];
-    for (int r = 0; r < rows; r++)
-        for (int o = 0; o < outs; o++)
-            for (int p = 0; p < VEC_PARTS; p++) sum[r][o][p] = V(zero)();
+    V(vec) sum[MAX_TILE_ROWS * MAX_TILE_OUTS][VEC_PARTS]; /* of row r and output o: r * outs + o */
+    for (int t = 0; t < rows * outs; t++)
+        for (int p = 0; p < VEC_PARTS; p++) sum[t][p] = V(zero)();
     size_t i = 0;
     for (; i + 16 <= n; i += 16)
         for (int p = 0; p < VEC_PARTS; p++) {
@@ -18,7 +17,7 @@ INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_forma
                 w[o] = V(load_weights)(format, weight + o * weight_stride, i + p * VEC_LANES);
             for (int r = 0; r < rows; r++) {
                 V(vec) a = V(load)(x + r * x_stride + i + p * VEC_LANES);
-                for (int o = 0; o < outs; o++) sum[r][o][p] = V(fma)(a, w[o], sum[r][o][p]);
+                for (int o = 0; o < outs; o++) sum[r * outs + o][p] = V(fma)(a, w[o], sum[r * outs + o][p]);
             }
         }
     if (i < n) { /* the last elements, filled up with zeros to the full 16 lanes */
@@ -30,13 +29,19 @@ INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_forma
                 _Alignas(64) float padded[16] = {0};
                 memcpy(padded, x + r * x_stride + i, rest * sizeof *x);
                 for (int p = 0; p < VEC_PARTS; p++)
-                    sum[r][o][p] = V(fma)(V(load)(padded + p * VEC_LANES),
-                                          V(load_weights)(format, padded_weight, p * VEC_LANES), sum[r][o][p]);
+                    sum[r * outs + o][p] =
+                        V(fma)(V(load)(padded + p * VEC_LANES),
+                               V(load_weights)(format, padded_weight, p * VEC_LANES), sum[r * outs + o][p]);
             }
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int o = 0; o < outs; o++) out[r * out_stride + o] = V(sum16)(sum[r][o]);
+    int t = 0;
+    for (; t + 4 <= rows * outs; t += 4) {
+        float sums[4];
+        V(sum16_of_four)(sum + t, sums);
+        for (int i = 0; i < 4; i++) out[(t + i) / outs * out_stride + (t + i) % outs] = sums[i];
+    }
+    for (; t < rows * outs; t++) out[t / outs * out_stride + t % outs] = V(sum16)(sum[t]);
 }
 
 /* `rows` rows against all outputs of [begin, end), tile after tile. */

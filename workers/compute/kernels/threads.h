@@ -90,7 +90,12 @@ static inline int pool_resize(int threads) {
 
 /* part(context, begin, end) over [0, count) in pieces of a multiple of `grain`; `work` is the whole in multiply-adds. */
 static inline void parallel_for(size_t count, size_t grain, double work, loop_part *part, void *context) {
-    if (work < MIN_PARALLEL_WORK || pool.size == 0 || pthread_mutex_trylock(&pool.busy)) {
+    int alone = work < MIN_PARALLEL_WORK || pthread_mutex_trylock(&pool.busy);
+    if (!alone && pool.size == 0) {
+        pthread_mutex_unlock(&pool.busy);
+        alone = 1;
+    }
+    if (alone) {
         part(context, 0, count);
         return;
     }

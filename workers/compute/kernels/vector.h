@@ -32,13 +32,11 @@ INLINE TARGET V(vec) V(add_exponent)(V(vec) a, V(vec) n) {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
-INLINE TARGET float V(sum16)(const V(vec) parts[1]) {
+INLINE TARGET __m128 V(fold)(const V(vec) parts[1]) {
     __m512d all = _mm512_castps_pd(parts[0]);
     __m256 eight = _mm256_add_ps(_mm256_castpd_ps(_mm512_castpd512_pd256(all)),
                                  _mm256_castpd_ps(_mm512_extractf64x4_pd(all, 1)));
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 INLINE TARGET float V(fma1)(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
@@ -66,11 +64,9 @@ INLINE TARGET V(vec) V(add_exponent)(V(vec) a, V(vec) n) {
     return _mm256_castsi256_ps(
         _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
 }
-INLINE TARGET float V(sum16)(const V(vec) parts[2]) {
+INLINE TARGET __m128 V(fold)(const V(vec) parts[2]) {
     __m256 eight = _mm256_add_ps(parts[0], parts[1]);
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 INLINE TARGET float V(fma1)(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
@@ -106,12 +102,30 @@ INLINE float V(sum16)(const V(vec) parts[1]) {
         for (int l = 0; l < half; l++) sum[l] += sum[l + half];
     return sum[0];
 }
+INLINE void V(sum16_of_four)(const V(vec) parts[4][1], float sums[4]) {
+    for (int i = 0; i < 4; i++) sums[i] = V(sum16)(parts[i]);
+}
 INLINE float V(fma1)(float a, float b, float c) { return a * b + c; }
 #undef EACH_LANE
 
 #endif
 
 #define VEC_PARTS (16 / VEC_LANES)
+
+#if VECTOR_ISA
+/* fold adds lanes 8 apart, then 4 apart; the two below go on with 2 apart, then 1. */
+INLINE TARGET float V(sum16)(const V(vec) parts[VEC_PARTS]) {
+    __m128 four = V(fold)(parts);
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE TARGET void V(sum16_of_four)(const V(vec) parts[4][VEC_PARTS], float sums[4]) {
+    __m128 a = V(fold)(parts[0]), b = V(fold)(parts[1]), c = V(fold)(parts[2]), d = V(fold)(parts[3]);
+    __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)); /* a0+a2 b0+b2 a1+a3 b1+b3 */
+    __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+}
+#endif
 
 /* VEC_LANES stored weights as floats, from element `i` of a row. */
 INLINE TARGET V(vec) V(load_weights)(enum weight_format format, const uint8_t *row, size_t i) {
