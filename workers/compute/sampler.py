@@ -31,13 +31,14 @@ def sample(
         _bias(logits, params)
         _penalise(logits, params, prompt_ids, generated_ids)
     best = int(np.argmax(logits))  # the lowest id of equals; a NaN where there is one
-    if math.isnan(logits[best]):
+    highest = float(logits[best])
+    if math.isnan(highest):
         raise ValueError(f"the logits of position {position} are not numbers: the weights or the KV rows are damaged")
-    if params.temperature == 0 or params.top_k == 1:
+    if params.temperature == 0 or params.top_k == 1 or math.isinf(highest):
         return best
-    weights = np.exp((logits - logits[best]).astype(np.float64) / params.temperature)  # the best one's is 1
+    weights = np.exp((logits - highest).astype(np.float64) / params.temperature)  # the best one's is 1
     _truncate(weights, params)
-    cumulative = np.cumsum(weights)
+    cumulative: NDArray[np.float64] = np.cumsum(weights)
     return int(np.searchsorted(cumulative, uniform(seed, position) * cumulative[-1], side="right"))
 
 

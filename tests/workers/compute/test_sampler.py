@@ -129,5 +129,6 @@ def test_the_logits_are_left_as_they_are() -> None:
 
 def test_infinities_are_ordinary_extremes_and_nan_is_an_error() -> None:
     assert draw([-np.inf, 0.0, -np.inf]) == 1
+    assert draw([0.0, np.inf, 5.0]) == 1
     with pytest.raises(ValueError, match="position 9"):
         draw([0.0, np.nan, 1.0], position=9)

@@ -75,6 +75,7 @@ static inline int pool_resize(int threads) {
     pthread_cond_broadcast(&pool.start);
     pthread_mutex_unlock(&pool.lock);
     for (int i = 0; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
+    pthread_mutex_lock(&pool.lock); /* the new threads wait for it until they are all there */
     pool.loop = 0;
     pool.wanted = threads - 1;
     sigset_t all, before; /* the host's signals are for its own threads */
@@ -84,6 +85,7 @@ static inline int pool_resize(int threads) {
         error = pthread_create(&pool.threads[pool.size], NULL, pool_thread, (void *)(ptrdiff_t)pool.size);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pool.wanted = pool.size;
+    pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.busy);
     return error;
 }
