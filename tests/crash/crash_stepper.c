@@ -4,6 +4,7 @@
  *     crash_stepper IMAGE OPERATION          kills after each instruction that changed the arena: what a killed
  *                                            process leaves is memory, so these are all the different outcomes
  *     crash_stepper IMAGE OPERATION every    kills after every instruction: the same, taking no one's word for it
+ *     crash_stepper IMAGE list               names the operations
  *
  * The image has 1 layer of 6 experts, 3 processes with 2 pins, 3 slots of 64 bytes. In every scene process 0 is the
  * worker that may die and process 1 one that lives: it uses expert 2 and waits for expert 0, which is absent.
@@ -28,7 +29,7 @@ enum { AWAITED = 0, VICTIM = 1, IN_USE = 2, OTHER = 3, UNWANTED = 4, PREFETCHED 
 static struct arena arena;
 static struct affinity_law law;
 
-/* ---- what the processes do, as workers/moe.py and workers/pager.py do it ---- */
+/* ---- what the processes do, as workers/expert_access.py and workers/pager.py do it ---- */
 
 static uint64_t weights_of(uint32_t id) { return UINT64_C(0x0101010101010101) * (id + 1); }
 
@@ -352,8 +353,12 @@ static void end(pid_t child) {
 
 int main(int argc, char **argv) {
     const struct operation *operation = NULL;
-    for (size_t i = 0; argc >= 3 && i < sizeof operations / sizeof *operations; i++)
+    int list = argc == 3 && !strcmp(argv[2], "list");
+    for (size_t i = 0; argc >= 3 && i < sizeof operations / sizeof *operations; i++) {
+        if (list) puts(operations[i].name);
         if (!strcmp(argv[2], operations[i].name)) operation = operations + i;
+    }
+    if (list) return 0;
     if (!operation || argc > 4 || (argc == 4 && strcmp(argv[3], "every"))) {
         fprintf(stderr, "usage: crash_stepper IMAGE OPERATION [every]\n");
         return 2;
