@@ -7,6 +7,7 @@ in the shared arena and its workers write them; a program that embeds only the c
 
 from __future__ import annotations
 
+import itertools
 import time
 from array import array
 from collections.abc import Callable, Hashable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime import kv_statistics
-from hotset.runtime.kv_compaction import PageMove, plan_moves
+from hotset.runtime.kv_compaction import plan_moves
 from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages, UnknownSequence
 from hotset.runtime.kv_events import CacheEvent
 from hotset.runtime.kv_page_memory import KvPageMemory
@@ -520,8 +521,9 @@ class PagedKvCache:
         """Whether more than this share of the used pages has a hole in front."""
         return self.fragmentation().ratio > threshold
 
-    def defragment(self, max_moves: int | None = None) -> list[PageMove]:
-        """Moves pages so that the used ones lie together at the front, see `plan_moves`; at most `max_moves`.
+    def defragment(self, max_moves: int | None = None) -> dict[int, int]:
+        """Moves pages so that the used ones lie together at the front, at most `max_moves`. See `plan_moves`, also
+        for what is returned.
 
         Block tables change: nobody else may read or write the moved pages meanwhile.
         """
@@ -530,18 +532,20 @@ class PagedKvCache:
         moves = plan_moves(self.num_pages, pool.free, self._pins, runs, max_moves)
         if not moves:
             return moves
-        for source, destination in moves:
+        free = bytearray(self.num_pages + 1)
+        for page in pool.free:
+            free[page] = 1
+        for source, destination in moves.items():
             if self._memory:
                 self._memory.copy_page(source, destination)
             pool.references[destination] = pool.references[source]
             pool.references[source] = 0
             pool.generations[destination] += 1
-        renumbered = dict(moves)
+            free[source], free[destination] = 1, 0
         for state in self._sequences.values():
-            state.table[:] = [renumbered.get(page, page) for page in state.table]
-        self._prefixes.move(renumbered)
-        free = set(pool.free).difference(renumbered.values())
-        pool.free = sorted(free.union(renumbered).difference(renumbered.values()), reverse=True)
+            state.table[:] = [moves.get(page, page) for page in state.table]
+        self._prefixes.move(moves)
+        pool.free = list(itertools.compress(range(self.num_pages, 0, -1), free[:0:-1]))
         self._defragmentations += 1
         self._pages_moved += len(moves)
         return moves

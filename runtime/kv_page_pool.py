@@ -84,9 +84,12 @@ class PagePool:
     def take_one(self) -> int:
         """`take(1)` without a list."""
         free = self.free
-        if not free:
-            return self.take(1)[0]
-        page = free.pop()
+        if free:
+            page = free.pop()
+        elif self.idle and self.evict:
+            page = self.evict()
+        else:
+            raise OutOfPages(1, 0)
         self.references[page] = 1
         self.generations[page] += 1
         return page

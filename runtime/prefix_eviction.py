@@ -61,25 +61,27 @@ class EvictionOrder:
         """The leaf whose last page goes next; None if no leaf ends in an idle page."""
         if self._expiring:
             self._expire()
-        recent, heap, references = self._recent, self._heap, self._references
+        recent, heap = self._recent, self._heap
         while recent or heap:
             in_heap = not recent or (heap and heap[0] < recent[0])
             entry = heap[0] if in_heap else recent[0]
             node = entry[3]
-            if entry is node.queued:
-                if (
-                    entry[1] == node.last_use
-                    and entry[0] == node.priority
-                    and not node.children
-                    and not references[node.pages[-1]]
-                ):
-                    return node
-                node.queued = None
+            valid = entry is node.queued
+            if (
+                valid
+                and entry[1] == node.last_use
+                and entry[0] == node.priority
+                and not node.children
+                and not self._references[node.pages[-1]]
+            ):
+                return node
             if in_heap:
                 heapq.heappop(heap)
             else:
                 recent.popleft()
-            self.add(node)
+            if valid:
+                node.queued = None
+                self.add(node)
         return None
 
     def clear(self) -> None:

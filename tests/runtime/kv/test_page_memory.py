@@ -227,7 +227,7 @@ def test_F4_a_moved_idle_page_has_its_bytes_when_it_is_hit(format: KvFormat) -> 
     before = page_bytes(cache, 2)
     cache.free(sequence)
     cache.free(gap)
-    assert cache.defragment() == [(2, 1)]
+    assert cache.defragment() == {2: 1}
     assert page_bytes(cache, 1) == before
     again, hit = cache.admit(range(17))
     assert hit == 16
