@@ -40,7 +40,8 @@ from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment, SegmentError
 from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
-from hotset.workers.moe import ExpertUnavailable, MixtureOfExperts
+from hotset.workers.expert_access import ExpertUnavailable
+from hotset.workers.moe import MixtureOfExperts
 
 
 class Sequence:

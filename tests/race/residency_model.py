@@ -3,7 +3,7 @@
 Kept in step with the code by hand. Each routine names what it mirrors; all C functions are in shm/core/residency.h:
 
     want, check         pin_set(), residency_find()
-    request, wait       workers/moe.py `_wait`: generation, find again, request_set(), send, futex_wait()
+    request, wait       workers/expert_access.py `_wait`: generation, find again, request_set(), send, futex_wait()
     use, unpin          reading the slot's bytes, pin_clear()
     serve               workers/pager.py `_serve`, `_serve_messages`, `_rescan`
     evict               workers/pager.py `_take_slot`, evict_begin(), is_pinned()

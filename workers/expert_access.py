@@ -1,0 +1,111 @@
+"""The worker's side of the residency protocol: how a worker gets at experts that may not be in memory.
+
+An expert's id is in this worker's pin row from before its slot is looked up until its bytes are no longer needed
+(rules 1 to 3 in shm/core/residency.h). A resident expert is used at once; a missing one is requested and waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from hotset.runtime.errors import HotsetError
+from hotset.shm.counters import Counter
+from hotset.shm.paging_queue import PagingMessage, PagingQueue
+from hotset.shm.segment import Segment
+
+WAIT_MICROSECONDS = 50_000
+
+
+class ExpertUnavailable(HotsetError):
+    """The pager has given an expert up: its bytes cannot be loaded."""
+
+    def __init__(self, layer: int, expert: int) -> None:
+        super().__init__(f"expert {expert} of layer {layer} cannot be loaded: the checkpoint's bytes are damaged")
+        self.layer = layer
+        self.expert = expert
+
+
+class ExpertAccess:
+    """Pins, requests and waits on behalf of one worker; counts hits and misses.
+
+    Args:
+        segment: the arena.
+        queue: for urgent requests.
+        process: this worker's row of pins and counters.
+    """
+
+    def __init__(self, segment: Segment, queue: PagingQueue, process: int) -> None:
+        self._arena = segment.arena
+        self._queue = queue
+        self._process = process
+        self._num_experts = segment.layout.geometry.num_experts
+        self._pins = segment.layout.geometry.pins_per_process
+        self._hit_counter = Counter.DECODE_EXPERT_HITS
+        self._miss_counter = Counter.DECODE_EXPERT_MISSES
+
+    def count_as(self, *, prefill: bool) -> None:
+        """Under which counters hits and misses fall from now on."""
+        self._hit_counter = Counter.PREFILL_EXPERT_HITS if prefill else Counter.DECODE_EXPERT_HITS
+        self._miss_counter = Counter.PREFILL_EXPERT_MISSES if prefill else Counter.DECODE_EXPERT_MISSES
+
+    def resident(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yields (expert, slot) of every expert, resident ones first; each is pinned until the next is asked for.
+
+        Raises `ExpertUnavailable`; the pins that are then still set are the caller's to clear (`Arena.unpin_all`).
+        """
+        arena, process, first = self._arena, self._process, layer * self._num_experts
+        free_pins = list(range(self._pins))
+        waiting: dict[int, int] = {}  # expert -> pin
+        remaining = list(reversed(experts))
+        while remaining or waiting:
+            missed: list[int] = []
+            while remaining and free_pins:
+                expert, pin = remaining.pop(), free_pins.pop()
+                slot = arena.want(process, pin, first + expert)
+                if slot < 0:
+                    waiting[expert] = pin
+                    missed.append(expert)
+                    continue
+                self._note_hit(first + expert)
+                yield expert, slot
+                arena.unpin(process, pin)
+                free_pins.append(pin)
+            if missed:
+                arena.count(process, self._miss_counter, len(missed))
+                self._request(layer, missed)
+            if waiting:
+                for expert, slot in self._wait(layer, waiting):
+                    yield expert, slot
+                    pin = waiting.pop(expert)
+                    arena.unpin(process, pin)
+                    free_pins.append(pin)
+
+    def _note_hit(self, expert_id: int) -> None:
+        self._arena.count(self._process, self._hit_counter, 1)
+        if self._arena.take_prefetched(expert_id):
+            self._arena.count(self._process, Counter.PREFETCH_HITS, 1)
+
+    def _request(self, layer: int, experts: Sequence[int]) -> None:
+        """Sets the urgent bits and sends one message for those that nobody had asked for yet."""
+        first = layer * self._num_experts
+        unasked = [expert for expert in experts if self._arena.request_urgent(first + expert)]
+        if unasked:
+            self._queue.send(PagingMessage(layer, unasked))  # if it does not fit, the bits are found by a rescan
+
+    def _wait(self, layer: int, experts: Iterable[int]) -> list[tuple[int, int]]:
+        """Sleeps until at least one of the pinned `experts` is resident; returns those that are, with their slots."""
+        arena, first = self._arena, layer * self._num_experts
+        began = time.monotonic_ns()
+        while True:
+            # Read before the check: an arrival between check and sleep changes it, and the sleep does not begin.
+            generation = arena.generation(layer)
+            found = [(expert, slot) for expert in experts if (slot := arena.find(first + expert)) >= 0]
+            if found:
+                arena.count(self._process, Counter.EXPERT_WAIT_NANOSECONDS, time.monotonic_ns() - began)
+                return found
+            for expert in experts:
+                if arena.failed(first + expert):
+                    raise ExpertUnavailable(layer, expert)
+            self._request(layer, list(experts))
+            arena.wait(layer, generation, WAIT_MICROSECONDS)
