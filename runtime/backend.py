@@ -12,7 +12,7 @@ import select
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -27,6 +27,8 @@ from hotset.runtime.config import TRAINED_MODEL, BackendConfig, InstancePlan, pl
 from hotset.runtime.errors import BackendError, RequestFailed
 from hotset.runtime.messages import (
     Abort,
+    Defragment,
+    Defragmented,
     Generated,
     GetStats,
     InstanceFailed,
@@ -101,7 +103,7 @@ class Backend:
         self.config = BackendConfig(model=str(Path(model or TRAINED_MODEL).absolute()), **settings)
         self.instance = check_instance_name(self.config.name or new_instance_name())
         self._answers: dict[int, queue.SimpleQueue[Generated | BackendError]] = {}
-        self._stats_replies: dict[int, queue.SimpleQueue[BackendStats | BackendError]] = {}
+        self._replies: dict[int, queue.SimpleQueue[StatsReply | Defragmented | BackendError]] = {}
         self._next_number = 0
         self._lock = threading.Lock()  # of the three above and of sending
         self._ready = threading.Event()
@@ -217,20 +219,31 @@ class Backend:
 
     def stats(self) -> BackendStats:
         """Counters of all processes added up, and what is in memory now."""
-        with self._lock:
-            self._raise_if_dead()
-            number = self._next_number
-            self._next_number += 1
-            replies = self._stats_replies[number] = queue.SimpleQueue()
-        self._send(GetStats(number))
-        reply = replies.get()
-        if isinstance(reply, BackendError):
-            raise reply
-        return reply
+        return self._ask(GetStats).stats
+
+    def defragment(self, max_moves: int | None = None) -> int:
+        """Moves KV pages in use together at the front of the arena, at most `max_moves`; returns how many moved.
+
+        Sequences stand still for that long. Attention does not need it: it is for contiguous views of pages.
+        """
+        return self._ask(lambda query: Defragment(query, max_moves)).moves
 
     def reset_stats(self) -> None:
         """Counts from here on."""
         self._send(ResetStats())
+
+    def _ask(self, question: Callable[[int], Any]) -> Any:
+        """Sends a message that the coordinator answers, and waits for the answer."""
+        with self._lock:
+            self._raise_if_dead()
+            number = self._next_number
+            self._next_number += 1
+            replies = self._replies[number] = queue.SimpleQueue()
+        self._send(question(number))
+        reply = replies.get()
+        if isinstance(reply, BackendError):
+            raise reply
+        return reply
 
     # ---- life
 
@@ -288,8 +301,8 @@ class Backend:
                             answers = self._answers.get(number)
                             if answers is not None:
                                 answers.put(message)
-                        case StatsReply(query, stats):
-                            self._stats_replies.pop(query).put(stats)
+                        case StatsReply() | Defragmented():
+                            self._replies.pop(message.query).put(message)
                         case InstanceReady():
                             self.worker_pids = message.worker_pids
                             self.pager_pid = message.pager_pid
@@ -301,7 +314,7 @@ class Backend:
             pass  # ValueError: closed by close()
         if not self._closing:
             how = self._reap(STOP_SECONDS)
-            self._die(BackendError(reason or f"the coordinator {how}{self._last_words()}"))
+            self._die(BackendError((reason or f"the coordinator {how}") + self._last_words()))
 
     def _reap(self, timeout: float) -> str:
         """Waits for the coordinator's end, by force if need be, and cleans up after it. Says how it ended."""
@@ -331,9 +344,9 @@ class Backend:
             self._dead = self._dead or error
             for answers in self._answers.values():
                 answers.put(error)
-            for replies in self._stats_replies.values():
+            for replies in self._replies.values():
                 replies.put(error)
-            self._stats_replies.clear()
+            self._replies.clear()
         self._ready.set()
 
     @property

@@ -17,6 +17,7 @@ from hotset.runtime.errors import HotsetError
 from hotset.runtime.instance import Instance
 from hotset.runtime.messages import (
     Abort,
+    Defragment,
     ExpertFailed,
     FromClient,
     FromPager,
@@ -206,6 +207,8 @@ class Coordinator:
                     self._dispatcher.abort(request)
                 case GetStats(query):
                     self._client.send(StatsReply(query, self._stats()))
+                case Defragment():
+                    self._dispatcher.defragment(message)
                 case ResetStats():
                     self._counters.reset()
                 case StartInstance() | Shutdown():

@@ -13,6 +13,8 @@ from hotset.runtime.errors import RequestFailed
 from hotset.runtime.instance import Instance
 from hotset.runtime.kv_cache import PagedKvCache
 from hotset.runtime.messages import (
+    Defragment,
+    Defragmented,
     FromClient,
     Generated,
     PagesGranted,
@@ -55,9 +57,11 @@ class Dispatcher:
         self._arena = instance.arena
         self._token_ids = instance.segment.view(Section.TOKEN_IDS)
         self._block_tables = instance.segment.view(Section.BLOCK_TABLES)
+        self._pages = instance.segment.view(Section.KV_PAGES)
         self._client = client
         self._send_worker = send_worker
         self._requests: dict[int, Request] = {}
+        self._defragmentations: list[Defragment] = []  # asked for and not done
 
     # ---- from the client
 
@@ -81,15 +85,25 @@ class Dispatcher:
             self._end(request, b"", "abort", None)
         elif request.worker is None:
             self._finish(request, "abort")
+        elif request.state is RequestState.RUNNING:
+            self._stop(request, RequestState.ABORTING)
         else:
+            request.state = RequestState.ABORTING  # its worker was told already
+
+    def defragment(self, message: Defragment) -> None:
+        """Moves pages together at the front of the arena. Workers let go of all sequences for that long."""
+        self._defragmentations.append(message)
+        for request in self.scheduler.running.values():
             if request.state is RequestState.RUNNING:
-                self._send_worker(request.worker, StopSequence(request.row, request.client))
-            request.state = RequestState.ABORTING
+                self._stop(request, RequestState.HALTING)
+        self._defragment_when_halted()
 
     # ---- to the workers
 
     def dispatch(self, workers: Collection[int]) -> None:
-        """Admits what fits, and gives every sequence without a worker to one of `workers`."""
+        """Admits what fits, gives every sequence without a worker to one of `workers`, and evens their loads."""
+        if self._defragmentations:
+            return
         while workers and (request := self.scheduler.admit()) is not None:
             self._token_ids[request.row, : request.known] = request.known_ids()
             # While no worker serves the row, its committed length is ours to set: rows found in the prefix cache.
@@ -110,9 +124,22 @@ class Dispatcher:
                 params=request.params,
             )
             self._send_worker(request.worker, run)
+        candidate = self.scheduler.migration_candidate(workers)
+        if candidate is not None:
+            self._stop(candidate, RequestState.MIGRATING)
+
+    def _stop(self, request: Request, state: RequestState) -> None:
+        """Asks the worker, if there is one, to let go of a running request; `_settle` goes on from `state`."""
+        request.state = state
+        if request.worker is not None:
+            self._send_worker(request.worker, StopSequence(request.row, request.client))
 
     def _write_block_table(self, request: Request, start: int) -> None:
-        table = self.scheduler.cache.block_table(request.sequence)
+        cache = self.scheduler.cache
+        table = cache.block_table(request.sequence)
+        for page in table[start:]:
+            # Before its new owner can write it: who still reads the page for an old one sees that it has changed.
+            self._arena.store_u32(Section.PAGE_GENERATIONS, page, 0, cache.generation(page) % 2**32)
         self._block_tables[request.row, start : len(table)] = table[start:]
         # Release, after the entries: the worker reads the count first.
         self._arena.store_u32(Section.SEQUENCES, request.row, 2, len(table))
@@ -130,8 +157,7 @@ class Dispatcher:
         elif was_stalled:
             victim = self.scheduler.preemption_victim()
             if victim is not None and victim.worker is not None:
-                victim.state = RequestState.PREEMPTING
-                self._send_worker(victim.worker, StopSequence(victim.row, victim.client))
+                self._stop(victim, RequestState.PREEMPTING)
 
     def _grant_stalled(self) -> None:
         """Pages have come back: sequences without room go first, those that were admitted first before others."""
@@ -186,10 +212,36 @@ class Dispatcher:
         """What the worker was told to let go of has been let go of: ends it, or puts it back in the queue."""
         if request.state is RequestState.ABORTING:
             self._finish(request, "abort")
-        elif request.state is RequestState.PREEMPTING:
-            self.collect(request)
-            self.scheduler.requeue(request)
-            self._grant_stalled()
+            return
+        self.collect(request)
+        match request.state:
+            case RequestState.PREEMPTING:
+                self.scheduler.requeue(request)
+                self._grant_stalled()
+            case RequestState.MIGRATING:
+                self.scheduler.migrations += 1
+                request.worker = None
+                request.state = RequestState.RUNNING
+            case RequestState.HALTING:
+                request.worker = None
+                self._defragment_when_halted()
+            case _:
+                pass
+
+    def _defragment_when_halted(self) -> None:
+        """Nobody writes pages now: moves them, and lets everything go on with new block tables."""
+        running = self.scheduler.running.values()
+        if not self._defragmentations or any(request.worker is not None for request in running):
+            return
+        for message in self._defragmentations:
+            moves = self.scheduler.cache.defragment(message.max_moves)
+            for source, destination in moves.items():
+                self._pages[destination] = self._pages[source]
+            self._client.send(Defragmented(message.query, len(moves)))
+        self._defragmentations.clear()
+        for request in running:
+            request.state = RequestState.RUNNING
+            self._write_block_table(request, 0)
 
     # ---- to the client
 
@@ -240,5 +292,6 @@ class Dispatcher:
         if request.row >= 0:
             self.scheduler.release(request)
             self._grant_stalled()
+            self._defragment_when_halted()
         del self._requests[request.client]
         self._client.send(Generated(request.client, tokens, finish, error, request.cached_tokens or 0))

@@ -39,6 +39,13 @@ class GetStats(Message, frozen=True, tag=True):
     query: int
 
 
+class Defragment(Message, frozen=True, tag=True):
+    """Move at most `max_moves` KV pages (None: all that have to be) to the front of the arena."""
+
+    query: int
+    max_moves: int | None
+
+
 class ResetStats(Message, frozen=True, tag=True):
     pass
 
@@ -74,6 +81,11 @@ class Generated(Message, frozen=True, tag=True):
 class StatsReply(Message, frozen=True, tag=True):
     query: int
     stats: BackendStats
+
+
+class Defragmented(Message, frozen=True, tag=True):
+    query: int
+    moves: int
 
 
 # ---- coordinator -> worker
@@ -179,8 +191,8 @@ class ExpertFailed(Message, frozen=True, tag=True):
     reason: str
 
 
-FromClient = StartInstance | Submit | Abort | GetStats | ResetStats | Shutdown
-ToClient = InstanceReady | InstanceFailed | Generated | StatsReply
+FromClient = StartInstance | Submit | Abort | GetStats | Defragment | ResetStats | Shutdown
+ToClient = InstanceReady | InstanceFailed | Generated | StatsReply | Defragmented
 ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
 FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
 ToPager = StartPager | StopWorking

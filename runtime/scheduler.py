@@ -29,6 +29,8 @@ class RequestState(enum.Enum):
     RUNNING = enum.auto()
     PREEMPTING = enum.auto()  # its worker was told to let go; then it waits again
     ABORTING = enum.auto()  # its worker was told to let go; then it ends
+    MIGRATING = enum.auto()  # its worker was told to let go; then another one takes it
+    HALTING = enum.auto()  # its worker was told to let go, or has; it goes on when its pages have been moved
 
 
 class Request:
@@ -110,6 +112,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
         self.preemptions = 0
+        self.migrations = 0
         self.peak_pages = 0
         self._free_rows = list(range(max_sequences - 1, -1, -1))
         self._admissions = 0
@@ -216,11 +219,25 @@ class Scheduler:
 
     def least_loaded(self, workers: Iterable[int]) -> int | None:
         """The worker with the fewest sequences; the lowest number among equals."""
+        load = self._load(workers)
+        return min(load, key=lambda worker: (load[worker], worker), default=None)
+
+    def migration_candidate(self, workers: Iterable[int]) -> Request | None:
+        """The request to move so that no worker has two sequences more than another; None if it is so."""
+        load = self._load(workers)
+        busiest = max(load, key=lambda worker: load[worker], default=None)
+        if busiest is None or load[busiest] - min(load.values()) < 2:
+            return None
+        movable = [request for request in self.of_worker(busiest) if request.state is RequestState.RUNNING]
+        return max(movable, key=lambda request: request.order, default=None)
+
+    def _load(self, workers: Iterable[int]) -> dict[int, int]:
+        """Sequences per worker, those that are about to leave not counted."""
         load = dict.fromkeys(workers, 0)
         for request in self.running.values():
-            if request.worker in load:
+            if request.worker in load and request.state is RequestState.RUNNING:
                 load[request.worker] += 1
-        return min(load, key=lambda worker: (load[worker], worker), default=None)
+        return load
 
     def _note_peak(self) -> None:
         self.peak_pages = max(self.peak_pages, self.cache.num_used_pages)

@@ -46,6 +46,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     requests_running: int
     requests_waiting: int
     preemptions: int
+    migrations: int
     worker_restarts: int
     pager_restarts: int
     pins_reclaimed: int
@@ -120,6 +121,7 @@ class InstanceCounters:
             requests_running=len(scheduler.running),
             requests_waiting=len(scheduler.waiting),
             preemptions=scheduler.preemptions,
+            migrations=scheduler.migrations,
             worker_restarts=worker_restarts,
             pager_restarts=pager_restarts,
             pins_reclaimed=pins_reclaimed,

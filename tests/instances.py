@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import posix_ipc
-from hotset.shm.segment import PREFIX, SHM_FOLDER, queue_name
 
-PROMPTS = ["def fibonacci(n):\n", "class Stack:\n    def __init__(self", "import os\nimport sys\n", "for key, value in "]
+from hotset.shm.segment import PREFIX, SHM_FOLDER, InstanceLock, InstanceNameTaken, queue_name
+
+PROMPTS = [
+    "def fibonacci(n):\n",
+    "class Stack:\n    def __init__(self",
+    "import os\nimport sys\n",
+    "for key, value in ",
+]
 
 
-def segments() -> set[str]:
-    return {path.name for path in SHM_FOLDER.glob(PREFIX + "*") if path.stat().st_uid == os.getuid()}
+def segment_exists(instance: str) -> bool:
+    return (SHM_FOLDER / f"{PREFIX}{instance}").exists()
+
+
+def abandoned() -> list[str]:
+    """Instances of this user whose segment is there but whose coordinator is not; others may run meanwhile."""
+    names: list[str] = []
+    for path in SHM_FOLDER.glob(PREFIX + "*"):
+        name = path.name.removeprefix(PREFIX)
+        try:
+            InstanceLock(name).release()
+        except (InstanceNameTaken, ValueError):
+            continue
+        if path.exists():  # it was not just being removed
+            names.append(name)
+    return names
 
 
 def queue_exists(instance: str) -> bool:

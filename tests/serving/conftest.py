@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from instances import abandoned, wait_until
+
 from hotset.runtime import Backend
-from instances import segments, wait_until
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Every test of this folder, whatever it kills, leaves /dev/shm as it was."""
-    before = segments()
     yield
-    assert wait_until(lambda: segments() <= before), segments() - before
+    assert wait_until(lambda: not abandoned()), abandoned()
 
 
 @pytest.fixture(scope="module")

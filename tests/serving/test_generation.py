@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hotset.runtime import Backend, RequestFailed, SamplingParams
-
 from instances import PROMPTS, wait_until
+
+from hotset.runtime import Backend, RequestFailed, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, routing="off", ignore_eos=True)
 

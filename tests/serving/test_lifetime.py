@@ -9,9 +9,9 @@ import sys
 import time
 
 import pytest
-from hotset.runtime import Backend, BackendError, SamplingParams
+from instances import PROMPTS, processes_of, queue_exists, segment_exists, wait_until
 
-from instances import PROMPTS, processes_of, queue_exists, segments, wait_until
+from hotset.runtime import Backend, BackendError, SamplingParams
 
 LONG = SamplingParams(temperature=0, max_tokens=300, routing="off", ignore_eos=True)
 
@@ -21,17 +21,23 @@ def all_pids(backend: Backend) -> list[int]:
 
 
 def test_close_leaves_nothing_and_may_be_called_again() -> None:
-    before = segments()
     backend = Backend()
     pids, instance = all_pids(backend), backend.instance
     assert len(processes_of(pids)) == 4
-    assert len(segments() - before) == 1 and queue_exists(instance)
+    assert segment_exists(instance) and queue_exists(instance)
     backend.close()
     backend.close()
-    assert segments() == before and not queue_exists(instance)
+    assert not segment_exists(instance) and not queue_exists(instance)
     assert processes_of(pids) == []
     with pytest.raises(BackendError, match="closed"):
         backend.generate(PROMPTS[0])
+
+
+def test_fifty_starts_and_stops_leave_nothing() -> None:
+    for number in range(50):
+        with Backend(workers=1 + number % 2) as backend:
+            assert backend.generate(PROMPTS[0], SamplingParams(max_tokens=1)).token_ids
+        assert not segment_exists(backend.instance) and not queue_exists(backend.instance)
 
 
 def test_two_backends_in_one_program_do_not_touch_each_other() -> None:
@@ -77,7 +83,6 @@ def test_all_workers_killed_at_once_are_replaced() -> None:
 
 
 def test_a_killed_coordinator_ends_every_request_with_a_clear_error() -> None:
-    before = segments()
     backend = Backend()
     pids = all_pids(backend)
     stream = backend.stream(PROMPTS[0], LONG)
@@ -88,7 +93,7 @@ def test_a_killed_coordinator_ends_every_request_with_a_clear_error() -> None:
     with pytest.raises(BackendError, match="coordinator was killed by SIGKILL"):
         backend.stats()
     assert wait_until(lambda: processes_of(pids) == [])
-    assert wait_until(lambda: segments() <= before)
+    assert wait_until(lambda: not segment_exists(backend.instance))
     assert not queue_exists(backend.instance)
     backend.close()
     with Backend() as again:
@@ -109,7 +114,6 @@ time.sleep(60)
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_host_that_is_killed_takes_everything_with_it(how: signal.Signals) -> None:
-    before = segments()
     host = subprocess.Popen(
         [sys.executable, "-P", "-c", HOST], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -119,7 +123,7 @@ def test_a_host_that_is_killed_takes_everything_with_it(how: signal.Signals) -> 
     host.send_signal(how)
     host.wait(10)
     assert wait_until(lambda: processes_of([int(pid) for pid in pids]) == [])
-    assert wait_until(lambda: segments() <= before)
+    assert wait_until(lambda: not segment_exists(instance))
     assert not queue_exists(instance)
 
 

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from hotset.runtime import Backend, SamplingParams
 from model_factory import make_model
+
+from hotset.runtime import Backend, SamplingParams
 
 MEBIBYTE = 2**20
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from instances import PROMPTS
+
 from hotset.runtime import (
     Backend,
     BackendError,
@@ -21,7 +23,6 @@ from hotset.runtime import (
 )
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.checkpoint import Checkpoint
-from instances import PROMPTS
 
 
 @pytest.fixture
