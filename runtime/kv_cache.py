@@ -1,36 +1,33 @@
-"""The paged KV cache: which page holds which token of which sequence.
+"""The paged KV cache: block tables whose full pages are shared by content.
 
-Single-threaded bookkeeping. Where the rows themselves lie is somebody else's: the coordinator's pages lie
-in the shared arena and its workers write them; a program that embeds only the cache attaches a
-`KvPageMemory`.
+Single-threaded bookkeeping. Where the rows themselves lie is somebody else's: the coordinator's pages lie in the
+shared arena and its workers write them; a program that embeds only the cache attaches a `KvPageMemory`.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from array import array
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime import kv_statistics
+from hotset.runtime.kv_block_tables import BlockTables, PageMemory
 from hotset.runtime.kv_compaction import plan_moves
-from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages, UnknownSequence
+from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages
 from hotset.runtime.kv_events import CacheEvent
 from hotset.runtime.kv_page_memory import KvPageMemory
-from hotset.runtime.kv_page_pool import NO_PAGE, PagePool
+from hotset.runtime.kv_page_pool import NO_PAGE
 from hotset.runtime.kv_sequence import CachedSequence
 from hotset.runtime.kv_statistics import FragmentationStats, HitRateWindow, PagedCacheStats
 from hotset.runtime.prefix_cache import PrefixCache, TokenIds, pack_tokens
 from hotset.runtime.prefix_eviction import DEFAULT_PRIORITY
 
-UNKNOWN_TOKEN = -1
-"""Stands for a token whose id the cache was not told; pages with such tokens are never published."""
-
-# Occurs in packed ids, at whatever alignment, only if one is negative: others have a top byte below 0x80.
+# UNKNOWN_TOKEN packed. Occurs in packed ids, at whatever alignment, only if one is negative: the others have a top
+# byte below 0x80.
 _UNKNOWN_PACKED = b"\xff" * 4
 
 
@@ -41,32 +38,16 @@ class Admission(NamedTuple):
     hit_tokens: int
 
 
-class PageMemory(Protocol):
-    """Where the rows of the pages lie."""
+class PagedKvCache(BlockTables):
+    """Block tables with a prefix cache, statistics and compaction.
 
-    page_nbytes: int
-
-    def copy_page(self, source: int, destination: int) -> None: ...
-
-    def clear_pages(self, pages: Sequence[int]) -> None: ...
-
-
-class PagedKvCache:
-    """Block tables over `num_pages` pages of `block_size` tokens, with sharing and copy-on-write.
-
-    A fresh cache hands out pages 1, 2, 3 ... A sequence is named by the integer that `allocate`, `admit` or
-    `fork` returned. Every call names an unknown sequence with `UnknownSequence`; a call that raises has
-    changed nothing.
-
-    Prompts whose token ids are given to `admit` share the full pages that they have in common with earlier
-    ones of the same salt. A page is published (can be found) when all its tokens are committed.
+    Prompts whose token ids are given to `admit` share the full pages that they have in common with earlier ones of
+    the same salt. A page is published (can be found) when all its tokens are committed; published pages that nobody
+    uses any more are kept until their room is needed.
 
     Args:
-        num_pages: pages in all; 0 is allowed and serves only empty sequences.
-        block_size: tokens per page.
-        page_nbytes: bytes of one page over all layers, for the memory figures.
-        memory: where the rows lie, for example a `KvPageMemory`. If given, copies on write reach it and its pages
-            are cleared before they are handed out, so that nobody reads the rows of an earlier owner.
+        num_pages, block_size, memory: see `BlockTables`.
+        page_nbytes: bytes of one page over all layers, for the memory figures; those of `memory` if that is given.
         enable_prefix_caching: without it nothing is published and every hit is 0.
         hit_rate_window: requests that `hit_rate` looks back.
         events: whether to collect what `take_events` returns.
@@ -85,54 +66,15 @@ class PagedKvCache:
         events: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if num_pages < 0:
-            raise ValueError(f"num_pages is {num_pages}, expected at least 0")
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}, expected at least 1")
-        self.num_pages = num_pages
-        self.block_size = block_size
+        super().__init__(num_pages, block_size, memory=memory)
         self.page_nbytes = memory.page_nbytes if memory else page_nbytes
-        self._memory = memory
-        self._pool = PagePool(num_pages)
-        self._sequences: dict[int, CachedSequence] = {}
-        self._pins: dict[int, int] = {}
-        self._last_sequence = 0
         self._enable_prefix_caching = enable_prefix_caching
         self._prefixes = PrefixCache(self._pool, 4 * block_size, clock, events)
         self._find = self._prefixes.find
         self._hit_rate = HitRateWindow(hit_rate_window)
-        self._misses = 0
-        self._copies = self._defragmentations = self._pages_moved = 0
+        self._misses = self._defragmentations = self._pages_moved = 0
 
-    # Sequences
-
-    def allocate(self, num_tokens: int) -> int:
-        """A sequence with pages for `num_tokens` tokens, which count as written.
-
-        Raises:
-            ExceedsArena: more pages than the arena has; OutOfPages: more than are available now.
-        """
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens is {num_tokens}, expected at least 0")
-        needed = -(-num_tokens // self.block_size)
-        if needed > self.num_pages:
-            raise ExceedsArena(needed, self.num_pages)
-        return self._add(CachedSequence(self._take(needed), num_tokens, num_tokens))
-
-    def extend(self, sequence: int, num_tokens: int) -> list[int]:
-        """Reserves room for `num_tokens` tokens beyond what is reserved already, and returns the pages added.
-
-        Raises:
-            OutOfPages: not enough pages are available.
-        """
-        state = self._state(sequence)
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens is {num_tokens}, expected at least 0")
-        reserved = max(state.reserved, state.length) + num_tokens
-        pages = self._take(-(-reserved // self.block_size) - len(state.table))
-        state.table += pages
-        state.reserved = reserved
-        return pages
+    # Prompts
 
     def admit(
         self,
@@ -179,24 +121,6 @@ class PagedKvCache:
         self._hit_rate.update(1, num_tokens, hit_tokens)
         return Admission(self._add(state), hit_tokens)
 
-    def append(self, sequence: int, token: int = UNKNOWN_TOKEN) -> None:
-        """One more written token, in the reserved room or in a new page; a shared tail page is copied first.
-
-        Raises:
-            OutOfPages: a page is needed and none is available. ValueError: the prompt is not committed yet.
-        """
-        try:
-            state = self._sequences[sequence]
-        except KeyError:
-            raise UnknownSequence(sequence) from None
-        length = state.length
-        if length < state.append_limit:
-            state.length = length + 1
-            if state.publishable:
-                state.tokens.append(token)
-        else:
-            self._append_at_limit(sequence, state, token)
-
     def commit(self, sequence: int, length: int) -> None:
         """Says that the rows of the first `length` tokens are written, and publishes the pages that they
         fill.
@@ -210,67 +134,6 @@ class PagedKvCache:
             raise OutOfBounds(sequence, length, limit)
         state.length = length
         self._settle(state)
-
-    def truncate(self, sequence: int, length: int) -> list[int]:
-        """Forgets the tokens from `length` on and gives back the pages behind them, which it returns.
-
-        Raises:
-            OutOfBounds: the sequence is shorter, or the page of the last token left was released.
-        """
-        state = self._state(sequence)
-        if not state.released * self.block_size <= length <= state.length:
-            raise OutOfBounds(sequence, length, state.length)
-        kept = -(-length // self.block_size)
-        released = state.table[kept:]
-        del state.table[kept:]
-        del state.tokens[length:]
-        state.length = state.reserved = length
-        state.published = min(state.published, length // self.block_size)
-        self._prefixes.release(released)
-        self._settle(state)
-        return released
-
-    def release_before(self, sequence: int, position: int) -> list[int]:
-        """Gives back the pages that lie wholly before a position (sliding window), and returns them. Their
-        entries in the block table become `NO_PAGE`.
-
-        Raises:
-            OutOfBounds: the sequence is shorter.
-        """
-        state = self._state(sequence)
-        if not 0 <= position <= state.length:
-            raise OutOfBounds(sequence, position, state.length)
-        passed = position // self.block_size
-        pages = state.table[state.released : passed]
-        if pages:
-            state.table[state.released : passed] = [NO_PAGE] * len(pages)
-            state.released = passed
-            for page in pages:
-                self._prefixes.release((page,))
-        return pages
-
-    def fork(self, sequence: int) -> int:
-        """A new sequence with the same tokens. Every page is shared; whoever first writes into the partial
-        tail page copies it (`writable_page` copies it at once)."""
-        parent = self._state(sequence)
-        length = parent.length
-        child = CachedSequence(parent.table[: -(-length // self.block_size)], length, length)
-        child.tokens = parent.tokens[:length]
-        child.publishable = parent.publishable
-        child.published = parent.published
-        child.released = parent.released
-        child.salt, child.priority, child.retention = parent.salt, parent.priority, parent.retention
-        self._pool.share(child.table)
-        self._settle(parent)
-        return self._add(child)
-
-    def free(self, sequence: int) -> None:
-        """Gives back the sequence's pages. Published ones stay findable until they are evicted."""
-        state = self._state(sequence)
-        del self._sequences[sequence]
-        self._prefixes.release(state.table)
-
-    # Prefixes
 
     def match(self, tokens: TokenIds, salt: Hashable = ()) -> int:
         """Tokens of the longest published prefix, in whole pages. Counts as a use of its pages."""
@@ -286,19 +149,23 @@ class PagedKvCache:
         """The pages of the longest published prefix; see `match`."""
         return self._longest_hit(pack_tokens(tokens), salt)
 
+    # Published pages
+
     def evict(self, count: int) -> list[int]:
-        """Takes `count` idle pages out of the prefix cache, those worth least first, and frees them.
+        """Takes `count` idle pages out of the prefix cache, those worth least first, frees and returns them. They are
+        more only if pages become unreachable with them.
 
         Raises:
             OutOfPages: fewer pages are idle.
         """
-        if count > self._pool.idle:
-            raise OutOfPages(count, self._pool.idle)
-        pages: list[int] = []
-        while len(pages) < count:
-            pages.append(self._prefixes.evict())
-        self._pool.free += pages
-        return pages
+        pool, evict = self._pool, self._prefixes.evict
+        if count > pool.idle:
+            raise OutOfPages(count, pool.idle)
+        free = pool.free
+        before = len(free)
+        while len(free) < before + count:
+            free.append(evict())
+        return free[before:]
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every published page; refused (False) while any page is in use."""
@@ -315,67 +182,6 @@ class PagedKvCache:
     def hit_rate(self) -> float:
         """Share of the most recent requests' prompt tokens that were in the prefix cache."""
         return self._hit_rate.rate
-
-    # Positions
-
-    def block_table(self, sequence: int) -> list[int]:
-        """Page numbers in the order of the tokens."""
-        return self._state(sequence).table.copy()
-
-    def length(self, sequence: int) -> int:
-        """Written tokens."""
-        return self._state(sequence).length
-
-    def slot(self, sequence: int, position: int) -> tuple[int, int]:
-        """(page, offset in the page) of a token.
-
-        Raises:
-            OutOfBounds: no page is held for the position.
-        """
-        state = self._state(sequence)
-        index, offset = divmod(position, self.block_size)
-        if not state.released <= index < len(state.table):
-            raise OutOfBounds(sequence, position, len(state.table) * self.block_size)
-        return state.table[index], offset
-
-    def page_for(self, sequence: int, position: int) -> int:
-        """The page of a token; raises like `slot`."""
-        return self.slot(sequence, position)[0]
-
-    def slot_mapping(self, sequence: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """`page * block_size + offset` of the tokens `start` ... `stop - 1`, int64 `[stop - start]`;
-        raises like `slot`.
-        """
-        state = self._state(sequence)
-        capacity = len(state.table) * self.block_size
-        for position in (start, stop - 1):
-            if start < stop and not state.released * self.block_size <= position < capacity:
-                raise OutOfBounds(sequence, position, capacity)
-        index, offset = np.divmod(np.arange(start, stop), self.block_size)
-        return np.asarray(state.table, np.int64)[index] * self.block_size + offset
-
-    def writable_page(self, sequence: int, position: int) -> int:
-        """The page of a token, made the sequence's own: a page that others name or that is published is
-        copied first.
-
-        Raises:
-            OutOfBounds: no page is held for the position. OutOfPages: a copy is needed and no page is
-                available.
-        """
-        page = self.page_for(sequence, position)
-        if self._is_writable(page):
-            return page
-        state = self._sequences[sequence]
-        copy = self._take_one()
-        if self._memory:
-            self._memory.copy_page(page, copy)
-        index = position // self.block_size
-        state.table[index] = copy
-        state.published = min(state.published, index)
-        self._prefixes.release((page,))
-        self._copies += 1
-        self._settle(state)
-        return copy
 
     # Rows, if the cache has a page memory
 
@@ -419,27 +225,14 @@ class PagedKvCache:
     # Pages
 
     def pin(self, pages: Sequence[int]) -> None:
-        """Keeps pages where they are, with their bytes, until `unpin`: neither eviction nor compaction
-        takes them.
-        """
-        for page in pages:
-            exists = 1 <= page <= self.num_pages
-            if not exists or not (self._pool.references[page] or self._pool.published[page]):
-                raise ValueError(f"page {page} holds nothing that could be pinned")
-        self._pool.share(pages)
-        for page in pages:
-            self._pins[page] = self._pins.get(page, 0) + 1
+        """Keeps pages where they are, with their bytes, until `unpin`: neither eviction nor compaction takes them."""
+        self._pool.pin(pages)
 
     def unpin(self, pages: Sequence[int]) -> None:
         """Takes back one `pin` of the same pages."""
-        for page in set(pages):
-            if self._pins.get(page, 0) < pages.count(page):
-                raise ValueError(f"page {page} is not pinned that often")
+        self._pool.unpin(pages)
         for page in pages:
-            self._pins[page] -= 1
-            if not self._pins[page]:
-                del self._pins[page]
-            self._prefixes.release((page,))
+            self._release((page,))
 
     def references(self, page: int) -> int:
         """Block tables that name the page + its pins."""
@@ -480,7 +273,7 @@ class PagedKvCache:
         """Bytes of the pages in use."""
         return self.num_used_pages * self.page_nbytes
 
-    # Statistics
+    # Statistics and upkeep
 
     def stats(self) -> PagedCacheStats:
         pool = self._pool
@@ -529,23 +322,16 @@ class PagedKvCache:
         """
         pool = self._pool
         runs = [state.table for state in self._sequences.values()] + self._prefixes.runs()
-        moves = plan_moves(self.num_pages, pool.free, self._pins, runs, max_moves)
+        moves = plan_moves(self.num_pages, pool.free, pool.pins, runs, max_moves)
         if not moves:
             return moves
-        free = bytearray(self.num_pages + 1)
-        for page in pool.free:
-            free[page] = 1
-        for source, destination in moves.items():
-            if self._memory:
+        if self._memory:
+            for source, destination in moves.items():
                 self._memory.copy_page(source, destination)
-            pool.references[destination] = pool.references[source]
-            pool.references[source] = 0
-            pool.generations[destination] += 1
-            free[source], free[destination] = 1, 0
+        pool.move(moves)
         for state in self._sequences.values():
             state.table[:] = [moves.get(page, page) for page in state.table]
         self._prefixes.move(moves)
-        pool.free = list(itertools.compress(range(self.num_pages, 0, -1), free[:0:-1]))
         self._defragmentations += 1
         self._pages_moved += len(moves)
         return moves
@@ -556,112 +342,27 @@ class PagedKvCache:
         Raises:
             CorruptCache: it is not.
         """
-        pool = self._pool
-        named = [0] * (self.num_pages + 1)
-        for state in self._sequences.values():
+        for sequence, state in self._sequences.items():
             if max(state.length, state.reserved) > len(state.table) * self.block_size:
-                raise CorruptCache(f"{state.length} tokens do not fit {len(state.table)} pages")
-            for page in state.table[state.released :]:
-                named[page] += 1
-        for page, count in self._pins.items():
-            named[page] += count
-        free = set(pool.free)
-        if len(free) != len(pool.free):
-            raise CorruptCache("a page is in the free list twice")
-        idle = 0
-        for page in range(1, self.num_pages + 1):
-            if pool.references[page] != named[page]:
-                raise CorruptCache(f"page {page} counts {pool.references[page]} references and has {named[page]}")
-            published = pool.published[page] is not None
-            idle += published and not named[page]
-            if (page in free) != (not named[page] and not published):
-                raise CorruptCache(f"page {page} is {'' if page in free else 'not '}in the free list")
-        if idle != pool.idle:
-            raise CorruptCache(f"{pool.idle} pages are counted as idle and {idle} are")
-        problem = self._prefixes.problem()
+                raise CorruptCache(f"the {state.length} tokens of sequence {sequence} exceed {len(state.table)} pages")
+        tables = [state.table[state.released :] for state in self._sequences.values()]
+        problem = self._pool.problem(tables) or self._prefixes.problem()
         if problem:
             raise CorruptCache(problem)
 
     # Details
 
-    def _page_memory(self) -> KvPageMemory:
-        if not isinstance(self._memory, KvPageMemory):
-            raise TypeError("this cache has no page memory of its own; give it a KvPageMemory")
-        return self._memory
-
-    def _page_starts(self, start: int, stop: int) -> list[int]:
-        """The first position of `start` ... `stop - 1` in each of their pages."""
-        first = start - start % self.block_size
-        return [max(start, at) for at in range(first, stop, self.block_size)]
-
-    def _state(self, sequence: int) -> CachedSequence:
-        try:
-            return self._sequences[sequence]
-        except KeyError:
-            raise UnknownSequence(sequence) from None
-
-    def _add(self, state: CachedSequence) -> int:
-        self._settle(state)
-        self._last_sequence += 1
-        self._sequences[self._last_sequence] = state
-        return self._last_sequence
-
-    def _take(self, count: int) -> list[int]:
-        if count <= 0:
-            return []
-        if count == 1:
-            return [self._take_one()]
-        pages = self._pool.take(count)
-        if self._memory:
-            self._memory.clear_pages(pages)
-        return pages
-
-    def _take_one(self) -> int:
-        page = self._pool.take_one()
-        if self._memory:
-            self._memory.clear_pages((page,))
-        return page
-
-    def _longest_hit(self, tokens: bytes, salt: Hashable) -> list[int]:
-        node = self._find(tokens, salt)
-        if node is None:
-            self._misses += 1
-        return self._prefixes.pages_to(node)
+    def _release(self, pages: Sequence[int]) -> None:
+        self._prefixes.release(pages)
 
     def _is_writable(self, page: int) -> bool:
-        pool = self._pool
-        return (
-            pool.references[page] - self._pins.get(page, 0) == 1
-            and pool.published[page] is None
-            and not self._prefixes.is_duplicate(page)
-        )
-
-    def _append_at_limit(self, sequence: int, state: CachedSequence, token: int) -> None:
-        """`append` where a page begins, is filled, or is not the sequence's own."""
-        if state.publishable and len(state.tokens) != state.length:
-            raise ValueError(
-                f"sequence {sequence} has committed {state.length} of the {len(state.tokens)} tokens "
-                "of its prompt; commit them before appending"
-            )
-        if state.length == len(state.table) * self.block_size:
-            state.table.append(self._take_one())
-        else:
-            self.writable_page(sequence, state.length)
-        state.length += 1
-        if state.publishable:
-            state.tokens.append(token)
-        self._settle(state)
+        return self._pool.is_writable(page) and not self._prefixes.is_duplicate(page)
 
     def _settle(self, state: CachedSequence) -> None:
-        """Publishes the pages that are full, and finds out how far appending needs no second look."""
-        index, offset = divmod(state.length, self.block_size)
-        if state.publishable and index > state.published:
-            self._publish(state, index)
-        if offset and self._is_writable(state.table[index]):
-            # The token that fills a page to be published takes the slow way too.
-            state.append_limit = (index + 1) * self.block_size - state.publishable
-        else:
-            state.append_limit = state.length
+        full = state.length // self.block_size
+        if state.publishable and full > state.published:
+            self._publish(state, full)
+        super()._settle(state)
 
     def _publish(self, state: CachedSequence, full: int) -> None:
         """Publishes the pages up to the index `full`. A sequence whose chain is broken publishes no more."""
@@ -676,3 +377,19 @@ class PagedKvCache:
             )
         )
         state.published = full
+
+    def _longest_hit(self, tokens: bytes, salt: Hashable) -> list[int]:
+        node = self._find(tokens, salt)
+        if node is None:
+            self._misses += 1
+        return self._prefixes.pages_to(node)
+
+    def _page_memory(self) -> KvPageMemory:
+        if not isinstance(self._memory, KvPageMemory):
+            raise TypeError("this cache has no page memory of its own; give it a KvPageMemory")
+        return self._memory
+
+    def _page_starts(self, start: int, stop: int) -> list[int]:
+        """The first position of `start` ... `stop - 1` in each of their pages."""
+        first = start - start % self.block_size
+        return [max(start, at) for at in range(first, stop, self.block_size)]

@@ -4,7 +4,9 @@ was reused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hotset.runtime.kv_errors import OutOfPages
@@ -36,9 +38,10 @@ class PagePool:
         generations: per page how often it was handed out; a reader that kept (page, generation) learns of
             reuse.
         idle: number of idle pages.
+        pins: per pinned page how often.
     """
 
-    __slots__ = ("evict", "free", "generations", "idle", "num_pages", "published", "references")
+    __slots__ = ("evict", "free", "generations", "idle", "num_pages", "pins", "published", "references")
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
@@ -48,6 +51,7 @@ class PagePool:
         self.published: list[PrefixNode | None] = [None] * (num_pages + 1)
         self.generations = [0] * (num_pages + 1)
         self.idle = 0
+        self.pins: dict[int, int] = {}
         self.evict: Callable[[], int] | None = None  # takes one idle page out of the prefix tree
 
     @property
@@ -126,3 +130,64 @@ class PagePool:
                     last = page
         self.idle += idled
         return last
+
+    def pin(self, pages: Sequence[int]) -> None:
+        """One reference more to each page, from outside the block tables.
+
+        Raises:
+            ValueError: a page that holds nothing.
+        """
+        for page in pages:
+            if not 1 <= page <= self.num_pages or not (self.references[page] or self.published[page]):
+                raise ValueError(f"page {page} holds nothing that could be pinned")
+        self.share(pages)
+        for page in pages:
+            self.pins[page] = self.pins.get(page, 0) + 1
+
+    def unpin(self, pages: Sequence[int]) -> None:
+        """Takes the pins away; the references that they were stay and have to be released.
+
+        Raises:
+            ValueError: a page is not pinned that often.
+        """
+        for page, count in Counter(pages).items():
+            if self.pins.get(page, 0) < count:
+                raise ValueError(f"page {page} is not pinned that often")
+        for page in pages:
+            self.pins[page] -= 1
+            if not self.pins[page]:
+                del self.pins[page]
+
+    def is_writable(self, page: int) -> bool:
+        """Whether one block table names the page and it is not published."""
+        return self.references[page] - self.pins.get(page, 0) == 1 and self.published[page] is None
+
+    def move(self, moves: Mapping[int, int]) -> None:
+        """References go with the rows, source -> destination, in the order of the copies. The free stack is put in
+        ascending order. What `published` says is moved by the prefix tree."""
+        free = bytearray(self.num_pages + 1)
+        for page in self.free:
+            free[page] = 1
+        references = self.references
+        for source, destination in moves.items():
+            references[destination], references[source] = references[source], 0
+            self.generations[destination] += 1
+            free[source], free[destination] = 1, 0
+        self.free = list(itertools.compress(range(self.num_pages, 0, -1), free[:0:-1]))
+
+    def problem(self, tables: Iterable[Iterable[int]]) -> str | None:
+        """What contradicts the three states, in one sentence; None if nothing does."""
+        named = Counter(itertools.chain.from_iterable(tables))
+        named.update(self.pins)
+        free = set(self.free)
+        if len(free) != len(self.free):
+            return "a page is in the free list twice"
+        idle = 0
+        for page in range(1, self.num_pages + 1):
+            if self.references[page] != named[page]:
+                return f"page {page} counts {self.references[page]} references and has {named[page]}"
+            published = self.published[page] is not None
+            idle += published and not named[page]
+            if (page in free) != (not named[page] and not published):
+                return f"page {page} is {'' if page in free else 'not '}in the free list"
+        return None if idle == self.idle else f"{self.idle} pages are counted as idle and {idle} are"

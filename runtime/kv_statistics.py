@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -117,8 +117,3 @@ class HitRateWindow:
     def rate(self) -> float:
         """0.0 while nothing was queried."""
         return self._hit / self._queried if self._queried else 0.0
-
-
-def counts(stats: PagedCacheStats) -> Mapping[str, int]:
-    """The statistics as plain numbers, for a metrics page."""
-    return msgspec.structs.asdict(stats)

@@ -121,10 +121,11 @@ class PrefixCache:
         node = self._order.first()
         if node is None:
             return self._evict_below_idle()
-        parent = node.parent
         page = self._tree.remove_last_page(node)
-        if not node.pages and parent is not None:
-            self._order.add(parent)
+        if not node.pages:
+            parent = node.parent
+            if parent is not None and not parent.children:
+                self._order.add(parent)
         self._pool.idle -= 1
         self.evictions += 1
         if self._keys is not None:

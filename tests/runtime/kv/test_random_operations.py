@@ -45,6 +45,7 @@ class Exerciser:
         self.pinned: list[list[int]] = []
         self.prompts = [self._tokens(self.random.randrange(1, 40)) for _ in range(12)]
         self.refused = 0
+        self.released: dict[int, int] = {}  # tokens that a sliding window gave back, per sequence
 
     def _tokens(self, count: int) -> list[int]:
         return [self.random.randrange(3) for _ in range(count)]
@@ -56,7 +57,7 @@ class Exerciser:
     def step(self) -> None:
         operations = ["admit", "allocate", "lookup", "evict", "defragment", "pin", "unpin", "reset"]
         if self.sequences:
-            operations += ["append"] * 4 + ["fork", "free", "free", "truncate", "write", "extend", "rebuild"]
+            operations += ["append"] * 4 + ["fork", "free", "free", "truncate", "write", "extend", "rebuild", "slide"]
         name = self.random.choice(operations)
         sequence = self.random.choice(list(self.sequences)) if self.sequences else 0
         try:
@@ -89,14 +90,16 @@ class Exerciser:
             self.memory.rows[page][offset] = token
 
     def fork(self, sequence: int) -> None:
-        self.sequences[self.cache.fork(sequence)] = self.sequences[sequence].copy()
+        child = self.cache.fork(sequence)
+        self.sequences[child] = self.sequences[sequence].copy()
+        self.released[child] = self.released.get(sequence, 0)
 
     def free(self, sequence: int) -> None:
         self.cache.free(sequence)
         del self.sequences[sequence]
 
     def truncate(self, sequence: int) -> None:
-        length = self.random.randrange(len(self.sequences[sequence]) + 1)
+        length = self.random.randint(self.released.get(sequence, 0), len(self.sequences[sequence]))
         self.cache.truncate(sequence, length)
         del self.sequences[sequence][length:]
 
@@ -105,8 +108,9 @@ class Exerciser:
         copied.
         """
         tokens = self.sequences[sequence]
-        if tokens:
-            position = self.random.randrange(len(tokens))
+        first = self.released.get(sequence, 0)
+        if len(tokens) > first:
+            position = self.random.randrange(first, len(tokens))
             self._write(sequence, position, tokens[position])
 
     def extend(self, sequence: int) -> None:
@@ -118,6 +122,13 @@ class Exerciser:
         self.free(sequence)
         if tokens:
             self.prompts[self.random.randrange(len(self.prompts))] = tokens[:40]
+
+    def slide(self, sequence: int) -> None:
+        length = len(self.sequences[sequence])
+        if self.random.random() < 0.3:
+            position = self.random.randint(0, length)
+            self.cache.release_before(sequence, position)
+            self.released[sequence] = max(self.released.get(sequence, 0), position // BLOCK * BLOCK)
 
     def lookup(self, _: int) -> None:
         self.cache.match(self.random.choice(self.prompts), self.random.choice("ab"))
@@ -149,8 +160,8 @@ class Exerciser:
         assert stats.pages_free + stats.pages_idle + stats.pages_used == self.cache.num_pages
         for sequence, tokens in self.sequences.items():
             table = self.cache.block_table(sequence)
-            written = [self.memory.rows[table[at // BLOCK]][at % BLOCK] for at in range(len(tokens))]
-            assert written == tokens
+            kept = range(self.released.get(sequence, 0), len(tokens))
+            assert [self.memory.rows[table[at // BLOCK]][at % BLOCK] for at in kept] == tokens[kept.start :]
         for prompt in self.prompts[:3]:
             pages = self.cache.match_pages(prompt, "a")
             held = [token for page in pages for token in self.memory.rows[page]]
