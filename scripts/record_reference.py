@@ -62,7 +62,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="eager").eval()
-    texts = [tokenizer(Path(str(module.__file__)).read_text()[:4000])["input_ids"][:NUM_TOKENS] for module in TEXTS]
+    texts = [tokenizer(Path(str(module.__file__)).read_text()[:2500])["input_ids"][:NUM_TOKENS] for module in TEXTS]
     with torch.no_grad():
         logits = np.stack([model(torch.tensor([ids])).logits[0].numpy() for ids in texts])
     columns = np.sort(np.random.default_rng(0).choice(logits.shape[2], NUM_COLUMNS, replace=False))
@@ -71,10 +71,12 @@ def main() -> None:
 
     prompts, continuations = [], []
     for prompt in PROMPTS:
+        if len(prompts) == NUM_PROMPTS:
+            break
         ids = tokenizer(prompt)["input_ids"]
         continuation, margin = greedy(model, ids)
         print(f"margin {margin:.1e} after {prompt!r}")
-        if margin >= MIN_MARGIN and len(prompts) < NUM_PROMPTS:
+        if margin >= MIN_MARGIN:
             prompts.append(ids)
             continuations.append(continuation)
     if len(prompts) < NUM_PROMPTS:
