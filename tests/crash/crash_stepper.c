@@ -1,5 +1,5 @@
 /* Kills an operation on the arena after every one of its instructions, recovers, and checks the invariants R1 to R4
- * of residency.h and A1 of affinity.h.
+ * of residency.h and A1 of affinity.h. A pager's recovery is killed in turn, wherever it changed the arena.
  *
  *     crash_stepper IMAGE OPERATION          kills after each instruction that changed the arena: what a killed
  *                                            process leaves is memory, so these are all the different outcomes
@@ -187,8 +187,7 @@ static const struct operation {
 
 /* ---- scene, recovery, invariants ---- */
 
-static void set_scene(const struct operation *operation, const uint8_t *fresh) {
-    memcpy(arena.base, fresh, arena.nbytes);
+static void set_scene(const struct operation *operation) {
     load(0, VICTIM, 1);
     load(1, IN_USE, 0);
     load(2, OTHER, 0);
@@ -321,8 +320,8 @@ struct progress {
     atomic_u32 begun, ended;
 };
 
-/* A child that stands right before its operation, or -1. */
-static pid_t start(const struct operation *operation, struct progress *progress) {
+/* A child that stands right before its operation. */
+static pid_t start(void (*run)(void), struct progress *progress) {
     store_seq_cst(&progress->begun, 0);
     store_seq_cst(&progress->ended, 0);
     pid_t child = fork();
@@ -330,76 +329,101 @@ static pid_t start(const struct operation *operation, struct progress *progress)
         if (ptrace(PTRACE_TRACEME, 0, NULL, NULL)) _exit(77);
         raise(SIGSTOP);
         store_seq_cst(&progress->begun, 1);
-        operation->run();
+        run();
         store_seq_cst(&progress->ended, 1);
         _exit(0);
     }
     int status;
-    if (waitpid(child, &status, 0) != child || !WIFSTOPPED(status)) return -1;
+    if (waitpid(child, &status, 0) != child || !WIFSTOPPED(status)) {
+        fprintf(stderr, "this system does not allow ptrace\n");
+        exit(77);
+    }
     ptrace(PTRACE_SETOPTIONS, child, NULL, (void *)PTRACE_O_EXITKILL);
     return child;
 }
 
-/* One instruction further; 0 if the child is gone. */
-static int step(pid_t child) {
+static void step(pid_t child) {
     int status;
-    return !ptrace(PTRACE_SINGLESTEP, child, NULL, NULL) && waitpid(child, &status, 0) == child && WIFSTOPPED(status);
+    if (ptrace(PTRACE_SINGLESTEP, child, NULL, NULL) || waitpid(child, &status, 0) != child || !WIFSTOPPED(status)) {
+        fprintf(stderr, "the operation ended by itself\n");
+        exit(2);
+    }
 }
 
-static void end(pid_t child) {
-    kill(child, SIGKILL);
-    waitpid(child, NULL, 0);
+/* Kills `run` at every point and calls `after` with the number of instructions it made and what it left in the
+ * arena. Every process that is killed starts from the same memory, so its first n instructions are the same. */
+static void kill_everywhere(void (*run)(void), int every, void (*after)(long instructions)) {
+    static struct progress *progress;
+    if (!progress)
+        progress = mmap(NULL, sizeof *progress, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    uint8_t *begin = malloc(arena.nbytes), *last = malloc(arena.nbytes);
+    memcpy(begin, arena.base, arena.nbytes);
+    for (long n = 0, ended = 0; !ended; n++) {
+        memcpy(arena.base, begin, arena.nbytes);
+        pid_t child = start(run, progress);
+        while (!load_seq_cst(&progress->begun)) step(child);
+        long done = 0;
+        while (done < n - 1) step(child), done++;
+        memcpy(last, arena.base, arena.nbytes);
+        while (done < n) { /* one instruction, or as many as it takes to change the arena */
+            step(child), done++;
+            int dull = !memcmp(last, arena.base, arena.nbytes) && !load_seq_cst(&progress->ended);
+            if (!every && dull) n++;
+        }
+        ended = load_seq_cst(&progress->ended);
+        kill(child, SIGKILL);
+        waitpid(child, NULL, 0);
+        after(n);
+    }
+    free(begin);
+    free(last);
+}
+
+/* ---- what is asked of one operation ---- */
+
+static const struct operation *operation;
+static long instructions, points, recovery_points, violations;
+
+static void note(const char *broken, const char *when) {
+    if (broken && !violations++) printf("after %ld instructions%s: %s\n", instructions, when, broken);
+}
+
+static void after_kill_in_recovery(long recovery_instructions) {
+    (void)recovery_instructions;
+    recovery_points++;
+    note(check(operation), " and a kill in the recovery");
+}
+
+static void after_kill(long done) {
+    static uint8_t *left;
+    int same = left && !memcmp(left, arena.base, arena.nbytes);
+    if (!left) left = malloc(arena.nbytes);
+    memcpy(left, arena.base, arena.nbytes);
+    instructions = done;
+    points++;
+    note(check(operation), "");
+    if (operation->role == PAGER && !same) { /* the pager that is started next may be killed as well */
+        memcpy(arena.base, left, arena.nbytes);
+        kill_everywhere(pager_recovers, 0, after_kill_in_recovery);
+    }
 }
 
 int main(int argc, char **argv) {
-    const struct operation *operation = NULL;
-    int list = argc == 3 && !strcmp(argv[2], "list");
+    int list = argc == 3 && !strcmp(argv[2], "list"), every = argc == 4 && !strcmp(argv[3], "every");
     for (size_t i = 0; argc >= 3 && i < sizeof operations / sizeof *operations; i++) {
         if (list) puts(operations[i].name);
         if (!strcmp(argv[2], operations[i].name)) operation = operations + i;
     }
     if (list) return 0;
-    if (!operation || argc > 4 || (argc == 4 && strcmp(argv[3], "every"))) {
+    if (!operation || argc != 3 + every) {
         fprintf(stderr, "usage: crash_stepper IMAGE OPERATION [every]\n");
         return 2;
     }
-    int every = argc == 4;
     arena = arena_from_image(argv[1]);
     affinity_law_init(&law, 31. / 32, 1. / 32, 1);
-    uint8_t *fresh = malloc(arena.nbytes), *last = malloc(arena.nbytes);
-    memcpy(fresh, arena.base, arena.nbytes);
-    struct progress *progress =
-        mmap(NULL, sizeof *progress, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-
-    /* `ahead` walks through the operation once, to its end. The process that is killed after n instructions makes
-     * the same first n, for a scene is always the same. */
-    long instructions = 0, points = 0, violations = 0;
-    for (long n = 0, ended = 0; !ended; n++) {
-        set_scene(operation, fresh);
-        pid_t child = start(operation, progress);
-        if (child < 0) {
-            fprintf(stderr, "this system does not allow ptrace\n");
-            return 77;
-        }
-        while (!load_seq_cst(&progress->begun))
-            if (!step(child)) return 2;
-        long done = 0;
-        int changed = 0;
-        memcpy(last, arena.base, arena.nbytes);
-        /* Without `every`, on to the next instruction that changes the arena. */
-        while (done < n || (!every && n && !changed && !load_seq_cst(&progress->ended))) {
-            if (!step(child)) return 2;
-            done++;
-            if (done >= n && (changed = memcmp(last, arena.base, arena.nbytes) != 0)) break;
-            if (!every) memcpy(last, arena.base, arena.nbytes);
-        }
-        n = instructions = done;
-        ended = load_seq_cst(&progress->ended);
-        end(child);
-        points++;
-        const char *broken = check(operation);
-        if (broken && !violations++) printf("after %ld instructions: %s\n", n, broken);
-    }
-    printf("instructions=%ld points=%ld violations=%ld\n", instructions, points, violations);
+    set_scene(operation);
+    kill_everywhere(operation->run, every, after_kill);
+    printf("instructions=%ld points=%ld recovery_points=%ld violations=%ld\n", instructions, points, recovery_points,
+           violations);
     return violations != 0;
 }
