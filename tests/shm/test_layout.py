@@ -83,6 +83,13 @@ def test_sections_have_the_order_of_the_c_enumeration() -> None:
     assert re.findall(r"SECTION_(\w+),", enumeration[1]) == [section.name for section in Section]
 
 
+def test_counters_have_the_numbers_of_the_c_enumeration() -> None:
+    numbers = re.findall(r"COUNTER_(\w+) = (\d+),", (CORE / "counters.h").read_text())
+    assert len(numbers) >= 10
+    for name, number in numbers:
+        assert Counter[name] == int(number)
+
+
 @given(geometries)
 def test_sections_are_aligned_and_do_not_overlap(geometry: Geometry) -> None:
     layout = Layout(geometry)

@@ -1,0 +1,76 @@
+"""The paging queue: urgent first, never blocking, allowed to be full."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator
+
+import posix_ipc
+import pytest
+
+from hotset.shm.paging_queue import (
+    MAX_MESSAGES,
+    PagingDirection,
+    PagingMessage,
+    PagingPriority,
+    PagingQueue,
+)
+from hotset.shm.segment import remove_ipc_objects
+
+
+@pytest.fixture
+def queue(instance: str) -> Iterator[PagingQueue]:
+    with PagingQueue.create(instance) as queue:
+        yield queue
+    remove_ipc_objects(instance)
+
+
+def test_messages_arrive_whole(queue: PagingQueue) -> None:
+    message = PagingMessage(3, [0, 69], PagingDirection.OUT, PagingPriority.NORMAL)
+    assert queue.send(message)
+    assert queue.receive() == message
+    assert queue.receive() is None
+
+
+def test_urgent_comes_before_page_out_before_prefetch(queue: PagingQueue) -> None:
+    prefetch = PagingMessage(0, [1], priority=PagingPriority.PREFETCH)
+    page_out = PagingMessage(0, [2], PagingDirection.OUT, PagingPriority.NORMAL)
+    first, second = PagingMessage(0, [3]), PagingMessage(0, [4])
+    for message in (prefetch, page_out, first, second):
+        assert queue.send(message)
+    assert [queue.receive() for _ in range(4)] == [first, second, page_out, prefetch]
+
+
+def test_a_full_queue_refuses_instead_of_blocking(queue: PagingQueue) -> None:
+    for expert in range(MAX_MESSAGES):
+        assert queue.send(PagingMessage(0, [expert]))
+    assert not queue.send(PagingMessage(0, [99]))
+    assert queue.receive() == PagingMessage(0, [0])
+    assert queue.send(PagingMessage(0, [99]))
+
+
+def test_one_message_holds_all_experts_of_the_largest_layer(queue: PagingQueue) -> None:
+    message = PagingMessage(16_000, list(range(1024)))
+    assert queue.send(message)
+    assert queue.receive() == message
+
+
+def test_a_waiting_message_makes_the_descriptor_readable(queue: PagingQueue) -> None:
+    poll = select.poll()
+    poll.register(queue.fd, select.POLLIN)
+    assert poll.poll(0) == []
+    queue.send(PagingMessage(0, [1]))
+    assert poll.poll(0) == [(queue.fd, select.POLLIN)]
+
+
+def test_workers_attach_by_the_instances_name(queue: PagingQueue, instance: str) -> None:
+    with PagingQueue.attach(instance) as worker:
+        assert worker.send(PagingMessage(1, [2]))
+        assert queue.receive() == PagingMessage(1, [2])
+
+
+def test_there_is_one_queue_per_instance(queue: PagingQueue, instance: str) -> None:
+    with pytest.raises(posix_ipc.ExistentialError):
+        PagingQueue.create(instance)
+    with pytest.raises(posix_ipc.ExistentialError):
+        PagingQueue.attach("nobody")
