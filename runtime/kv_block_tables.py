@@ -30,8 +30,8 @@ class PageMemory(Protocol):
 class BlockTables:
     """Sequences over `num_pages` pages of `block_size` tokens, forked with copy-on-write.
 
-    A fresh instance hands out pages 1, 2, 3 ... A sequence is named by the integer that `allocate` or `fork`
-    returned. Every call names an unknown sequence with `UnknownSequence`; a call that raises has changed nothing.
+    A fresh instance hands out pages 1, 2, 3 ... A sequence is named by the integer that `allocate` or `fork` returned.
+    Every call names an unknown sequence with `UnknownSequence`; a call that raises has changed nothing.
 
     Args:
         num_pages: pages in all; 0 is allowed and serves only empty sequences.
@@ -119,8 +119,8 @@ class BlockTables:
         return released
 
     def release_before(self, sequence: int, position: int) -> list[int]:
-        """Gives back the pages that lie wholly before a position (sliding window), and returns them. Their
-        entries in the block table become `NO_PAGE`.
+        """Gives back the pages that lie wholly before a position (sliding window), and returns them. Their entries in
+        the block table become `NO_PAGE`.
 
         Raises:
             OutOfBounds: the sequence is shorter.
@@ -138,8 +138,9 @@ class BlockTables:
         return pages
 
     def fork(self, sequence: int) -> int:
-        """A new sequence with the same tokens. Every page is shared; whoever first writes into the partial
-        tail page copies it (`writable_page` copies it at once)."""
+        """A new sequence with the same tokens. Every page is shared; whoever first writes into the partial tail page
+        copies it (`writable_page` copies it at once).
+        """
         parent = self._state(sequence)
         length = parent.length
         child = CachedSequence(parent.table[: -(-length // self.block_size)], length, length)
@@ -185,9 +186,7 @@ class BlockTables:
         return self.slot(sequence, position)[0]
 
     def slot_mapping(self, sequence: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """`page * block_size + offset` of the tokens `start` ... `stop - 1`, int64 `[stop - start]`;
-        raises like `slot`.
-        """
+        """`page * block_size + offset` of tokens, int64 `[stop - start]`; raises like `slot`."""
         state = self._state(sequence)
         capacity = len(state.table) * self.block_size
         for position in (start, stop - 1):
@@ -197,12 +196,12 @@ class BlockTables:
         return np.asarray(state.table, np.int64)[index] * self.block_size + offset
 
     def writable_page(self, sequence: int, position: int) -> int:
-        """The page of a token, made the sequence's own: a page that others name or that is published is
-        copied first.
+        """The page of a token, made the sequence's own: a page that others name or that is published is copied first.
+
+        A sequence that writes published rows anew publishes nothing more: they need not be what its tokens say.
 
         Raises:
-            OutOfBounds: no page is held for the position. OutOfPages: a copy is needed and no page is
-                available.
+            OutOfBounds: no page is held for the position. OutOfPages: a copy is needed and no page is available.
         """
         page = self.page_for(sequence, position)
         if self._is_writable(page):
@@ -213,7 +212,8 @@ class BlockTables:
             self._memory.copy_page(page, copy)
         index = position // self.block_size
         state.table[index] = copy
-        state.published = min(state.published, index)
+        if index < state.published:
+            state.published, state.publishable = index, False
         self._release((page,))
         self._copies += 1
         self._settle(state)

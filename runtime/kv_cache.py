@@ -6,6 +6,7 @@ shared arena and its workers write them; a program that embeds only the cache at
 
 from __future__ import annotations
 
+import itertools
 import time
 from array import array
 from collections.abc import Callable, Hashable, Sequence
@@ -41,9 +42,9 @@ class Admission(NamedTuple):
 class PagedKvCache(BlockTables):
     """Block tables with a prefix cache, statistics and compaction.
 
-    Prompts whose token ids are given to `admit` share the full pages that they have in common with earlier ones of
-    the same salt. A page is published (can be found) when all its tokens are committed; published pages that nobody
-    uses any more are kept until their room is needed.
+    Prompts whose token ids are given to `admit` share the full pages that they have in common with earlier ones of the
+    same salt. A page is published (can be found) when all its tokens are committed; published pages that nobody uses
+    any more are kept until their room is needed.
 
     Args:
         num_pages, block_size, memory: see `BlockTables`.
@@ -84,8 +85,8 @@ class PagedKvCache(BlockTables):
         priority: int = DEFAULT_PRIORITY,
         retention: float | None = None,
     ) -> Admission:
-        """A sequence with pages for a prompt, sharing the published ones. Its length is the number of hit
-        tokens; `commit` says when the others are written.
+        """A sequence with pages for a prompt, sharing the published ones. Its length is the number of hit tokens;
+        `commit` says when the others are written.
 
         The hit is whole pages, and the last token is never part of it: it has to be computed to go on.
 
@@ -122,8 +123,7 @@ class PagedKvCache(BlockTables):
         return Admission(self._add(state), hit_tokens)
 
     def commit(self, sequence: int, length: int) -> None:
-        """Says that the rows of the first `length` tokens are written, and publishes the pages that they
-        fill.
+        """Says that the rows of the first `length` tokens are written, and publishes the pages that they fill.
 
         Raises:
             OutOfBounds: that is less than was written, or more than there are pages or known tokens for.
@@ -202,10 +202,13 @@ class PagedKvCache(BlockTables):
         rows = memory.encode_rows(keys, values)
         end = position + rows.shape[1]
         self.slot(sequence, max(position, end - 1))
-        for at in self._page_starts(position, end):
-            self.writable_page(sequence, at)
-        for at in self._page_starts(position, end):
-            page, offset = self.slot(sequence, at)
+        starts = self._page_starts(position, end)
+        copies = sum(not self._is_writable(self.page_for(sequence, at)) for at in starts)
+        if copies > self._pool.available:
+            raise OutOfPages(copies, self._pool.available)
+        for at in starts:
+            page = self.writable_page(sequence, at)
+            offset = at % self.block_size
             count = min(self.block_size - offset, end - at)
             memory.write_rows(page, offset, layer, rows[:, at - position : at - position + count])
 
@@ -239,9 +242,7 @@ class PagedKvCache(BlockTables):
         return self._pool.references[page]
 
     def generation(self, page: int) -> int:
-        """How often the page was handed out: who kept an older number must not take its bytes for the old
-        ones.
-        """
+        """How often the page was handed out: who kept an older number must not take its bytes for the old ones."""
         return self._pool.generations[page]
 
     @property
@@ -303,7 +304,7 @@ class PagedKvCache(BlockTables):
             self.num_pages,
             self.block_size,
             [(state.table, state.length) for state in self._sequences.values()],
-            self._pool.idle,
+            itertools.chain.from_iterable(self._prefixes.runs()),
         )
 
     def contiguity(self, sequence: int) -> float:
@@ -315,8 +316,8 @@ class PagedKvCache(BlockTables):
         return self.fragmentation().ratio > threshold
 
     def defragment(self, max_moves: int | None = None) -> dict[int, int]:
-        """Moves pages so that the used ones lie together at the front, at most `max_moves`. See `plan_moves`, also
-        for what is returned.
+        """Moves pages so that the used ones lie together at the front, at most `max_moves`. See `plan_moves`, also for
+        what is returned.
 
         Block tables change: nobody else may read or write the moved pages meanwhile.
         """
@@ -344,7 +345,7 @@ class PagedKvCache(BlockTables):
         """
         for sequence, state in self._sequences.items():
             if max(state.length, state.reserved) > len(state.table) * self.block_size:
-                raise CorruptCache(f"the {state.length} tokens of sequence {sequence} exceed {len(state.table)} pages")
+                raise CorruptCache(f"{len(state.table)} pages do not hold what sequence {sequence} reserved")
         tables = [state.table[state.released :] for state in self._sequences.values()]
         problem = self._pool.problem(tables) or self._prefixes.problem()
         if problem:

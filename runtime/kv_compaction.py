@@ -17,9 +17,9 @@ def plan_moves(
 ) -> dict[int, int]:
     """Fills the free pages among the first ones, in one ascending pass; linear in the pages.
 
-    A hole gets the page that follows its left neighbour in some run, if that page is itself out of place;
-    else the first used page beyond the compact area. Each page moves at most once, pinned ones never; without
-    pinned pages the used ones are 1 ... used afterwards, and a second call moves nothing.
+    A hole gets the page that follows its left neighbour in some run, if that page is itself out of place; else the
+    first used page beyond the compact area. Each page moves at most once, pinned ones never; without pinned pages the
+    used ones are 1 ... used afterwards, and a second call moves nothing.
 
     Args:
         num_pages: pages 1 ... num_pages exist.

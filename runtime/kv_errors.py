@@ -19,9 +19,7 @@ class OutOfPages(KvCacheError):
 
 
 class ExceedsArena(OutOfPages):
-    """A request needs more pages than the whole arena has: it can never be admitted, so it is refused at
-    once.
-    """
+    """A request needs more pages than the whole arena has: it can never be admitted, so it is refused at once."""
 
     def __init__(self, needed: int, available: int) -> None:
         super().__init__(needed, available)

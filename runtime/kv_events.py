@@ -1,6 +1,4 @@
-"""What the prefix cache tells others about its content, for routers that send a request to where its
-prefix is.
-"""
+"""What the prefix cache tells others about its content, for routers that send a request to where its prefix is."""
 
 from __future__ import annotations
 
@@ -32,8 +30,8 @@ CacheEvent = PagesStored | PagesRemoved | CacheCleared
 
 
 def page_keys(tokens: bytes, page_nbytes: int, salt: Hashable = (), parent: bytes | None = None) -> list[bytes]:
-    """Names of full pages for use outside this process: 16 bytes, chained, so that a page's key stands for
-    all tokens up to its end. Inside the process nothing is looked up by key.
+    """Names of full pages for use outside this process: 16 bytes, chained, so that a page's key stands for all tokens
+    up to its end. Inside the process nothing is looked up by key.
 
     Args:
         tokens: packed int32 ids; a last page that is not full gets no key.

@@ -1,6 +1,4 @@
-"""The pages of the KV cache as a resource: which are free, how often each is referenced, how often each
-was reused.
-"""
+"""The pages of the KV cache as a resource: which are free, and how often each is referenced and was handed out."""
 
 from __future__ import annotations
 
@@ -24,19 +22,17 @@ class PagePool:
     """Pages 1 ... `num_pages`, each in exactly one of three states:
 
     * free: on the stack `free`; no reference, not published;
-    * idle: published in the prefix tree and without a reference; found by lookups, evicted when `free` is
-      empty;
+    * idle: published in the prefix tree and without a reference; found by lookups, evicted when `free` is empty;
     * in use: at least one reference. `references[page]` = block tables that name the page + pins.
 
-    So `len(free) + idle + pages in use = num_pages`. A page may be written only by the one sequence that
-    names it, and only while it is unpublished.
+    So `len(free) + idle + pages in use = num_pages`. A page may be written only by the one sequence that names it, and
+    only while it is unpublished.
 
     Attributes (for reading; the cache and its prefix tree are the only writers):
         free: stack, the page handed out next last.
         references: per page.
         published: per page the tree node that holds it, None if it is not in the tree.
-        generations: per page how often it was handed out; a reader that kept (page, generation) learns of
-            reuse.
+        generations: per page how often it was handed out; a reader that kept (page, generation) learns of reuse.
         idle: number of idle pages.
         pins: per pinned page how often.
     """
@@ -109,8 +105,8 @@ class PagePool:
         self.idle -= woken
 
     def release(self, pages: Sequence[int]) -> int:
-        """One reference less to each page. The last one of an unpublished page frees it, of a published one
-        makes it idle.
+        """One reference less to each page. The last one of an unpublished page frees it, of a published one makes it
+        idle.
 
         Pages of one sequence are given in the order of its tokens: its tail is then reused before its head.
 
@@ -164,7 +160,8 @@ class PagePool:
 
     def move(self, moves: Mapping[int, int]) -> None:
         """References go with the rows, source -> destination, in the order of the copies. The free stack is put in
-        ascending order. What `published` says is moved by the prefix tree."""
+        ascending order. What `published` says is moved by the prefix tree.
+        """
         free = bytearray(self.num_pages + 1)
         for page in self.free:
             free[page] = 1

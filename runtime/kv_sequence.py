@@ -19,8 +19,8 @@ class CachedSequence:
         table: page numbers in the order of the tokens; `NO_PAGE` where a sliding window gave the page back.
         length: tokens whose rows are written.
         reserved: tokens that room was asked for; appending beyond them takes pages as needed.
-        append_limit: below this length a token goes into the tail page without any further look: the page
-            exists, is named by this sequence alone, and this token does not fill it up to be published.
+        append_limit: below this length a token goes into the tail page without any further look: the page exists, is
+            named by this sequence alone, and this token does not fill it up to be published.
         released: leading pages that a sliding window gave back.
         publishable: whether the ids of all tokens are known, so that full pages go into the prefix tree.
         tokens: their ids if so, possibly beyond `length` (a prompt that is not computed yet); empty if not.

@@ -30,9 +30,7 @@ class PagedCacheStats(msgspec.Struct):
 
 
 class FragmentationStats(msgspec.Struct, frozen=True):
-    """How scattered the used pages are and how much room in them is empty. Idle cached pages count as
-    used.
-    """
+    """How scattered the used pages are and how much room in them is empty. Idle cached pages count as used."""
 
     holes: int  # runs of free pages that lie before some used page
     wasted_tokens: int  # room for tokens in used pages that no sequence fills
@@ -46,7 +44,7 @@ def fragmentation(
     num_pages: int,
     block_size: int,
     tables: Iterable[tuple[Sequence[int], int]],
-    idle: int,
+    published: Iterable[int],
 ) -> FragmentationStats:
     """Measured over all pages.
 
@@ -55,7 +53,7 @@ def fragmentation(
         num_pages: pages 1 ... num_pages exist.
         block_size: tokens per page.
         tables: (block table, length in tokens) of every sequence.
-        idle: published pages without a user; they are full.
+        published: pages that the prefix cache can find; they are full.
     """
     used = bytearray(b"\x01") * (num_pages + 1)
     for page in free:
@@ -69,8 +67,8 @@ def fragmentation(
             if page:
                 filled[page] = max(filled.get(page, 0), min(max(length, 0), block_size))
             length -= block_size
-    tokens = sum(filled.values()) + idle * block_size
-    pages = len(filled) + idle
+    filled.update(dict.fromkeys(published, block_size))
+    tokens, pages = sum(filled.values()), len(filled)
     return FragmentationStats(
         holes=holes,
         wasted_tokens=pages * block_size - tokens,
@@ -97,8 +95,8 @@ class HitRateWindow:
         self._requests = self._queried = self._hit = 0
 
     def update(self, requests: int, queried: int, hit: int) -> None:
-        """Adds `requests` requests that asked for `queried` tokens and found `hit`; the oldest updates
-        leave the window.
+        """Adds `requests` requests that asked for `queried` tokens and found `hit`; the oldest updates leave the
+        window.
         """
         if not requests:
             return

@@ -1,6 +1,4 @@
-"""The prefix cache: published pages stay findable after their sequences are gone, until their room is
-needed.
-"""
+"""The prefix cache: published pages stay findable after their sequences are gone, until their room is needed."""
 
 from __future__ import annotations
 
@@ -33,13 +31,11 @@ def pack_tokens(tokens: TokenIds) -> bytes:
 class PrefixCache:
     """Publishes full pages in a `PrefixTree` and evicts idle ones in `EvictionOrder`.
 
-    A sequence that uses a published page uses all pages in front of it, so idle pages are found below
-    pages in use and never above; only pins of single pages and sliding windows make exceptions, see
-    `_evict_below_idle`.
+    A sequence that uses a published page uses all pages in front of it, so idle pages are found below pages in use and
+    never above; only pins of single pages and sliding windows make exceptions, see `_evict_below_idle`.
 
-    Two sequences may compute the same tokens at the same time. The tree keeps the page published first,
-    the other is its duplicate: unpublished, and it takes the place in the tree when the first loses its
-    last reference.
+    Two sequences may compute the same tokens at the same time. The tree keeps the page published first, the other is
+    its duplicate: unpublished, and it takes the place in the tree when the first loses its last reference.
 
     Args:
         pool: the pages.
@@ -220,8 +216,9 @@ class PrefixCache:
         self._pool.idle -= 1
 
     def _evict_below_idle(self) -> int:
-        """Every idle page has a page in use behind it. Those can only be found through it, so with the
-        idle page all that is behind it leaves the tree."""
+        """Every idle page has a page in use behind it. Those can only be found through it, so with the idle page all
+        that is behind it leaves the tree.
+        """
         pool = self._pool
         idle = next(
             page

@@ -15,9 +15,9 @@ DEFAULT_PRIORITY = 10
 class EvictionOrder:
     """Leaves of the prefix tree whose last page is idle: lowest priority first, then least recently used.
 
-    A leaf loses its pages from the end, so tails go before heads. A node is worth `priority` until
-    `priority_until` and `DEFAULT_PRIORITY` after that; `retention` is the time in seconds that its
-    priority holds after a release, None for ever.
+    A leaf loses its pages from the end, so tails go before heads. A node is worth `priority` until `priority_until`
+    and `DEFAULT_PRIORITY` after that; `retention` is the time in seconds that its priority holds after a release, None
+    for ever.
 
     Leaves become idle in the order of their use, so most of them queue in a deque; the others (leaves that were
     parents, other priorities) in a heap. Both are lazy: a lookup only notes its tick in the node. An entry that turns

@@ -1,7 +1,7 @@
 """The prefix tree: token ids to the pages that hold their rows.
 
-Path-compressed over pages: a node is a run of pages that was only ever entered at its first one. Tokens
-are compared as the packed bytes they are kept in (int32), so a hit is exact: no hash decides it.
+Path-compressed over pages: a node is a run of pages that was only ever entered at its first one. Tokens are compared
+as the packed bytes they are kept in (int32), so a hit is exact: no hash decides it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from collections.abc import Hashable, Iterator, Mapping
 class PrefixNode:
     """A run of consecutive published pages.
 
-    Invariants: `len(tokens) == len(pages) * page_nbytes`; `start` = pages in front of it, up to the root;
-    the key of a child is its own first page's tokens, so siblings differ in their first page; only a root
-    has no pages.
+    Invariants: `len(tokens) == len(pages) * page_nbytes`; `start` = pages in front of it, up to the root; the key of a
+    child is its own first page's tokens, so siblings differ in their first page; only a root has no pages.
 
     Attributes:
         tokens: packed int32 ids, in place so that the last page goes and the next one comes at constant cost.
-        last_use: tick of the last lookup or release that ended in this node. Lookups that passed through
-            to a child are not noted here: a node is never evicted before its children, and inherits their
-            tick.
+        last_use: tick of the last lookup or release that ended in this node. Lookups that passed through to a child
+            are not noted here: a node is never evicted before its children, and inherits their tick.
         priority, retention, priority_until: see `EvictionOrder`.
         queued: this node's valid entry in the eviction order, None while it has none.
         salt: of the tree that the node belongs to.
@@ -161,9 +159,7 @@ class PrefixTree:
         return self._add_below(node, tokens[index * size :], pages[index:], priority), duplicates
 
     def split(self, node: PrefixNode, count: int) -> PrefixNode:
-        """Cuts a node behind its first `count` pages and returns the part that has them; no-op for all
-        pages.
-        """
+        """Cuts a node behind its first `count` pages and returns the part that has them; no-op for all pages."""
         if count == len(node.pages):
             return node
         kept, key_end = (count - 1) * self.page_nbytes, count * self.page_nbytes

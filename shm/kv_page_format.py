@@ -1,9 +1,9 @@
 """How KV rows lie in a page: the formats of the rows, the layout of a page, and a numpy reference of the conversions.
 
 Q8_0 and Q4_0 are GGML's, byte for byte (ggml-quants.c; the same results as gguf-py): blocks of 32 values, first a
-float16 scale d, then 32 int8 with value = d * q (Q8_0), or 16 bytes with two 4-bit numbers each and value = d * (q
-- 8), the low halves first (Q4_0). A block never spans two heads or two tokens: a head whose size is not a multiple
-of 32 is padded with zeros.
+float16 scale d, then 32 int8 with value = d * q (Q8_0), or 16 bytes with two 4-bit numbers each and value = d * (q -
+8), the low halves first (Q4_0). A block never spans two heads or two tokens: a head whose size is not a multiple of 32
+is padded with zeros.
 """
 
 from __future__ import annotations

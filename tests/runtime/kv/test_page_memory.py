@@ -95,6 +95,32 @@ def test_B4_a_write_without_a_page_for_the_copy_changes_nothing(format: KvFormat
     assert key(cache, parent, 0) == key(cache, child, 0) == 2.0
 
 
+def test_B4_a_write_over_several_shared_pages_is_all_or_nothing() -> None:
+    cache = make_cache(KvFormat.FLOAT32, num_pages=3)
+    parent = cache.allocate(32)
+    child = cache.fork(parent)
+    with pytest.raises(OutOfPages) as refused:
+        put(cache, child, 10, 4.0, 10)
+    assert (refused.value.needed, refused.value.available) == (2, 1)
+    assert cache.block_table(child) == [1, 2]
+    assert cache.stats().copy_on_write_copies == 0
+
+
+def test_B2_a_published_page_is_copied_once_and_keeps_its_bytes() -> None:
+    cache = make_cache(KvFormat.FLOAT32)
+    sequence = cache.admit(range(32)).sequence
+    put(cache, sequence, 0, 2.0, 32)
+    cache.commit(sequence, 32)
+    before = page_bytes(cache, 1)
+    for value in (4.0, 8.0):
+        put(cache, sequence, 3, value)
+    assert cache.stats().copy_on_write_copies == 1
+    assert key(cache, sequence, 3) == 8.0
+    assert cache.match_pages(range(32)) == [1, 2]
+    assert page_bytes(cache, 1) == before
+    cache.check()
+
+
 def test_B8_the_last_owner_writes_in_place_and_all_keep_their_own(format: KvFormat) -> None:
     cache = make_cache(format)
     parent = cache.allocate(8)
