@@ -58,7 +58,7 @@ class EvictionOrder:
             above = above.parent
 
     def first(self) -> PrefixNode | None:
-        """The leaf whose last page goes next; None if no leaf ends in an idle page."""
+        """The leaf whose last page goes next, and has to be taken out of it; None if no leaf ends in an idle page."""
         if self._expiring:
             self._expire()
         recent, heap = self._recent, self._heap
@@ -66,21 +66,24 @@ class EvictionOrder:
             in_heap = not recent or (heap and heap[0] < recent[0])
             entry = heap[0] if in_heap else recent[0]
             node = entry[3]
-            valid = entry is node.queued
-            if (
-                valid
+            queued = entry is node.queued
+            first = (
+                queued
                 and entry[1] == node.last_use
                 and entry[0] == node.priority
                 and not node.children
                 and not self._references[node.pages[-1]]
-            ):
+            )
+            if first and len(node.pages) > 1:
                 return node
             if in_heap:
                 heapq.heappop(heap)
             else:
                 recent.popleft()
-            if valid:
+            if queued:
                 node.queued = None
+                if first:  # its only page goes
+                    return node
                 self.add(node)
         return None
 

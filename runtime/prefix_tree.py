@@ -206,7 +206,7 @@ class PrefixTree:
             removed += node.pages
             for gone in node.pages:
                 self._published[gone] = None
-            node.pages = []
+            node.pages, node.queued = [], None
         return removed
 
     def move(self, moves: Mapping[int, int]) -> None:
@@ -280,6 +280,5 @@ class PrefixTree:
         del parent.children[node.key]
         if parent.last_use < node.last_use:
             parent.last_use = node.last_use
-        node.queued = None
         if parent.parent is None and not parent.children:
             del self._roots[parent.salt]
