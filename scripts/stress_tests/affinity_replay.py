@@ -1,9 +1,9 @@
 """Affinity against float64: the scores after a burst of concurrent calls, recomputed from the workers' logs.
 
-A call does not say which epochs it took, but a layer's epochs are given out without gaps: the log has the layer's epoch
-before and after each call and the least epoch of the slots it touched (not before its own), and the calls of all
-workers must tile the epochs of the burst. A call that still fits in two ways is taken at its earliest and at its latest,
-and the score has to lie between the two sums.
+A call does not say which epochs it took, but a layer's epochs are given out without gaps: the log has the layer's
+epoch before and after each call and the least epoch of the slots it touched (not before its own), and the calls of all
+workers must tile the epochs of the burst. A call that still fits in two ways is taken at its earliest and at its
+latest, and the score has to lie between the two sums.
 """
 
 from __future__ import annotations

@@ -9,8 +9,17 @@ from stress_tests.checks import Check
 from hotset.runtime.config import InstancePlan
 from hotset.runtime.messages import Message, StopWorking
 
+# Violations that the tests of this test ask for, to see them found.
 Planted = Literal[
-    "slot-byte", "format", "score", "slot-length", "selection", "use-unpinned", "dead-pins", "stopped-pager"
+    "slot-byte",
+    "format",
+    "score",
+    "slot-length",
+    "selection",
+    "use-unpinned",
+    "dead-pins",
+    "stopped-pager",
+    "unlogged-activation",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The workers and the pager of the routing stress test: started, killed and recovered as runtime/coordinator.py does."""
+"""The workers and the pager of the routing stress test: started, killed, and recovered as by runtime/coordinator.py."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from stress_tests.checks import Check, Scoreboard
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.shm.segment import Segment
 
-EXPLAINED_WITHIN_SECONDS = 2.0  # by a worker that lost its processor between merging and counting
+EXPLAINED_WITHIN_SECONDS = 1.0  # by a worker that lost its processor between merging and counting
 ROUNDING = 2**-20  # of decays, 16 units of a slot
 
 
@@ -91,7 +91,10 @@ class ScoreSampler:
                     continue
                 died = next((t for t in self._deaths if rise.began - 0.1 <= t <= rise.seen + 0.5), None)
                 if died is None:
-                    problems.append(f"the score of expert {expert} of layer {layer} rose without an activation")
+                    problems.append(
+                        f"the score of expert {expert} of layer {layer} rose by {rise.amount:.4f}, "
+                        f"with {counted} activations"
+                    )
                 else:
                     self._deaths.remove(died)
                     self.uncounted += 1
