@@ -55,13 +55,11 @@ class ArenaAudit:
         self._check(Check.PINS, not pins, lambda: f"{who} still pins the experts {pins}")
 
     def budget(self) -> None:
-        """At any time: the pager alone changes slot words, one by one, so no expert is seen in two of them."""
-        held = [0] * self._geometry.num_slots
+        """At any time."""
         nbytes = 0
         for slot in range(self._geometry.num_slots):
-            _, expert, state = self._arena.slot(slot)
+            state = self._arena.slot(slot)[2]
             if state in (SlotState.RESIDENT, SlotState.LOADING):
-                held[slot] = expert + 1
                 nbytes += int(self._info[slot, 0]["nbytes"]) if state == SlotState.RESIDENT else EXPERT_NBYTES
         self._check(
             Check.BUDGET,

@@ -43,12 +43,14 @@ from hotset.runtime.messages import (
 )
 from hotset.runtime.supervision import Child
 from hotset.shm.counters import Counter
-from hotset.shm.layout import Section
+from hotset.shm.layout import Section, SlotState
 
 WORKER_MODULE = "stress_tests.routing_worker"
 PAGER_MODULE = "hotset.workers.pager"
 STOP_SECONDS = 2.0
+KILLS_AT_START = 0.1  # share of the kills that may hit a process which is still starting
 MAX_OWN_DEATHS = 5  # then whatever makes processes end on their own is known well enough
+HALF_WAY = (SlotState.LOADING, SlotState.EVICTING)
 
 WorkerLog = tuple[list[LoggedCall], npt.NDArray[np.int32]]
 
@@ -66,6 +68,8 @@ class Processes:
 
     Attributes:
         worker_kills, pager_kills: so far.
+        pins_reclaimed: that killed workers held.
+        slots_interrupted: that a killed pager was loading or evicting.
         on_worker_death: called before anything is recovered.
     """
 
@@ -106,7 +110,7 @@ class Processes:
         self._killed: set[int] = set()
         self._own_deaths = 0
         self._running = False
-        self.worker_kills = self.pager_kills = 0
+        self.worker_kills = self.pager_kills = self.pins_reclaimed = self.slots_interrupted = 0
         self.on_worker_death: Callable[[], None] = lambda: None
         self._pager = self._spawn_pager()
         for process in range(instance.plan.num_workers):
@@ -148,7 +152,14 @@ class Processes:
 
     def kill_one(self) -> None:
         """SIGKILL to a worker or the pager, wherever it is; recovery is a matter of `poll`."""
-        victim = self._chance.choice([*self._workers.values(), self._pager])
+        victims = [*self._workers.values(), self._pager]
+        if self._chance.random() > KILLS_AT_START:
+            victims = [self._workers[process] for process in self._ready - self._idle]
+            if self._pager_ready_since is not None:
+                victims.append(self._pager)
+        if not victims:
+            return
+        victim = self._chance.choice(victims)
         if victim.pid in self._killed:
             return
         self._killed.add(victim.pid)
@@ -180,7 +191,7 @@ class Processes:
         self._ready.discard(process)
         self._idle.discard(process)
         if self._planted != "dead-pins":
-            self._instance.arena.unpin_all(process)
+            self.pins_reclaimed += self._instance.arena.unpin_all(process)
         self._audit.no_pins(process, f"worker {process}, which is dead,")
         self._unregister(dead.channel)
         self._unregister(dead.pidfd)
@@ -191,6 +202,8 @@ class Processes:
         dead = self._pager
         self._on_pager()
         self._pager_ready_since = None
+        slots = range(self._instance.plan.geometry.num_slots)
+        self.slots_interrupted += sum(self._instance.arena.slot(slot)[2] in HALF_WAY for slot in slots)
         self._unregister(dead.channel)
         self._unregister(dead.pidfd)
         self._note_death(dead.pid, "the pager", dead.reap())

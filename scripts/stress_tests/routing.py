@@ -44,8 +44,6 @@ from hotset.shm.counters import Counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
 from hotset.shm.segment import (
     SHM_FOLDER,
-    InstanceLock,
-    InstanceNameTaken,
     SegmentError,
     new_instance_name,
     queue_name,
@@ -61,12 +59,11 @@ MAX_REPORTS = 40  # violations that are told in words; all are counted
 
 
 def remove_stale_folders() -> None:
-    """The checkpoints of killed runs: those whose instance does not run."""
+    """The checkpoints of runs that were killed; an instance's name begins with its process id."""
     for folder in Path(tempfile.gettempdir()).glob(FOLDER_PREFIX + "*"):
-        with contextlib.suppress(InstanceNameTaken, ValueError, OSError):
-            lock = InstanceLock(folder.name.removeprefix(FOLDER_PREFIX))
+        process = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
+        if not Path("/proc", process).exists():
             shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
 
 
 class StressRun:
@@ -113,6 +110,9 @@ class StressRun:
             self._audit = ArenaAudit(
                 instance.segment, self._experts, budget_slots * EXPERT_NBYTES, self._scoreboard, self.report
             )
+            process = self._plan.coordinator_process
+            self._sampler = ScoreSampler(self._segment, process, self._scoreboard)
+            self._affinity = ExpertAffinity(AffinityConfig(options.experts), segment=self._segment, process=process)
             with (self._folder / "stderr").open("wb") as log:
                 self._processes = Processes(
                     instance,
@@ -152,7 +152,6 @@ class StressRun:
         processes.on_worker_death = self._sampler.worker_died
         began = time.monotonic()
         deadline = began + self._options.seconds
-        self._work_nanoseconds = 0
         try:
             while (now := time.monotonic()) < deadline:
                 self._work(min(deadline, now + ROUND_SECONDS), began)
@@ -252,8 +251,8 @@ class StressRun:
             os.kill(self._processes.pager_pid, signal.SIGSTOP)
         elif plant == "score":
             rare = int(self._activations()[0].argmin())
-            slot = arena.load_u64(Section.AFFINITY, 0, rare)
-            arena.store_u64(Section.AFFINITY, 0, rare, slot | (0xFFFFFF << 40))
+            now = arena.load_u64(Section.LAYERS, 0, 0)
+            arena.store_u64(Section.AFFINITY, 0, rare, 0xFFFFFF << 40 | now)  # the largest score
         elif not slots:
             return  # again at the next sample
         for slot in slots:
@@ -345,6 +344,8 @@ class StressRun:
             "kills": self._processes.worker_kills + self._processes.pager_kills,
             "worker_kills": self._processes.worker_kills,
             "pager_kills": self._processes.pager_kills,
+            "pins_reclaimed": self._processes.pins_reclaimed,
+            "slots_interrupted": self._processes.slots_interrupted,
             "activations_uncounted_by_killed_workers": self._sampler.uncounted,
             "affinity_largest_error": max(0.0, self._largest_error),
             "burst_calls": self._burst_calls,
@@ -355,6 +356,7 @@ class StressRun:
             },
             "violations": sum(violated for _, violated in totals.values()),
             "violations_in_words": self.reports,
+            "stderr_of_processes": self.stderr_tail(),
         }
 
     def remove_folder(self) -> None:
@@ -374,8 +376,9 @@ def print_report(result: dict[str, Any]) -> None:
     console.print(
         f"{result['routes']:,} routes in {result['seconds']:.1f} s, {result['routes_per_second']:,.0f} a second; "
         f"p50 {result['p50_us']:.2f} us, p99 {result['p99_us']:.2f} us per token\n"
-        f"{result['worker_kills']} workers and {result['pager_kills']} pagers killed; {result['expert_uses']:,} "
-        f"uses of experts, hit rate {result['hit_rate']:.1%}; {result['page_ins_urgent']:,} urgent page-ins, "
+        f"{result['worker_kills']} workers and {result['pager_kills']} pagers killed, with "
+        f"{result['pins_reclaimed']} pins set and {result['slots_interrupted']} slots half-way\n"
+        f"{result['expert_uses']:,} uses of experts, hit rate {result['hit_rate']:.1%}; {result['page_ins_urgent']:,} urgent page-ins, "
         f"{result['page_ins_prefetch']:,} prefetched\n"
         f"affinity: {result['burst_calls']:,} calls in {result['rounds']} bursts recomputed, "
         f"{result['burst_calls_with_ambiguous_epochs']} of ambiguous order, "
@@ -388,6 +391,8 @@ def print_report(result: dict[str, Any]) -> None:
     console.print(table, highlight=False)
     for report in result["violations_in_words"]:
         console.print(report, style="red", highlight=False, markup=False)
+    if result["stderr_of_processes"]:
+        console.print("The processes wrote to stderr:", result["stderr_of_processes"], markup=False, highlight=False)
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -399,7 +404,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--budget", default="25%", help="memory for experts: a share of them, or bytes")
     parser.add_argument("--kill", action="store_true", help="kill workers and the pager at random")
-    parser.add_argument("--kills-per-second", type=float, default=4.0)
+    parser.add_argument("--kills-per-second", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=None, help="of logits, weights and kills")
     parser.add_argument("--patience", type=float, default=5.0, help="seconds after which a waiting worker is lost")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -411,20 +416,23 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def stop(*_: object) -> None:
+    for number in SIGNALS:  # once is enough: cleaning up is not to be interrupted
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGHUP, stop)
+    for number in SIGNALS:
+        signal.signal(number, stop)
     run = StressRun(options)
     try:
         run.run()
         result = run.result()
-        if (tail := run.stderr_tail()) and not options.json:
-            print(f"\nwhat the processes wrote to stderr ends with:\n{tail}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

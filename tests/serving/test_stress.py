@@ -69,8 +69,6 @@ def test_a_planted_violation_is_found_and_ends_with_status_1(planted: str, found
     options = ["--seconds", "2", "--plant", planted]
     if planted == "dead-pins":
         options += ["--kill", "--kills-per-second", "10"]
-    if planted == "score":
-        options += ["--experts", "64", "--top-k", "2"]  # so that some experts are hardly ever activated
     if planted == "stopped-pager":
         options += ["--patience", "1"]
     status, result = stress(*options)
