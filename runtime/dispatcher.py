@@ -124,6 +124,8 @@ class Dispatcher:
                 params=request.params,
             )
             self._send_worker(request.worker, run)
+            # It may have used its last page up while it belonged to nobody, and then it will never report progress.
+            self._grant(request, self._committed(request))
         candidate = self.scheduler.migration_candidate(workers)
         if candidate is not None:
             self._stop(candidate, RequestState.MIGRATING)

@@ -39,8 +39,7 @@ RETRY_SECONDS = 0.001  # for requests that found every slot pinned: pins last ab
 class Pager:
     """Serves page-in requests one after the other.
 
-    `_slots` and `_experts` mirror the slot words, of which this process is the only writer: which expert each slot
-    holds, and which slots may be evicted.
+    `_expert_in_slot` and `_empty_slots` mirror the slot words, of which this process is the only writer.
     """
 
     def __init__(self, channel: Channel[ToPager], start: StartPager) -> None:
