@@ -378,8 +378,8 @@ def print_report(result: dict[str, Any]) -> None:
         f"p50 {result['p50_us']:.2f} us, p99 {result['p99_us']:.2f} us per token\n"
         f"{result['worker_kills']} workers and {result['pager_kills']} pagers killed, with "
         f"{result['pins_reclaimed']} pins set and {result['slots_interrupted']} slots half-way\n"
-        f"{result['expert_uses']:,} uses of experts, hit rate {result['hit_rate']:.1%}; {result['page_ins_urgent']:,} urgent page-ins, "
-        f"{result['page_ins_prefetch']:,} prefetched\n"
+        f"{result['expert_uses']:,} uses of experts, hit rate {result['hit_rate']:.1%}; "
+        f"{result['page_ins_urgent']:,} urgent page-ins, {result['page_ins_prefetch']:,} prefetched\n"
         f"affinity: {result['burst_calls']:,} calls in {result['rounds']} bursts recomputed, "
         f"{result['burst_calls_with_ambiguous_epochs']} of ambiguous order, "
         f"largest error {result['affinity_largest_error']:.1e}",

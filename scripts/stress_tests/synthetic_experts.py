@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from hotset.shm.layout import WeightFormat
 
-HIDDEN_SIZE = 64
-INTERMEDIATE_SIZE = 64
+HIDDEN_SIZE = 128
+INTERMEDIATE_SIZE = 128
 EXPERT_NBYTES = 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE * 2  # float16; whole pages, so that a slot has no padding
 EXPERT_FORMAT = WeightFormat.FLOAT16  # not 0: a slot whose format was never written is told apart
 _CONTENTS = "contents.npy"
