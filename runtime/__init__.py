@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from hotset.runtime.errors import HotsetError as HotsetError
     from hotset.runtime.errors import RequestFailed as RequestFailed
     from hotset.runtime.errors import RequestTooLong as RequestTooLong
+    from hotset.runtime.kv.cache import Admission as Admission
+    from hotset.runtime.kv.cache import PagedKvCache as PagedKvCache
+    from hotset.runtime.kv.errors import OutOfBounds as OutOfBounds
+    from hotset.runtime.kv.errors import OutOfPages as OutOfPages
+    from hotset.runtime.kv.errors import UnknownSequence as UnknownSequence
+    from hotset.runtime.kv.page_memory import KvPageMemory as KvPageMemory
+    from hotset.runtime.kv.statistics import FragmentationStats as FragmentationStats
+    from hotset.runtime.kv.statistics import PagedCacheStats as PagedCacheStats
     from hotset.runtime.metrics import Latency as Latency
     from hotset.runtime.metrics import MoeMetrics as MoeMetrics
     from hotset.runtime.metrics import MoeMetricsSummary as MoeMetricsSummary
-    from hotset.runtime.kv_cache import Admission as Admission
-    from hotset.runtime.kv_cache import PagedKvCache as PagedKvCache
-    from hotset.runtime.kv_errors import OutOfBounds as OutOfBounds
-    from hotset.runtime.kv_errors import OutOfPages as OutOfPages
-    from hotset.runtime.kv_errors import UnknownSequence as UnknownSequence
-    from hotset.runtime.kv_page_memory import KvPageMemory as KvPageMemory
-    from hotset.runtime.kv_statistics import FragmentationStats as FragmentationStats
-    from hotset.runtime.kv_statistics import PagedCacheStats as PagedCacheStats
     from hotset.runtime.model.errors import CorruptCheckpoint as CorruptCheckpoint
     from hotset.runtime.model.errors import ModelNotFound as ModelNotFound
     from hotset.runtime.model.errors import UnsupportedModel as UnsupportedModel
@@ -52,10 +52,10 @@ _MODULES = {
     "config": ("BackendConfig",),
     "errors": ("BackendError", "BudgetTooSmall", "HotsetError", "RequestFailed", "RequestTooLong"),
     "metrics": ("Latency", "MoeMetrics", "MoeMetricsSummary"),
-    "kv_cache": ("Admission", "PagedKvCache"),
-    "kv_errors": ("OutOfBounds", "OutOfPages", "UnknownSequence"),
-    "kv_page_memory": ("KvPageMemory",),
-    "kv_statistics": ("FragmentationStats", "PagedCacheStats"),
+    "kv.cache": ("Admission", "PagedKvCache"),
+    "kv.errors": ("OutOfBounds", "OutOfPages", "UnknownSequence"),
+    "kv.page_memory": ("KvPageMemory",),
+    "kv.statistics": ("FragmentationStats", "PagedCacheStats"),
     "model.errors": ("CorruptCheckpoint", "ModelNotFound", "UnsupportedModel"),
     "paging_request": ("PagingDirection", "PagingPriority", "PagingRequest"),
     "router": (

@@ -11,7 +11,7 @@ from hotset.runtime.completion import FinishReason, completion
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.errors import RequestFailed
 from hotset.runtime.instance import Instance
-from hotset.runtime.kv_cache import PagedKvCache
+from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.messages import (
     Defragment,
     Defragmented,

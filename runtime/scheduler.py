@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.errors import RequestTooLong
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_errors import OutOfPages
-from hotset.runtime.kv_preemption import RunningSequence, choose_victim
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.errors import OutOfPages
+from hotset.runtime.kv.preemption import RunningSequence, choose_victim
 from hotset.runtime.sampling_params import SamplingParams
 
 TokenIds = npt.NDArray[np.int32]

@@ -29,8 +29,8 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_page_pool import PagePool
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.page_pool import PagePool
 from hotset.shm import _core
 from hotset.shm.kv_page_format import KvFormat, encode
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_compaction import plan_moves
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.compaction import plan_moves
 
 
 def every_second_of_eight() -> tuple[PagedKvCache, list[int]]:

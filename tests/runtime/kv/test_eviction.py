@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_errors import ExceedsArena, OutOfBounds, OutOfPages
-from hotset.runtime.kv_preemption import RunningSequence, choose_victim
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.errors import ExceedsArena, OutOfBounds, OutOfPages
+from hotset.runtime.kv.preemption import RunningSequence, choose_victim
 
 
 class ManualClock:

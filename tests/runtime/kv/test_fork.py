@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_errors import OutOfPages
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.errors import OutOfPages
 
 
 def test_B1_forks_share_and_count() -> None:

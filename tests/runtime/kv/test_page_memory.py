@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_errors import OutOfBounds, OutOfPages
-from hotset.runtime.kv_page_memory import KvPageMemory
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.errors import OutOfBounds, OutOfPages
+from hotset.runtime.kv.page_memory import KvPageMemory
 from hotset.shm.kv_page_format import Floats, KvFormat, KvPageLayout, UnrepresentableValue
 
 HEADS, DIM = 2, 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_errors import ExceedsArena, OutOfBounds, OutOfPages, UnknownSequence
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.errors import ExceedsArena, OutOfBounds, OutOfPages, UnknownSequence
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from collections.abc import Hashable, Sequence
 
 import pytest
 
-from hotset.runtime import kv_events
-from hotset.runtime.kv_cache import Admission, PagedKvCache
-from hotset.runtime.kv_errors import OutOfPages
-from hotset.runtime.kv_events import CacheCleared, PagesRemoved, PagesStored, page_keys
-from hotset.runtime.kv_statistics import HitRateWindow
-from hotset.runtime.prefix_cache import pack_tokens
+from hotset.runtime.kv import events
+from hotset.runtime.kv.cache import Admission, PagedKvCache
+from hotset.runtime.kv.errors import OutOfPages
+from hotset.runtime.kv.events import CacheCleared, PagesRemoved, PagesStored, page_keys
+from hotset.runtime.kv.prefix_cache import pack_tokens
+from hotset.runtime.kv.statistics import HitRateWindow
 
 C = [0] * 16 + [1] * 16 + [2] * 16  # three full pages
 
@@ -242,7 +242,7 @@ def test_C17_prompts_that_collide_under_another_hash_do_not_here() -> None:
 
 
 def test_C18_no_false_hit_whatever_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_events.xxhash, "xxh3_128_digest", lambda _: b"the same for all")
+    monkeypatch.setattr(events.xxhash, "xxh3_128_digest", lambda _: b"the same for all")
     generate = random.Random(18)
     cached, others = ([[generate.randrange(50_000) for _ in range(64)] for _ in range(1000)] for _ in range(2))
     cache = PagedKvCache(4000, 16, events=True)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from hotset.runtime.kv_cache import PagedKvCache
-from hotset.runtime.kv_errors import OutOfPages
+from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.errors import OutOfPages
 
 BLOCK = 4
 

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.kv_errors import ExceedsArena, OutOfBounds, UnknownSequence
-from hotset.runtime.kv_page_pool import NO_PAGE, PagePool
-from hotset.runtime.kv_sequence import CachedSequence
+from hotset.runtime.kv.errors import ExceedsArena, OutOfBounds, UnknownSequence
+from hotset.runtime.kv.page_pool import NO_PAGE, PagePool
+from hotset.runtime.kv.sequence import CachedSequence
 
 UNKNOWN_TOKEN = -1
 """Stands for a token whose id the cache was not told."""

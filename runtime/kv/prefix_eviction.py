@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 
-from hotset.runtime.prefix_tree import PrefixNode, QueueEntry
+from hotset.runtime.kv.prefix_tree import PrefixNode, QueueEntry
 
 DEFAULT_PRIORITY = 10
 

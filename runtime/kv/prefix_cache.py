@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.kv_events import CacheCleared, CacheEvent, PagesRemoved, PagesStored, page_keys
-from hotset.runtime.kv_page_pool import PagePool
-from hotset.runtime.prefix_eviction import DEFAULT_PRIORITY, EvictionOrder
-from hotset.runtime.prefix_tree import PrefixNode, PrefixTree
+from hotset.runtime.kv.events import CacheCleared, CacheEvent, PagesRemoved, PagesStored, page_keys
+from hotset.runtime.kv.page_pool import PagePool
+from hotset.runtime.kv.prefix_eviction import DEFAULT_PRIORITY, EvictionOrder
+from hotset.runtime.kv.prefix_tree import PrefixNode, PrefixTree
 
 TokenIds = bytes | Sequence[int] | npt.NDArray[np.integer]
 """Token ids; bytes are packed int32 already. Packing a list costs far more than looking it up."""

@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime import kv_statistics
-from hotset.runtime.kv_block_tables import BlockTables, PageMemory
-from hotset.runtime.kv_compaction import plan_moves
-from hotset.runtime.kv_errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages
-from hotset.runtime.kv_events import CacheEvent
-from hotset.runtime.kv_page_memory import KvPageMemory
-from hotset.runtime.kv_page_pool import NO_PAGE
-from hotset.runtime.kv_sequence import CachedSequence
-from hotset.runtime.kv_statistics import FragmentationStats, HitRateWindow, PagedCacheStats
-from hotset.runtime.prefix_cache import PrefixCache, TokenIds, pack_tokens
-from hotset.runtime.prefix_eviction import DEFAULT_PRIORITY
+from hotset.runtime.kv import statistics
+from hotset.runtime.kv.block_tables import BlockTables, PageMemory
+from hotset.runtime.kv.compaction import plan_moves
+from hotset.runtime.kv.errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages
+from hotset.runtime.kv.events import CacheEvent
+from hotset.runtime.kv.page_memory import KvPageMemory
+from hotset.runtime.kv.page_pool import NO_PAGE
+from hotset.runtime.kv.prefix_cache import PrefixCache, TokenIds, pack_tokens
+from hotset.runtime.kv.prefix_eviction import DEFAULT_PRIORITY
+from hotset.runtime.kv.sequence import CachedSequence
+from hotset.runtime.kv.statistics import FragmentationStats, HitRateWindow, PagedCacheStats
 
 # UNKNOWN_TOKEN packed. Occurs in packed ids, at whatever alignment, only if one is negative: the others have a top
 # byte below 0x80.
@@ -299,7 +299,7 @@ class PagedKvCache(BlockTables):
 
     def fragmentation(self) -> FragmentationStats:
         """See `FragmentationStats`; linear in the pages."""
-        return kv_statistics.fragmentation(
+        return statistics.fragmentation(
             self._pool.free,
             self.num_pages,
             self.block_size,
@@ -309,7 +309,7 @@ class PagedKvCache(BlockTables):
 
     def contiguity(self, sequence: int) -> float:
         """1.0 if the pages of the sequence are one ascending run, 0.0 if no two neighbours are."""
-        return kv_statistics.contiguity(self._state(sequence).table)
+        return statistics.contiguity(self._state(sequence).table)
 
     def should_defragment(self, threshold: float = 0.3) -> bool:
         """Whether more than this share of the used pages has a hole in front."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 
-from hotset.runtime.kv_page_pool import NO_PAGE
+from hotset.runtime.kv.page_pool import NO_PAGE
 
 
 def plan_moves(

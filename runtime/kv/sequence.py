@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable
 
-from hotset.runtime.prefix_eviction import DEFAULT_PRIORITY
+from hotset.runtime.kv.prefix_eviction import DEFAULT_PRIORITY
 
 _NO_TOKENS = array("i")
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hotset.runtime.kv_errors import OutOfPages
+from hotset.runtime.kv.errors import OutOfPages
 
 if TYPE_CHECKING:
-    from hotset.runtime.prefix_tree import PrefixNode
+    from hotset.runtime.kv.prefix_tree import PrefixNode
 
 NO_PAGE = 0
 """Page numbers start at 1; 0 in a block table says that the page was given back (sliding window)."""
