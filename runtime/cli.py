@@ -36,6 +36,7 @@ def generate(
     expert_budget: Annotated[str, typer.Option(help="Memory for experts: 50%, 500MB, 4GiB ...")] = "50%",
     routing: Annotated[str | None, typer.Option(help="Routing policy; off is the model's own choice.")] = None,
     eviction: Annotated[str | None, typer.Option(help="Which expert goes: affinity or lru.")] = None,
+    prefetch: Annotated[str | None, typer.Option(help="off, or displaced: what routing passed over.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Memory for KV pages: 64MiB ...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text and table.")] = False,
@@ -49,6 +50,7 @@ def generate(
         "workers": workers,
         "routing": routing,
         "eviction": eviction,
+        "prefetch": prefetch,
         "max_model_len": max_model_len,
         "kv_cache_memory": kv_cache_memory,
     }

@@ -15,6 +15,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.shm.layout import Geometry
 
 RoutingPolicy = Literal["off", "bonus", "range", "mass"]
+PrefetchPolicy = Literal["off", "displaced"]
 EvictionPolicy = Literal["affinity", "lru"]
 KvDtype = Literal["float32"]
 
@@ -66,6 +67,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             experts: "bonus" adds `cache_bonus` to their logits; "range" adds `range_strength` times the running mean
             of a layer's max - min; "mass" replaces others by them while the gate probability given up by a token
             stays within `mass_budget`. See `RouterConfig`.
+        prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
+            model 2 to 7 % of them were used before they went again, so the default is "off".
         eviction: which expert goes when a slot is needed.
         max_num_seqs: sequences that are served at once; further requests wait.
         max_num_batched_tokens: rows of one forward step.
@@ -83,6 +86,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache_bonus: float = 0.15
     range_strength: float = 0.2
     mass_budget: float = 0.004
+    prefetch: PrefetchPolicy = "off"
     eviction: EvictionPolicy = "affinity"
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 256
@@ -108,6 +112,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
         for name, choices in (
             ("routing", RoutingPolicy),
+            ("prefetch", PrefetchPolicy),
             ("eviction", EvictionPolicy),
             ("kv_cache_dtype", KvDtype),
         ):

@@ -20,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import posix_ipc
+
 from hotset.shm import _core
 from hotset.shm.layout import HEADER, ArenaState, Geometry, Layout, Section, header_crc
 from hotset.shm.process import boot_id, start_time
 
 PREFIX = "hotset."
+LOCK_SUFFIX = ".lock"  # instance names have no dot
 SHM_FOLDER = Path("/dev/shm")
 
 
@@ -71,13 +73,15 @@ def queue_name(instance: str) -> str:
 
 
 class InstanceLock:
-    """Guards an instance name with `flock`: held means alive, for the kernel lets go of it with the process."""
+    """Guards an instance name with `flock`: held means alive, for the kernel lets go of it with the process.
+
+    The file lies beside the segment, so that whoever sees the one sees the other; a folder that the environment
+    names could differ between two processes of one user, and the janitor of one would remove what the other uses.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = check_instance_name(name)
-        folder = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp") / f"hotset-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._path = folder / f"{name}.lock"
+        self._path = SHM_FOLDER / f"{PREFIX}{name}{LOCK_SUFFIX}"
         while True:
             self._fd = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
@@ -111,14 +115,16 @@ def remove_ipc_objects(instance: str) -> bool:
 
 def remove_stale_instances() -> list[str]:
     """The janitor: removes what killed instances of this user left, and returns their names."""
-    removed: list[str] = []
+    found: set[str] = set()
     for path in SHM_FOLDER.glob(PREFIX + "*"):
-        name = path.name.removeprefix(PREFIX)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_uid == os.getuid():
+                found.add(path.name.removeprefix(PREFIX).removesuffix(LOCK_SUFFIX))
+    removed: list[str] = []
+    for name in sorted(found):
         try:
-            if path.stat().st_uid != os.getuid():
-                continue
             lock = InstanceLock(name)
-        except (InstanceNameTaken, FileNotFoundError, ValueError):
+        except (InstanceNameTaken, ValueError):
             continue
         try:
             if remove_ipc_objects(name):

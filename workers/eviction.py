@@ -20,6 +20,10 @@ class Eviction(Protocol):
         """Indices into `experts` (global ids), the first victim first."""
         ...
 
+    def prefers(self, candidate: int, victim: int) -> bool:
+        """Whether an expert that nobody waits for is worth the slot of a resident one (global ids)."""
+        ...
+
 
 class AffinityEviction:
     """The least affinity goes first: a moving average of how often a layer's steps selected the expert.
@@ -34,6 +38,10 @@ class AffinityEviction:
         scores, epochs = self._affinity.snapshot()
         yield from np.lexsort((epochs.ravel()[experts], scores.ravel()[experts])).tolist()
 
+    def prefers(self, candidate: int, victim: int) -> bool:
+        scores = self._affinity.snapshot()[0].ravel()
+        return bool(scores[candidate] > scores[victim])
+
 
 class LruEviction:
     """The expert that was selected longest ago goes first: by the epoch of its affinity slot."""
@@ -44,6 +52,10 @@ class LruEviction:
     def order(self, experts: npt.NDArray[np.int64]) -> Iterator[int]:
         _, epochs = self._affinity.snapshot()
         yield from np.argsort(epochs.ravel()[experts], kind="stable").tolist()
+
+    def prefers(self, candidate: int, victim: int) -> bool:
+        epochs = self._affinity.snapshot()[1].ravel()
+        return bool(epochs[candidate] > epochs[victim])
 
 
 def make_eviction(policy: EvictionPolicy, segment: Segment, process: int) -> Eviction:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from hotset.runtime.errors import HotsetError
 from hotset.shm.counters import Counter
-from hotset.shm.paging_queue import PagingMessage, PagingQueue
+from hotset.shm.paging_queue import PagingMessage, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
 
 WAIT_MICROSECONDS = 50_000
@@ -31,7 +31,7 @@ class ExpertAccess:
 
     Args:
         segment: the arena.
-        queue: for urgent requests.
+        queue: for requests.
         process: this worker's row of pins and counters.
     """
 
@@ -80,6 +80,18 @@ class ExpertAccess:
                     pin = waiting.pop(expert)
                     arena.unpin(process, pin)
                     free_pins.append(pin)
+
+    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Asks for experts that nobody waits for; what does not fit the queue is dropped."""
+        first = layer * self._num_experts
+        unasked = [expert for expert in experts if self._arena.request_prefetch(first + expert)]
+        if not unasked:
+            return
+        self._arena.count(self._process, Counter.PREFETCH_REQUESTS, len(unasked))
+        if not self._queue.send(PagingMessage(layer, unasked, priority=PagingPriority.PREFETCH)):
+            self._arena.count(self._process, Counter.PREFETCH_DROPPED, len(unasked))
+            for expert in unasked:
+                self._arena.withdraw_prefetch(first + expert)
 
     def _note_hit(self, expert_id: int) -> None:
         self._arena.count(self._process, self._hit_counter, 1)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.router import MemoryAwareRouter
+from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
 from hotset.shm.layout import Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
@@ -26,10 +26,11 @@ class MixtureOfExperts:
 
     Args:
         segment: the arena.
-        queue: for urgent requests.
+        queue: for requests to the pager.
         router: on the same arena.
         process: this worker's row of pins and counters.
         config: of the model.
+        prefetch_displaced: ask for experts that the gate wanted and the policy passed over, lest it be for ever.
     """
 
     def __init__(
@@ -39,11 +40,14 @@ class MixtureOfExperts:
         router: MemoryAwareRouter,
         process: int,
         config: ModelConfig,
+        *,
+        prefetch_displaced: bool = False,
     ) -> None:
         self._slots = segment.view(Section.EXPERT_SLOTS)
         self._slot_info = segment.view(Section.SLOT_INFO)
         self._access = ExpertAccess(segment, queue, process)
         self._router = router
+        self._prefetch_displaced = prefetch_displaced
         self._config = config
         self._exact = np.zeros(0, np.bool_)
 
@@ -58,9 +62,9 @@ class MixtureOfExperts:
 
         An expert's rows are computed together, once, wherever in the batch they are. Raises `ExpertUnavailable`.
         """
-        experts, weights = self._route(layer, gate_logits)
-        selections = dict(group_by_expert(experts))
-        outputs = np.empty((*experts.shape, hidden.shape[1]), np.float32)
+        routed = self._route(layer, gate_logits)
+        selections = dict(group_by_expert(routed.experts))
+        outputs = np.empty((*routed.experts.shape, hidden.shape[1]), np.float32)
         for expert, slot in self._access.resident(layer, list(selections)):
             info = self._slot_info[slot, 0]
             expert_forward(
@@ -71,16 +75,16 @@ class MixtureOfExperts:
                 self._config,
                 outputs,
             )
+        if self._prefetch_displaced:
+            self._access.prefetch(layer, routed.displaced)
         # In rank order, so that the sum does not depend on which expert arrived first.
-        return combine_in_rank_order(outputs, weights)
+        return combine_in_rank_order(outputs, routed.weights)
 
-    def _route(self, layer: int, gate_logits: Float32) -> tuple[npt.NDArray[np.int32], Float32]:
-        """Ids and mixing weights [rows, top_k]. A step is one epoch of affinity, however many rows it has."""
+    def _route(self, layer: int, gate_logits: Float32) -> BatchRouteResult:
+        """A step is one epoch of affinity, however many rows it has."""
         if self._exact.all():
-            result = self._router.route_batch(gate_logits, layer, policy="off", epochs=1)
-        elif not self._exact.any():
-            result = self._router.route_batch(gate_logits, layer, epochs=1)
-        else:
-            strength = np.where(self._exact, 0, self._router.strength).astype(np.float32)  # 0 is "off" for a row
-            result = self._router.route_batch(gate_logits, layer, strength=strength, epochs=1)
-        return result.experts, result.weights
+            return self._router.route_batch(gate_logits, layer, policy="off", epochs=1)
+        if not self._exact.any():
+            return self._router.route_batch(gate_logits, layer, epochs=1)
+        strength = np.where(self._exact, 0, self._router.strength).astype(np.float32)  # 0 is "off" for a row
+        return self._router.route_batch(gate_logits, layer, strength=strength, epochs=1)

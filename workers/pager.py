@@ -67,13 +67,16 @@ class Pager:
 
     # ---- slots
 
-    def _take_slot(self) -> int | None:
-        """An EMPTY or EVICTING slot to load into; None if every resident expert is pinned."""
+    def _take_slot(self, expert: int, *, prefetched: bool) -> int | None:
+        """An EMPTY or EVICTING slot to load `expert` into. None if every resident expert is pinned, or if it is a
+        prefetch and the experts that are there are worth more."""
         if self._empty_slots:
             return self._empty_slots.pop()
         slots = np.flatnonzero(self._expert_in_slot >= 0)
         for index in self._eviction.order(self._expert_in_slot[slots]):
             slot = int(slots[index])
+            if prefetched and not self._eviction.prefers(expert, int(self._expert_in_slot[slot])):
+                return None
             if self._arena.evict_begin(slot):
                 self._expert_in_slot[slot] = -1
                 self._count(Counter.EVICTIONS)
@@ -82,9 +85,13 @@ class Pager:
         return None
 
     def _load(self, expert: int, *, prefetched: bool) -> bool:
-        """Brings an absent expert in; False if no slot can be had now, and its request bit stays set."""
-        slot = self._take_slot()
+        """Brings an absent expert in; False if no slot can be had now. An urgent request then stays, a prefetch
+        is dropped."""
+        slot = self._take_slot(expert, prefetched=prefetched)
         if slot is None:
+            if prefetched:
+                self._arena.withdraw_prefetch(expert)
+                self._count(Counter.PREFETCH_DROPPED)
             return False
         began = time.monotonic_ns()
         self._arena.load_begin(slot, expert)
@@ -138,9 +145,9 @@ class Pager:
                 continue
             urgent = message.priority is PagingPriority.URGENT
             for expert in message.experts:
-                if self._arena.requested(first + expert, urgent) and not self._serve(
-                    first + expert, prefetched=not urgent
-                ):
+                if not self._arena.requested(first + expert, urgent):
+                    continue  # an earlier message, or a rescan, has served it
+                if not self._serve(first + expert, prefetched=not urgent) and urgent:
                     self._next_rescan = time.monotonic() + RETRY_SECONDS
 
     def _page_out(self, expert: int) -> None:
@@ -159,8 +166,7 @@ class Pager:
         self._next_rescan = time.monotonic() + (RETRY_SECONDS if waiting else RESCAN_SECONDS)
         if not waiting:
             for expert in self._arena.prefetch_requests():
-                if not self._serve(expert, prefetched=True):
-                    break
+                self._serve(expert, prefetched=True)
 
     # ---- the loop
 

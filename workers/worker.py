@@ -99,7 +99,14 @@ class Worker:
             process=start.process,
         )
         queue = PagingQueue.attach(start.instance)
-        self._experts = MixtureOfExperts(self._segment, queue, router, start.process, model)
+        self._experts = MixtureOfExperts(
+            self._segment,
+            queue,
+            router,
+            start.process,
+            model,
+            prefetch_displaced=start.config.prefetch == "displaced",
+        )
         kv_pages = (
             self._segment.view(Section.KV_PAGES)[:, : geometry.page_nbytes]
             .view(np.float32)

@@ -153,6 +153,16 @@ def test_exact_requests_do_not_reuse_rows_of_a_cache_preference(backend: Backend
     assert backend.generate(prompt, preferring).cached_tokens > 0
 
 
+def test_displaced_experts_are_prefetched_when_asked_for() -> None:
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    for prefetch, expected in (("off", False), ("displaced", True)):
+        with Backend(workers=1, expert_budget="25%", routing="range", prefetch=prefetch) as backend:
+            backend.generate(PROMPTS, params)
+            stats = backend.stats()
+            assert (stats.prefetch_page_ins > 0) == expected
+            assert stats.prefetch_hits <= stats.prefetch_page_ins
+
+
 def test_numbers_add_up(backend: Backend) -> None:
     backend.reset_stats()
     answer = backend.generate(PROMPTS[0], GREEDY)

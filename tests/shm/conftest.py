@@ -39,14 +39,14 @@ def private() -> Iterator[Segment]:
 
 
 @pytest.fixture
-def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """Object names and lock files that no other instance on this machine shares; all are gone afterwards."""
+def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Names of objects and lock files that no other instance on this machine shares; all are gone afterwards."""
     prefix = f"hotset-test-{secrets.token_hex(4)}."
     monkeypatch.setattr(segment_module, "PREFIX", prefix)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     yield prefix
     for path in segment_module.SHM_FOLDER.glob(prefix + "*"):
         remove_ipc_objects(path.name.removeprefix(prefix))
+        path.unlink(missing_ok=True)
 
 
 @pytest.fixture
