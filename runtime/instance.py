@@ -8,6 +8,9 @@ from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects, remove_stale_instances
 
 
+LOCK_PATIENCE_SECONDS = 0.5
+
+
 class Instance:
     """Owned by the coordinator. Creating one first removes what killed instances of this user have left.
 
@@ -19,7 +22,7 @@ class Instance:
         self.name = name
         self.plan = plan
         remove_stale_instances()
-        self._lock = InstanceLock(name)
+        self._lock = InstanceLock(name, patience=LOCK_PATIENCE_SECONDS)
         try:
             self.segment = Segment.create(name, plan.geometry)
             self._queue = PagingQueue.create(name)

@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import secrets
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,15 @@ class InstanceLock:
 
     The file lies beside the segment, so that whoever sees the one sees the other; a folder that the environment
     names could differ between two processes of one user, and the janitor of one would remove what the other uses.
+
+    Args:
+        name: of the instance.
+        patience: seconds to go on trying; a janitor that looks whether the name is in use holds it for a moment.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, patience: float = 0.0) -> None:
         self.name = check_instance_name(name)
+        deadline = time.monotonic() + patience
         self._path = SHM_FOLDER / f"{PREFIX}{name}{LOCK_SUFFIX}"
         while True:
             self._fd = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -88,7 +94,10 @@ class InstanceLock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self._fd)
-                raise InstanceNameTaken(name) from None
+                if time.monotonic() >= deadline:
+                    raise InstanceNameTaken(name) from None
+                time.sleep(0.01)
+                continue
             # The last holder may have removed the file between our open and our lock: then ours guards nothing.
             with contextlib.suppress(FileNotFoundError):
                 if self._path.stat().st_ino == os.fstat(self._fd).st_ino:

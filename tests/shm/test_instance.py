@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def test_a_name_has_one_holder(instance: str) -> None:
     with pytest.raises(InstanceNameTaken, match="an instance named 'mine' is running already") as caught:
         InstanceLock(instance)
     assert caught.value.name == "mine"
+
+
+def test_a_name_that_is_held_for_a_moment_is_waited_for(namespace: str) -> None:
+    lock = InstanceLock("mine")
+    threading.Timer(0.05, lock.release).start()
+    InstanceLock("mine", patience=5).release()
 
 
 def lock_files(namespace: str) -> list[Path]:
