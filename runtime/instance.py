@@ -7,7 +7,6 @@ from hotset.shm.layout import ArenaState
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects, remove_stale_instances
 
-
 LOCK_PATIENCE_SECONDS = 0.5
 
 
