@@ -108,6 +108,7 @@ class Processes:
         self._last_step = [time.monotonic()] * instance.plan.num_workers
         self._pager_ready_since: float | None = None
         self._killed: set[int] = set()
+        self._next_kill_hits_anyone = False
         self._own_deaths = 0
         self._running = False
         self.worker_kills = self.pager_kills = self.pins_reclaimed = self.slots_interrupted = 0
@@ -150,24 +151,29 @@ class Processes:
         with contextlib.suppress(ChannelClosed):  # its pidfd tells the rest
             child.channel.send(message)
 
-    def kill_one(self) -> None:
-        """SIGKILL to a worker or the pager, wherever it is; recovery is a matter of `poll`."""
-        victims = [*self._workers.values(), self._pager]
-        if self._chance.random() > KILLS_AT_START:
-            victims = [self._workers[process] for process in self._ready - self._idle]
-            if self._pager_ready_since is not None:
-                victims.append(self._pager)
-        if not victims:
-            return
+    def kill_one(self) -> bool:
+        """SIGKILL to a worker or the pager, wherever it is; recovery is a matter of `poll`.
+
+        Mostly to one that works, and only while most of them do: restarts cost far more than what is between two kills.
+        """
+        working = self._ready - self._idle
+        if self._next_kill_hits_anyone:
+            victims = [*self._workers.values(), self._pager]
+        elif self._pager_ready_since is not None and 2 * len(working) >= len(self._workers):
+            victims = [*(self._workers[process] for process in working), self._pager]
+        else:
+            return False
         victim = self._chance.choice(victims)
         if victim.pid in self._killed:
-            return
+            return False
+        self._next_kill_hits_anyone = self._chance.random() < KILLS_AT_START
         self._killed.add(victim.pid)
         victim.kill()
         if victim is self._pager:
             self.pager_kills += 1
         else:
             self.worker_kills += 1
+        return True
 
     @property
     def pager_pid(self) -> int:

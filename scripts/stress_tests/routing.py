@@ -174,8 +174,7 @@ class StressRun:
             processes.poll(SAMPLE_SECONDS)
             self._problems(Check.SCORES, self._sampler.sample())
             self._audit.budget()
-            if now >= next_kill:
-                processes.kill_one()
+            if now >= next_kill and processes.kill_one():
                 next_kill = now + self._chance.expovariate(kills)
             if options.plant and not self._planted_done and now - began > 0.5:
                 self._plant()
