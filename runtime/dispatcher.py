@@ -137,14 +137,17 @@ class Dispatcher:
             self._send_worker(request.worker, StopSequence(request.row, request.client))
 
     def _write_block_table(self, request: Request, start: int) -> None:
-        cache = self.scheduler.cache
-        table = cache.block_table(request.sequence)
+        table = self.scheduler.cache.block_table(request.sequence)
         for page in table[start:]:
-            # Before its new owner can write it: who still reads the page for an old one sees that it has changed.
-            self._arena.store_u32(Section.PAGE_GENERATIONS, page, 0, cache.generation(page) % 2**32)
+            self._note_new_owner(page)
         self._block_tables[request.row, start : len(table)] = table[start:]
         # Release, after the entries: the worker reads the count first.
         self._arena.store_u32(Section.SEQUENCES, request.row, 2, len(table))
+
+    def _note_new_owner(self, page: int) -> None:
+        """To be called before the new owner can write the page: who still reads it for an old one has to see that."""
+        generation = self.scheduler.cache.generation(page)
+        self._arena.store_u32(Section.PAGE_GENERATIONS, page, 0, generation % 2**32)
 
     def _grant(self, request: Request, committed: int) -> None:
         """Keeps a spare page ahead of a running sequence; makes room by preemption when it stands still."""
@@ -215,7 +218,8 @@ class Dispatcher:
         if request.state is RequestState.ABORTING:
             self._finish(request, "abort")
             return
-        self.collect(request)
+        # However slowly the client reads: who serves the sequence next goes on behind the last token that we know.
+        self._send_new_tokens(request)
         match request.state:
             case RequestState.PREEMPTING:
                 self.scheduler.requeue(request)
@@ -226,9 +230,9 @@ class Dispatcher:
                 request.state = RequestState.RUNNING
             case RequestState.HALTING:
                 request.worker = None
-                self._defragment_when_halted()
             case _:
                 pass
+        self._defragment_when_halted()
 
     def _defragment_when_halted(self) -> None:
         """Nobody writes pages now: moves them, and lets everything go on with new block tables."""
@@ -238,11 +242,13 @@ class Dispatcher:
         for message in self._defragmentations:
             moves = self.scheduler.cache.defragment(message.max_moves)
             for source, destination in moves.items():
+                self._note_new_owner(destination)
                 self._pages[destination] = self._pages[source]
             self._client.send(Defragmented(message.query, len(moves)))
         self._defragmentations.clear()
         for request in running:
-            request.state = RequestState.RUNNING
+            if request.state is RequestState.HALTING:  # others, of a dead worker, are about to be settled
+                request.state = RequestState.RUNNING
             self._write_block_table(request, 0)
 
     # ---- to the client
@@ -254,8 +260,10 @@ class Dispatcher:
 
     def collect(self, request: Request) -> None:
         """Sends the tokens that were committed since the last time."""
-        if self._client.pending_nbytes > MAX_CLIENT_BACKLOG:
-            return  # they stay in the arena until the client reads
+        if self._client.pending_nbytes <= MAX_CLIENT_BACKLOG:  # else they stay in the arena until the client reads
+            self._send_new_tokens(request)
+
+    def _send_new_tokens(self, request: Request) -> None:
         tokens = self._take_new_tokens(request)
         if tokens:
             self._client.send(Generated(request.client, tokens))

@@ -47,7 +47,6 @@ class Request:
         sequence: its sequence in the page cache while it runs.
         admitted: tokens that were known when it was last admitted: what the page cache takes for the prompt.
         accounted: positions whose rows the page cache knows to be written.
-        reserved: positions that have pages.
         cached_tokens: how much of the prompt was found in the prefix cache at the first admission.
         lost_workers: how many workers have died while serving it.
     """
@@ -63,7 +62,6 @@ class Request:
         "order",
         "params",
         "prompt",
-        "reserved",
         "row",
         "salt",
         "seed",
@@ -85,7 +83,6 @@ class Request:
         self.sequence = -1
         self.admitted = 0
         self.accounted = 0
-        self.reserved = 0
         self.cached_tokens: int | None = None
         self.lost_workers = 0
         self.order = 0  # of admission
@@ -148,8 +145,10 @@ class Scheduler:
         request.accounted = cached_tokens
         if request.cached_tokens is None:
             request.cached_tokens = cached_tokens
-        request.reserved = request.admitted = request.known
+        request.admitted = request.known
         self.running[request.row] = request
+        # The rest of its last page is its own too: from here on it is granted whole pages.
+        self.cache.extend(request.sequence, -request.known % self.block_size)
         self.grow(request, request.known - 1)
         self._note_peak()
         return request
@@ -168,16 +167,16 @@ class Scheduler:
 
         Without free pages nothing happens: `is_stalled` tells whether that stops the sequence.
         """
-        block_size = self.block_size
-        full = -(-(committed + 1) // block_size) * block_size
-        for wanted in (full + block_size, full):
-            if min(wanted, request.limit) <= self.blocks(request) * block_size:
+        blocks = self.blocks(request)
+        needed, most = committed // self.block_size + 1, -(-request.limit // self.block_size)
+        for wanted in (needed + 1, needed):
+            missing = min(wanted, most) - blocks
+            if missing <= 0:
                 return False
             try:
-                self.cache.extend(request.sequence, wanted - request.reserved)
+                self.cache.extend(request.sequence, missing * self.block_size)
             except OutOfPages:
                 continue
-            request.reserved = wanted
             self._note_peak()
             return True
         return False
@@ -205,7 +204,7 @@ class Scheduler:
         self._free_rows.append(request.row)
         request.row = request.sequence = -1
         request.worker = None
-        request.accounted = request.reserved = 0
+        request.accounted = 0
 
     def requeue(self, request: Request) -> None:
         """Puts a preempted request, its tokens kept, before those that have not begun."""
@@ -223,7 +222,12 @@ class Scheduler:
         return min(load, key=lambda worker: (load[worker], worker), default=None)
 
     def migration_candidate(self, workers: Iterable[int]) -> Request | None:
-        """The request to move so that no worker has two sequences more than another; None if it is so."""
+        """The request to move so that no worker has two sequences more than another; None if it is so.
+
+        One at a time: where it will go shows in the loads only when it is there.
+        """
+        if any(request.state is RequestState.MIGRATING for request in self.running.values()):
+            return None
         load = self._load(workers)
         busiest = max(load, key=lambda worker: load[worker], default=None)
         if busiest is None or load[busiest] - min(load.values()) < 2:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
+from played_instance import END_OF_TEXT, PlayedInstance
 
-from hotset.runtime.config import BackendConfig, InstancePlan
-from hotset.runtime.dispatcher import MAX_LOST_WORKERS, Dispatcher
+from hotset.runtime.dispatcher import MAX_LOST_WORKERS
 from hotset.runtime.messages import (
     Defragment,
     Defragmented,
-    Generated,
     PagesGranted,
     RowProgress,
     RunSequence,
@@ -22,59 +20,10 @@ from hotset.runtime.messages import (
     Submit,
 )
 from hotset.runtime.sampling_params import SamplingParams
-from hotset.shm.layout import Geometry, Section
-from hotset.shm.segment import Segment
-
-END_OF_TEXT = 9
 
 
-class Client:
-    """Collects what the user would get."""
-
-    pending_nbytes = 0
-
-    def __init__(self) -> None:
-        self.messages: list[Any] = []
-
-    def send(self, message: msgspec.Struct) -> None:
-        self.messages.append(message)
-
-    def tokens(self, request: int) -> list[int]:
-        parts = [m.tokens for m in self.messages if isinstance(m, Generated) and m.request == request]
-        return np.frombuffer(b"".join(parts), np.int32).tolist()
-
-    def finish(self, request: int) -> str | None:
-        return next(
-            (m.finish for m in self.messages if isinstance(m, Generated) and m.request == request and m.finish), None
-        )
-
-
-class PlayedInstance:
-    def __init__(self, plan: InstancePlan) -> None:
-        self.plan = plan
-        self.segment = Segment.private(plan.geometry)
-        self.arena = self.segment.arena
-
-
-class Office:
-    """A dispatcher with `num_pages` pages of 4 tokens, and the messages that its two workers have got."""
-
-    def __init__(self, num_pages: int) -> None:
-        geometry = Geometry(
-            num_layers=1, num_experts=4, num_processes=4, num_pages=num_pages, page_nbytes=64, block_size=4,
-            max_sequences=4, max_model_len=64,
-        )  # fmt: skip
-        self.client = Client()
-        self.inbox: dict[int, list[Any]] = {0: [], 1: []}
-        self.instance = PlayedInstance(InstancePlan(geometry, 64, 0, 0, (END_OF_TEXT,)))
-        self.dispatcher = Dispatcher(
-            BackendConfig(workers=2, block_size=4),
-            self.instance,  # type: ignore[arg-type]
-            self.client,  # type: ignore[arg-type]
-            lambda worker, message: self.inbox[worker].append(message),
-        )
-        self.ids = self.instance.segment.view(Section.TOKEN_IDS)
-        self.pages = self.instance.segment.view(Section.KV_PAGES)
+class Office(PlayedInstance):
+    """Two played workers, and steps by the number of the request."""
 
     def submit(self, request: int, length: int = 3, max_tokens: int = 40) -> None:
         prompt = np.full(length, request, np.int32)
@@ -82,17 +31,18 @@ class Office:
         self.dispatcher.dispatch([0, 1])
 
     def request(self, number: int) -> Any:
-        return next(r for r in self.dispatcher.scheduler.running.values() if r.client == number)
+        return next(r for r in self.scheduler.running.values() if r.client == number)
 
-    def room(self, number: int) -> int:
-        return self.instance.arena.load_u32(Section.SEQUENCES, self.request(number).row, 2) * 4
+    def room_of(self, number: int) -> int:
+        return self.room(self.request(number).row)
 
-    def commit(self, number: int, committed: int, *, report: bool = True) -> None:
+    def advance(self, number: int, committed: int, *, report: bool = True) -> None:
         """What the serving worker does in its steps until `committed`; token ids are positions."""
         request = self.request(number)
-        assert committed <= self.room(number), "a worker never writes beyond its block table"
-        self.ids[request.row, len(request.prompt) : committed + 1] = np.arange(len(request.prompt), committed + 1) + 100
-        self.instance.arena.store_u64(Section.SEQUENCES, request.row, 0, committed)
+        assert committed <= self.room(request.row), "a worker never writes beyond its block table"
+        start = len(request.prompt)
+        self.token_ids[request.row, start : committed + 1] = np.arange(start, committed + 1) + 100
+        self.commit(request.row, committed)
         if report:
             self.dispatcher.progress(request.worker, RowProgress(request.row, committed))
 
@@ -100,9 +50,6 @@ class Office:
         request = self.request(number)
         self.dispatcher.stopped(request.row, number)
         self.dispatcher.dispatch([0, 1])
-
-    def check(self) -> None:
-        self.dispatcher.scheduler.cache.check()
 
 
 @pytest.fixture
@@ -114,24 +61,24 @@ def test_requests_are_spread_and_get_a_spare_page(office: Office) -> None:
     office.submit(1)
     office.submit(2)
     assert [type(m) for m in office.inbox[0]] == [type(m) for m in office.inbox[1]] == [RunSequence]
-    assert office.room(1) == 8
-    office.commit(1, 4)
-    assert office.room(1) == 12
+    assert office.room_of(1) == 8
+    office.advance(1, 4)
+    assert office.room_of(1) == 12
     assert office.client.tokens(1) == [103, 104]
 
 
 def test_tokens_are_sent_once_and_the_end_once(office: Office) -> None:
     office.submit(1, max_tokens=4)
-    office.commit(1, 3)
-    office.commit(1, 5)
+    office.advance(1, 3)
+    office.advance(1, 5)
     request = office.request(1)
-    office.ids[request.row, 6] = 106
-    office.instance.arena.store_u64(Section.SEQUENCES, request.row, 0, 6)
+    office.token_ids[request.row, 6] = 106
+    office.commit(request.row, 6)
     office.dispatcher.progress(request.worker, RowProgress(request.row, 6, "length"))
     assert office.client.tokens(1) == [103, 104, 105, 106]
     assert office.client.finish(1) == "length"
-    assert not office.dispatcher.scheduler.running
-    office.check()
+    assert not office.scheduler.running
+    office.cache.check()
 
 
 @pytest.mark.parametrize("boundary", [8, 12])
@@ -139,26 +86,26 @@ def test_a_sequence_that_fills_its_pages_while_it_migrates_gets_more(office: Off
     for number in range(1, 5):
         office.submit(number)
     for number in (1, 3):
-        office.commit(number, 4)
+        office.advance(number, 4)
     # Workers 0 and 1 have two sequences each; both of worker 1 end, so that one of worker 0's is asked to move.
     for number in (2, 4):
         request = office.request(number)
         office.dispatcher.progress(1, RowProgress(request.row, 3, "stop"))
     office.dispatcher.dispatch([0, 1])
     moving = next(m.request for m in office.inbox[0] if isinstance(m, StopSequence))
-    office.commit(moving, min(boundary, office.room(moving)))
-    full = office.room(moving)
-    office.commit(moving, full)  # it goes on until there is no room
+    office.advance(moving, min(boundary, office.room_of(moving)))
+    full = office.room_of(moving)
+    office.advance(moving, full)  # it goes on until there is no room
     office.acknowledge(moving)
     assert isinstance(office.inbox[1][-1], RunSequence | PagesGranted)
     assert office.request(moving).worker == 1
-    assert office.room(moving) > full, "it would stand still for ever"
-    office.check()
+    assert office.room_of(moving) > full, "it would stand still for ever"
+    office.cache.check()
 
 
 def test_a_dead_workers_sequences_go_on_elsewhere_from_what_they_committed(office: Office) -> None:
     office.submit(1)
-    office.commit(1, 5, report=False)  # died before it could say so
+    office.advance(1, 5, report=False)  # died before it could say so
     office.dispatcher.worker_died(0, "was killed by SIGKILL")
     office.dispatcher.dispatch([1])
     run = office.inbox[1][-1]
@@ -169,8 +116,8 @@ def test_a_dead_workers_sequences_go_on_elsewhere_from_what_they_committed(offic
 def test_a_sequence_that_was_complete_when_its_worker_died_ends_as_it_would_have(office: Office) -> None:
     office.submit(1)
     request = office.request(1)
-    office.commit(1, 4, report=False)
-    office.ids[request.row, 4] = END_OF_TEXT
+    office.advance(1, 4, report=False)
+    office.token_ids[request.row, 4] = END_OF_TEXT
     office.dispatcher.worker_died(0, "was killed by SIGKILL")
     assert office.client.finish(1) == "stop"
     assert office.client.tokens(1) == [103, END_OF_TEXT]
@@ -184,7 +131,7 @@ def test_a_request_that_workers_die_of_is_given_up(office: Office) -> None:
         office.dispatcher.dispatch([0])
     last = office.client.messages[-1]
     assert last.finish == "error" and f"{MAX_LOST_WORKERS} workers died" in last.error and "SIGSEGV" in last.error
-    office.check()
+    office.cache.check()
 
 
 def test_the_last_admitted_gives_its_pages_to_one_that_stands_still_and_resumes_with_its_tokens() -> None:
@@ -193,32 +140,34 @@ def test_the_last_admitted_gives_its_pages_to_one_that_stands_still_and_resumes_
     office.submit(2, max_tokens=21)
     for committed in (4, 8):
         for number in (1, 2):
-            office.commit(number, min(committed, office.room(number)))
-    office.commit(1, office.room(1))
-    office.commit(2, office.room(2))
+            office.advance(number, min(committed, office.room_of(number)))
+    office.advance(1, office.room_of(1))
+    office.advance(2, office.room_of(2))
     stopped = [m for inbox in office.inbox.values() for m in inbox if isinstance(m, StopSequence)]
     assert [m.request for m in stopped] == [2]
-    before, had = office.client.tokens(2), office.room(1)
+    before, had = office.client.tokens(2), office.room_of(1)
     office.acknowledge(2)
-    assert office.room(1) > had
-    assert office.dispatcher.scheduler.preemptions == 1
-    office.dispatcher.progress(office.request(1).worker, RowProgress(office.request(1).row, office.room(1) - 1, "stop"))
+    assert office.room_of(1) > had
+    assert office.scheduler.preemptions == 1
+    office.dispatcher.progress(
+        office.request(1).worker, RowProgress(office.request(1).row, office.room_of(1) - 1, "stop")
+    )
     office.dispatcher.dispatch([0, 1])
     run = office.inbox[office.request(2).worker][-1]
     assert isinstance(run, RunSequence)
     assert run.known == 3 + len(before)
-    assert office.ids[run.row, 3 : run.known].tolist() == before
-    office.check()
+    assert office.token_ids[run.row, 3 : run.known].tolist() == before
+    office.cache.check()
 
 
 def test_an_abort_waits_for_the_worker_to_let_go(office: Office) -> None:
     office.submit(1)
-    used = office.dispatcher.scheduler.cache.num_used_pages
+    used = office.cache.num_used_pages
     office.dispatcher.abort(1)
-    assert office.dispatcher.scheduler.cache.num_used_pages == used
+    assert office.cache.num_used_pages == used
     assert isinstance(office.inbox[0][-1], StopSequence)
     office.acknowledge(1)
-    assert office.dispatcher.scheduler.cache.num_used_pages == 0
+    assert office.cache.num_used_pages == 0
     assert office.client.finish(1) == "abort"
 
 
@@ -226,19 +175,19 @@ def test_pages_move_only_while_nobody_serves_them(office: Office) -> None:
     office.submit(1, length=16)
     office.submit(2, length=16)
     for number in (1, 2):
-        office.commit(number, 16)
+        office.advance(number, 16)
     keeper = office.request(2)
-    for index, page in enumerate(office.dispatcher.scheduler.cache.block_table(keeper.sequence)):
+    for index, page in enumerate(office.cache.block_table(keeper.sequence)):
         office.pages[page] = index + 1
     office.dispatcher.progress(0, RowProgress(office.request(1).row, 16, "stop"))
-    office.dispatcher.scheduler.cache.reset_prefix_cache()
+    office.cache.reset_prefix_cache()
     office.dispatcher.defragment(Defragment(7, None))
     assert not [m for m in office.client.messages if isinstance(m, Defragmented)]
     office.acknowledge(2)
     assert office.client.messages[-1] == Defragmented(7, office.client.messages[-1].moves)
-    table = office.dispatcher.scheduler.cache.block_table(keeper.sequence)
+    table = office.cache.block_table(keeper.sequence)
     assert [int(office.pages[page, 0]) for page in table] == list(range(1, len(table) + 1))
-    row = office.instance.segment.view(Section.BLOCK_TABLES)[keeper.row, : len(table)]
+    row = office.block_tables[keeper.row, : len(table)]
     assert row.tolist() == table
     assert isinstance(office.inbox[keeper.worker][-1], RunSequence)
-    office.check()
+    office.cache.check()
