@@ -39,10 +39,6 @@ class Channel(Generic[Received]):
         self._output: deque[memoryview] = deque()
         self.pending_nbytes = 0
 
-    @classmethod
-    def from_fd(cls, fd: int, received: Any) -> Channel[Received]:
-        return cls(socket.socket(fileno=fd), received)
-
     def fileno(self) -> int:
         return self._socket.fileno()
 

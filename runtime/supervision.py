@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import IO, Any, Generic, TypeVar
@@ -83,5 +84,4 @@ def enter_child(arguments: list[str], received: Any, *, dies_with_parent: bool =
     if dies_with_parent and not _core.die_with_parent(parent):
         raise SystemExit(0)
     os.set_inheritable(fd, False)
-    channel: Channel[Any] = Channel.from_fd(fd, received)
-    return channel
+    return Channel[Any](socket.socket(fileno=fd), received)

@@ -48,7 +48,7 @@ class PageReader:
 
     def view(self, page: int) -> npt.NDArray[np.uint8]:
         """The page's bytes in the arena itself, [page_nbytes], not writable; they change with the page's owner."""
-        return self._pages[page, : self._page_nbytes]
+        return self._pages[page, : self._page_nbytes].view(np.uint8)
 
     def read(self, page: int, generation: int) -> bytes:
         """A copy of the page's bytes as its owner of `generation` has them; raises `StalePage` if it is gone."""

@@ -15,6 +15,7 @@ from types import TracebackType
 
 import msgspec
 import posix_ipc
+
 from hotset.shm.segment import queue_name
 
 MAX_MESSAGES = 10

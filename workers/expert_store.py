@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.shm.layout import WeightFormat
