@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.router import MemoryAwareRouter, RouterConfig
 from hotset.shm.layout import Geometry, Section
-from hotset.shm.segment import Segment, remove_ipc_objects
+from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 
 EXPERTS = 16
 UPDATES = 100
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")  # spawned children could not import this module by name
 LAWS = {
     "moving average": AffinityConfig(EXPERTS, 31 / 32, 1 / 32, 1.0),
     "slow": AffinityConfig(EXPERTS, 0.99, 0.01, 1.0),
@@ -57,10 +57,12 @@ def test_one_process_agrees_with_a_float64_average(law: AffinityConfig) -> None:
 def shared() -> Iterator[tuple[str, Segment]]:
     instance = f"affinity-{secrets.token_hex(4)}"
     geometry = Geometry(num_layers=1, num_experts=EXPERTS, num_processes=4)
+    lock = InstanceLock(instance)  # else the janitor of an instance that starts meanwhile takes the segment away
     segment = Segment.create(instance, geometry)
     yield instance, segment
     segment.close()
     remove_ipc_objects(instance)
+    lock.release()
 
 
 def update_in_turn(instance: str, geometry: Geometry, law: AffinityConfig, process: int, turns: list[int]) -> None:
@@ -94,7 +96,7 @@ def test_processes_in_turn_agree_with_a_float64_average(
     turns = [turn if turn < processes else turn * 7919 % processes for turn in range(UPDATES)]
     run(
         [
-            SPAWN.Process(target=update_in_turn, args=(instance, segment.layout.geometry, law, process, turns))
+            FORK.Process(target=update_in_turn, args=(instance, segment.layout.geometry, law, process, turns))
             for process in range(processes)
         ]
     )
@@ -122,10 +124,10 @@ def test_processes_at_once_on_one_slot_agree_with_a_float64_average(
     """Every epoch activates the same expert, so the order cannot matter and the average is known."""
     instance, segment = shared
     law = LAWS["slow"]
-    start = SPAWN.Barrier(processes)
+    start = FORK.Barrier(processes)
     run(
         [
-            SPAWN.Process(target=update_one_expert, args=(instance, segment.layout.geometry, law, process, start))
+            FORK.Process(target=update_one_expert, args=(instance, segment.layout.geometry, law, process, start))
             for process in range(processes)
         ]
     )
