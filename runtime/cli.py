@@ -39,6 +39,7 @@ def generate(
     prefetch: Annotated[str | None, typer.Option(help="off, or displaced: what routing passed over.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Memory for KV pages: 64MiB ...")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, q8_0 or q4_0.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text and table.")] = False,
 ) -> None:
     """Continue the prompts, streaming the text as it comes, and say what it took."""
@@ -53,6 +54,7 @@ def generate(
         "prefetch": prefetch,
         "max_model_len": max_model_len,
         "kv_cache_memory": kv_cache_memory,
+        "kv_cache_dtype": kv_cache_dtype,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     params = SamplingParams(

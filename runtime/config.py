@@ -12,12 +12,13 @@ import msgspec
 from hotset.runtime.errors import BudgetTooSmall
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Geometry
 
 RoutingPolicy = Literal["off", "bonus", "range", "mass"]
 PrefetchPolicy = Literal["off", "displaced"]
 EvictionPolicy = Literal["affinity", "lru"]
-KvDtype = Literal["float32"]
+KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
 TRAINED_MODEL = Path(__file__).parent / "model" / "trained"
 READ_LANES = 1  # slots that may be loading at once
@@ -74,7 +75,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_num_batched_tokens: rows of one forward step.
         max_model_len: longest prompt plus answer, in tokens; None is what the model was trained for.
         block_size: tokens per KV page.
-        kv_cache_dtype: how KV pages are stored.
+        kv_cache_dtype: how KV pages are stored; "q8_0" and "q4_0" are GGML's blocks of 32 with a float16 scale.
         kv_cache_memory: bytes for KV pages; None is enough for `max_num_seqs` full sequences, at most 1 GiB.
         name: of the instance, and so of its shared-memory objects; None makes one up.
     """
@@ -163,7 +164,7 @@ def plan_instance(config: BackendConfig, model: ModelConfig, checkpoint: Checkpo
             f"max_model_len is {max_model_len}, expected 1 to {model.max_position_embeddings}, "
             "which the model was trained for"
         )
-    page_nbytes = model.num_layers * 2 * config.block_size * model.num_kv_heads * model.head_dim * 4
+    page_nbytes = model.kv_page_layout(config.block_size, KvFormat(config.kv_cache_dtype)).page_nbytes
     blocks_per_sequence = -(-max_model_len // config.block_size)
     if config.kv_cache_memory is None:
         num_pages = min(config.max_num_seqs * blocks_per_sequence, max(blocks_per_sequence, 2**30 // page_nbytes))

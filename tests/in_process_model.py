@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute.experts import (
     combine_in_rank_order,
@@ -21,14 +22,18 @@ from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
 
 FloatRows = NDArray[np.float32]
 
+NEVER_WRITTEN = 0xFF  # reads as NaN in all page formats, so a row that was never written shows
+
 
 class InProcessModel:
-    def __init__(self, folder: Path, num_pages: int = 64, block_size: int = 16) -> None:
+    def __init__(
+        self, folder: Path, num_pages: int = 64, block_size: int = 16, kv_format: KvFormat = KvFormat.FLOAT32
+    ) -> None:
         self.config = ModelConfig.load(folder)
         self.checkpoint = Checkpoint.open(folder, self.config)
-        shape = (num_pages, self.config.num_layers, 2, block_size, self.config.num_kv_heads, self.config.head_dim)
-        self.kv_pages = np.full(shape, np.nan, np.float32)  # NaN: a row that was never written must show
-        self.transformer = Transformer(self.config, self.checkpoint, self.kv_pages, self._experts)
+        page = self.config.kv_page_layout(block_size, kv_format)
+        self.kv_pages = np.full((num_pages, *page.shape), NEVER_WRITTEN, np.uint8)
+        self.transformer = Transformer(self.config, self.checkpoint, self.kv_pages, kv_format, self._experts)
         self._format = WeightFormat[self.checkpoint.expert_dtype.upper()]
         self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
 

@@ -35,11 +35,12 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import MemoryAwareRouter, RouterConfig
 from hotset.runtime.supervision import enter_child
 from hotset.shm.counters import Counter
+from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment, SegmentError
 from hotset.workers.compute.sampler import sample
-from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
 from hotset.workers.expert_access import ExpertUnavailable
 from hotset.workers.moe import MixtureOfExperts
 
@@ -107,19 +108,10 @@ class Worker:
             model,
             prefetch_displaced=start.config.prefetch == "displaced",
         )
-        kv_pages = (
-            self._segment.view(Section.KV_PAGES)[:, : geometry.page_nbytes]
-            .view(np.float32)
-            .reshape(
-                geometry.num_pages + 1,
-                model.num_layers,
-                2,
-                geometry.block_size,
-                model.num_kv_heads,
-                model.head_dim,
-            )
-        )
-        self._transformer = Transformer(model, checkpoint, kv_pages, self._experts)
+        kv_format = KvFormat(start.config.kv_cache_dtype)
+        page = model.kv_page_layout(geometry.block_size, kv_format)
+        kv_pages = self._segment.view(Section.KV_PAGES)[:, : page.page_nbytes].reshape(-1, *page.shape)
+        self._transformer = Transformer(model, checkpoint, kv_pages, kv_format, self._experts)
         self._sequences: dict[int, Sequence] = {}
 
     # ---- messages
@@ -251,6 +243,10 @@ class Worker:
             except ExpertUnavailable as error:
                 self._arena.unpin_all(self._process)
                 self._fail([sequence.run.row for sequence, _ in parts], str(error))
+            except UnstorableRow as error:
+                # The next step takes the others from where they are: nothing of this one has been committed.
+                owners = [sequence.run.row for sequence, rows in parts for _ in range(rows)]
+                self._fail([owners[error.row]], str(error))
 
 
 def main(arguments: list[str]) -> int:

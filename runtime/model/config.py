@@ -9,6 +9,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from hotset.shm.kv_page_format import KvFormat, KvPageLayout
 
 ARCHITECTURES: Final = ("OlmoeForCausalLM",)
 DTYPES: Final = ("float32", "float16", "bfloat16")
@@ -102,6 +103,16 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             eos_token_ids=tuple(sorted(eos_token_ids)),
             clip_qkv=None if options.get("clip_qkv") is None else options.number("clip_qkv"),
             dtype=options.dtype,
+        )
+
+    def kv_page_layout(self, block_size: int, kv_format: KvFormat) -> KvPageLayout:
+        """What a KV page of `block_size` tokens of this model looks like."""
+        return KvPageLayout(
+            num_layers=self.num_layers,
+            block_size=block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            format=kv_format,
         )
 
 

@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 FLOAT32: int
 FLOAT16: int
 BFLOAT16: int
+KV_FLOAT32: int
+KV_FLOAT16: int
+KV_BFLOAT16: int
+KV_Q8_0: int
+KV_Q4_0: int
 
 def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32]) -> None:
     """out [n, outputs] = x [n, inputs] . weight [outputs, inputs] transposed; weight is float32, float16, or
@@ -53,28 +58,34 @@ def rotate(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.flo
 def write_kv(
     keys: NDArray[np.float32],
     values: NDArray[np.float32],
-    kv_pages: NDArray[np.float32],
+    kv_pages: NDArray[np.uint8],
+    format: int,
     layer: int,
     block_tables: NDArray[np.uint32],
     table_starts: NDArray[np.int64],
     positions: NDArray[np.int32],
-) -> None:
-    """Store keys and values [n, kv_heads, head_dim] at their positions' places in kv_pages [pages, layers, 2,
-    block_size, kv_heads, head_dim]. block_tables is all sequences' tables joined; table_starts [n] is
-    where each row's begins. The pages of positions 0 to its own must be in each row's table.
+) -> int:
+    """Store keys and values [n, kv_heads, head_dim] in `format` (KV_...) at their positions' places in kv_pages
+    [pages, layers, 2, block_size, kv_heads, bytes of a head] (shm/kv_page_format.py). block_tables is all
+    sequences' tables joined; table_starts [n] is where each row's begins.
+
+    Returns -1; or the first of the n rows with a value that the format cannot hold, and then nothing is written.
     """
 
 def attention(
     queries: NDArray[np.float32],
-    kv_pages: NDArray[np.float32],
+    kv_pages: NDArray[np.uint8],
+    format: int,
     layer: int,
     block_tables: NDArray[np.uint32],
     table_starts: NDArray[np.int64],
     positions: NDArray[np.int32],
+    window: int,
     out: NDArray[np.float32],
 ) -> None:
-    """out [n, heads, head_dim]: causal attention of each row over the positions 0 to its own, scaled by
-    1 / sqrt(head_dim); consecutive query heads share a key-value head."""
+    """out [n, heads, head_dim]: causal attention of each row over the last `window` positions up to its own, all of
+    them if window is 0, scaled by 1 / sqrt(head_dim); consecutive query heads share a key-value head. Pages of
+    positions before the window are not read. The bits are those of float32 pages with the same values."""
 
 def set_num_threads(threads: int) -> None:
     """Threads that a kernel may use, the caller included (1 at first). Small calls stay in the calling

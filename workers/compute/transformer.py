@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.workers.compute import _kernels
+
+_KERNEL_FORMATS = {
+    KvFormat.FLOAT32: _kernels.KV_FLOAT32,
+    KvFormat.FLOAT16: _kernels.KV_FLOAT16,
+    KvFormat.BFLOAT16: _kernels.KV_BFLOAT16,
+    KvFormat.Q8_0: _kernels.KV_Q8_0,
+    KvFormat.Q4_0: _kernels.KV_Q4_0,
+}
 
 Experts = Callable[[int, NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
 """(layer, hidden [n, hidden_size] after its norm, gate logits [n, num_experts]) -> mixture [n, hidden_size].
@@ -45,30 +54,41 @@ class Batch(msgspec.Struct, frozen=True):
     sequences: Sequence[SequenceRows]
 
 
+class UnstorableRow(ValueError):
+    """A row of a batch whose keys or values the KV pages cannot hold; nothing of its layer has been written.
+
+    Attributes:
+        row: its index in the batch. The batch without its sequence can be computed.
+    """
+
+    def __init__(self, row: int, position: int, layer: int, largest: float, format: KvFormat) -> None:
+        super().__init__(
+            f"the keys and values of position {position} in layer {layer} reach {largest:g} in magnitude, "
+            f"which KV pages of {format.value} cannot hold"
+        )
+        self.row = row
+
+
 class Transformer:
     """One model's forward pass over KV pages that lie in shared memory.
 
-    kv_pages: float32 [pages, layers, 2 (keys, values), block_size, num_kv_heads, head_dim]. The rows of a
-    batch's positions are written; those of earlier positions are read where they are.
+    kv_pages: uint8 [pages, layers, 2 (keys, values), block_size, num_kv_heads, bytes of a head in `kv_format`]. The
+    rows of a batch's positions are written; those of earlier positions are read where they are.
     """
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, kv_pages: NDArray[np.float32], experts: Experts
+        self, config: ModelConfig, checkpoint: Checkpoint, kv_pages: Bytes, kv_format: KvFormat, experts: Experts
     ) -> None:
-        expected = (
-            config.num_layers,
-            2,
-            kv_pages.shape[3] if kv_pages.ndim == 6 else 0,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        if kv_pages.shape[1:] != expected:
+        head = config.num_kv_heads, kv_format.nbytes(config.head_dim)
+        block_size = kv_pages.shape[3] if kv_pages.ndim == 6 else 0
+        if kv_pages.shape[1:] != (config.num_layers, 2, block_size, *head):
             raise ValueError(
                 f"kv_pages has shape {kv_pages.shape}, expected [pages, {config.num_layers}, 2, block_size, "
-                f"{config.num_kv_heads}, {config.head_dim}]"
+                f"{head[0]}, {head[1]}] for {kv_format.value}"
             )
         self.config = config
         self._kv_pages = kv_pages
+        self._kv_format = kv_format
         self._experts = experts
         self._embedding = checkpoint.dense("model.embed_tokens.weight")
         self._layers = [_Layer.of(checkpoint, layer) for layer in range(config.num_layers)]
@@ -80,7 +100,8 @@ class Transformer:
     def forward(self, batch: Batch, *, all_rows: bool = False) -> NDArray[np.float32]:
         """Logits [sequences, vocab_size] for the last row of each sequence, or [n, vocab_size] for all rows.
 
-        Raises ValueError for a token id, position or page outside its range.
+        Raises ValueError for a token id, position or page outside its range, `UnstorableRow` for values that the pages
+        cannot hold.
         """
         config, count = self.config, len(batch.token_ids)
         rows = _Rows(batch, self._inverse_frequencies)
@@ -111,10 +132,14 @@ class Transformer:
         value_heads = values.reshape(count, config.num_kv_heads, config.head_dim)
         _kernels.rotate(query_heads, rows.cos, rows.sin)
         _kernels.rotate(key_heads, rows.cos, rows.sin)
-        places = self._kv_pages, index, rows.block_tables, rows.table_starts, rows.positions
-        _kernels.write_kv(key_heads, value_heads, *places)
+        format = _KERNEL_FORMATS[self._kv_format]
+        places = self._kv_pages, format, index, rows.block_tables, rows.table_starts, rows.positions
+        unstorable = _kernels.write_kv(key_heads, value_heads, *places)
+        if unstorable >= 0:
+            largest = float(np.abs([key_heads[unstorable], value_heads[unstorable]]).max())
+            raise UnstorableRow(unstorable, int(rows.positions[unstorable]), index, largest, self._kv_format)
         mixed = np.empty_like(query_heads)
-        _kernels.attention(query_heads, *places, mixed)
+        _kernels.attention(query_heads, *places, 0, mixed)
         return _linear(mixed.reshape(count, -1), layer.output)
 
 

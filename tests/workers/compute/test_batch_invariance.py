@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_process_model import InProcessModel
+from in_process_model import NEVER_WRITTEN, InProcessModel
 from model_factory import make_model, stored
 from numpy.typing import NDArray
 
+from hotset.shm.kv_page_format import KvFormat
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.transformer import Batch
 
@@ -31,12 +32,12 @@ def threads() -> Iterator[None]:
     _kernels.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> InProcessModel:
+@pytest.fixture(params=KvFormat, ids=lambda kv_format: kv_format.value, scope="module")
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InProcessModel:
     folder = make_model(
         tmp_path_factory.mktemp("model"), hidden_size=48, num_heads=6, num_kv_heads=2, intermediate_size=40
     )
-    return InProcessModel(folder, num_pages=64, block_size=4)
+    return InProcessModel(folder, num_pages=64, block_size=4, kv_format=request.param)
 
 
 @given(
@@ -74,7 +75,7 @@ def test_the_number_of_threads_does_not_show(rows: int) -> None:
         np.testing.assert_array_equal(result, results[0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_prefill_in_any_chunks_equals_token_by_token(model: InProcessModel, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 40), label="length")
@@ -87,7 +88,7 @@ def test_prefill_in_any_chunks_equals_token_by_token(model: InProcessModel, data
     assert np.isfinite(one_by_one).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_sequences_together_equal_each_alone(model: InProcessModel, data: st.DataObject) -> None:
     """Each sequence has some rows written before, and the rest in one batch with the others, in pages of any order."""
@@ -99,7 +100,7 @@ def test_sequences_together_equal_each_alone(model: InProcessModel, data: st.Dat
 
     pages = iter(1 + random.permutation(len(model.kv_pages) - 1))
     tables = [[next(pages) for _ in range(-(-length // 4))] for length in lengths]
-    model.kv_pages[:] = np.nan
+    model.kv_pages[:] = NEVER_WRITTEN
     for prompt, before, table in zip(prompts, befores, tables, strict=True):
         if before:
             positions = np.arange(before, dtype=np.int32)

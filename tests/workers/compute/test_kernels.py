@@ -147,63 +147,6 @@ def test_rotation_turns_the_halves_of_a_head_against_each_other() -> None:
     np.testing.assert_allclose(x, expected, atol=1e-6)
 
 
-class Pages:
-    """Random keys and values of sequences, in pages in a shuffled order."""
-
-    def __init__(self, lengths: list[int], block_size: int, kv_heads: int, head_dim: int, gap: int = 0) -> None:
-        blocks = [-(-length // block_size) for length in lengths]
-        pages, layers = 1 + sum(blocks), 2
-        size = layers * 2 * block_size * kv_heads * head_dim
-        memory = np.full((pages, size + gap), np.nan, np.float32)
-        self.array = np.lib.stride_tricks.as_strided(
-            memory,
-            (pages, layers, 2, block_size, kv_heads, head_dim),
-            (memory.strides[0], *np.empty((1, layers, 2, block_size, kv_heads, head_dim), np.float32).strides[1:]),
-        )
-        self.tables = 1 + random.permutation(sum(blocks)).astype(np.uint32)
-        starts = np.cumsum([0, *blocks[:-1]])
-        self.positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        self.table_starts = np.repeat(starts, lengths).astype(np.int64)
-        self.keys = normal(sum(lengths), kv_heads, head_dim)
-        self.values = normal(sum(lengths), kv_heads, head_dim)
-        self.places = self.array, 1, self.tables, self.table_starts, self.positions
-        _kernels.write_kv(self.keys, self.values, *self.places)
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size", "gap"),
-    [(4, 4, 32, 16, 0), (4, 2, 8, 4, 16), (6, 1, 20, 5, 0), (2, 2, 128, 32, 0)],
-)
-def test_attention_over_pages(heads: int, kv_heads: int, head_dim: int, block_size: int, gap: int) -> None:
-    lengths = [1, 3, 77]
-    pages = Pages(lengths, block_size, kv_heads, head_dim, gap)
-    queries = normal(sum(lengths), heads, head_dim) * 3
-    out = np.full_like(queries, np.nan)
-    _kernels.attention(queries, *pages.places, out)
-    start = 0
-    for length in lengths:
-        rows = slice(start, start + length)
-        keys = np.repeat(pages.keys[rows].astype(np.float64), heads // kv_heads, axis=1)
-        values = np.repeat(pages.values[rows].astype(np.float64), heads // kv_heads, axis=1)
-        scores = np.einsum("qhd,khd->hqk", queries[rows], keys) / np.sqrt(head_dim)
-        scores[:, ~np.tri(length, dtype=bool)] = -np.inf
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        np.testing.assert_allclose(out[rows], np.einsum("hqk,khd->qhd", weights, values), rtol=1e-5, atol=1e-5)
-        start += length
-    assert np.isnan(pages.array[:, 0]).all(), "another layer's rows were written"
-
-
-def test_attention_with_huge_scores_takes_the_largest() -> None:
-    pages = Pages([40], 16, 1, 16)
-    queries = pages.keys * 1e4
-    out = np.empty_like(queries)
-    _kernels.attention(queries, *pages.places, out)
-    scores = np.einsum("qhd,khd->qk", queries.astype(np.float64), pages.keys)
-    scores[~np.tri(40, dtype=bool)] = -np.inf
-    np.testing.assert_allclose(out, pages.values[scores.argmax(axis=1)], rtol=1e-5)
-
-
 def test_wrong_arguments_are_refused() -> None:
     x, weight, out = normal(2, 8), normal(3, 8), np.empty((2, 3), np.float32)
     with pytest.raises(ValueError, match="the width of weight is 7, expected 8"):
@@ -225,17 +168,3 @@ def test_wrong_arguments_are_refused() -> None:
         _kernels.expert(x, np.zeros(1, np.int64), np.zeros(10, np.uint8), 0, 4, np.empty((2, 1, 8), np.float32))
     with pytest.raises(ValueError, match=r"assignments\[0\] is 2, expected 0 <= it < 2"):
         _kernels.expert(x, np.array([2]), np.zeros(384, np.uint8), 0, 4, np.empty((2, 1, 8), np.float32))
-
-
-def test_pages_and_positions_outside_are_refused() -> None:
-    pages = Pages([20], 16, 2, 8)
-    queries = normal(20, 2, 8)
-    array, layer, tables, starts, positions = pages.places
-    with pytest.raises(ValueError, match="page 99, expected less than 3"):
-        _kernels.attention(queries, array, layer, np.array([1, 99], np.uint32), starts, positions, queries.copy())
-    with pytest.raises(ValueError, match="row 16 at position 16 lies outside its block table"):
-        _kernels.attention(queries, array, layer, tables[:1], starts, positions, queries.copy())
-    with pytest.raises(ValueError, match="layer is 2, expected 0 <= layer < 2"):
-        _kernels.attention(queries, array, 2, tables, starts, positions, queries.copy())
-    with pytest.raises(ValueError, match="position -1"):
-        _kernels.attention(queries, array, layer, tables, starts, positions - 1, queries.copy())

@@ -11,6 +11,7 @@ from in_process_model import InProcessModel
 from model_factory import make_model
 from numpy.typing import NDArray
 
+from hotset.shm.kv_page_format import KvFormat
 from hotset.workers.compute.experts import group_by_expert
 from hotset.workers.compute.transformer import Batch, SequenceRows, as_float32
 
@@ -116,7 +117,7 @@ def test_rows_are_written_in_place_and_nowhere_else(model: InProcessModel) -> No
     token_ids = np.array([5], np.int32)
     model.kv_pages[3, :, :, :2] = 0
     model.transformer.forward(Batch(token_ids, np.array([2], np.int32), [model.sequence(0, 1, [3])]))
-    written = ~np.isnan(model.kv_pages)
+    written = ~np.isnan(model.kv_pages.view(np.float32))
     assert written[3, :, :, :3].all()
     written[3, :, :, :3] = False
     assert not written.any()
@@ -138,9 +139,9 @@ def test_wrong_batches_are_refused(model: InProcessModel) -> None:
 def test_kv_pages_of_another_model_are_refused(model: InProcessModel) -> None:
     from hotset.workers.compute.transformer import Transformer
 
-    pages = np.zeros((8, 2, 2, 4, 2, 8), np.float32)
-    with pytest.raises(ValueError, match="expected \\[pages, 2, 2, block_size, 4, 8\\]"):
-        Transformer(model.config, model.checkpoint, pages, lambda layer, hidden, gate: hidden)
+    pages = np.zeros((8, 2, 2, 4, 4, 32), np.uint8)
+    with pytest.raises(ValueError, match="expected \\[pages, 2, 2, block_size, 4, 34\\] for q8_0"):
+        Transformer(model.config, model.checkpoint, pages, KvFormat.Q8_0, lambda layer, hidden, gate: hidden)
 
 
 def test_grouping_gives_every_assignment_to_its_expert_once() -> None:

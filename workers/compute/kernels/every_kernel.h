@@ -4,6 +4,8 @@
 
 #include "linear.h"
 
+#include "norm.h"
+
 #include "attention.h"
 
 #undef VEC_LANES

@@ -6,6 +6,7 @@
 #define HOTSET_KERNELS_H
 
 #include "formats.h"
+#include "kv_format.h" /* of shm/core */
 
 #include <math.h>
 
@@ -16,6 +17,10 @@
 
 #define WEIGHT_BLOCK_BYTES (256 * 1024) /* about half of a second-level cache */
 #define ATTENTION_TILE 32               /* positions; a multiple of 16 */
+#define ATTENTION_FLOATS 4096           /* of queries that one pass over the pages serves: they stay in the first level */
+#define ATTENTION_HEADS 64              /* query heads that one pass serves */
+#define MAX_HEAD_DIM 512
+#define MAX_HEAD_BLOCKS (MAX_HEAD_DIM / KV_QUANT_BLOCK)
 #define MAX_TILE_ROWS 4
 #define MAX_TILE_OUTS 4
 
@@ -34,19 +39,37 @@ struct rms_norm { /* parts are rows */
     float eps;
 };
 
-/* KV pages: [page][layer][K, V][block_size][num_kv_heads][head_dim], page_stride floats from one page to the next.
- * tables[table_starts[row] + i] is the page with positions i * block_size ... of the row's sequence. Parts are
- * (row, head) pairs. */
-struct attention {
-    const float *queries; /* [rows][num_heads][head_dim] */
-    const float *pages;
+/* Pages: [page][layer][keys, values][block_size][num_kv_heads][row of head_dim values in `format`], page_stride bytes
+ * from one page to the next (shm/kv_page_format.py). tables[table_starts[row] + i] is the page with positions
+ * i * block_size ... of the row's sequence. */
+struct kv_pages {
+    uint8_t *bytes;
     const uint32_t *tables;
     const int64_t *table_starts; /* [rows] */
-    const int32_t *positions;    /* [rows]; a row sees the positions 0 ... its own */
-    float *out;                  /* [rows][num_heads][head_dim] */
-    size_t layer, block_size, num_heads, num_kv_heads, head_dim, page_stride;
+    const int32_t *positions;    /* [rows] */
+    size_t layer, block_size, num_kv_heads, head_dim, page_stride;
+    enum kv_format format;
+};
+
+struct attention { /* parts are (row, query head) pairs */
+    const float *queries; /* [rows][num_heads][head_dim] */
+    float *out;           /* [rows][num_heads][head_dim] */
+    struct kv_pages pages;
+    size_t num_heads;
+    size_t window; /* a row sees so many positions, its own the last of them; 0: all from 0 on */
     float scale;
 };
+
+/* The first position that a row sees. */
+static inline size_t attention_start(const struct attention *op, size_t row) {
+    size_t end = (size_t)op->pages.positions[row] + 1;
+    return op->window && op->window < end ? end - op->window : 0;
+}
+
+/* Pieces of 16 values in a head's row, padding included. */
+static inline size_t attention_units(enum kv_format format, size_t head_dim) {
+    return kv_values_per_block(format) == 1 ? (head_dim + 15) / 16 : (head_dim + 31) / 32 * 2;
+}
 
 #define INLINE static inline __attribute__((always_inline))
 #define JOIN_(name, suffix) name##_##suffix

@@ -21,6 +21,9 @@ INLINE TARGET V(vec) V(load_bf16)(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+INLINE TARGET void V(int8_lanes)(__m128i sixteen, V(vec) x[1]) {
+    x[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
+}
 INLINE TARGET V(vec) V(add)(V(vec) a, V(vec) b) { return _mm512_add_ps(a, b); }
 INLINE TARGET V(vec) V(sub)(V(vec) a, V(vec) b) { return _mm512_sub_ps(a, b); }
 INLINE TARGET V(vec) V(mul)(V(vec) a, V(vec) b) { return _mm512_mul_ps(a, b); }
@@ -38,7 +41,6 @@ INLINE TARGET __m128 V(fold)(const V(vec) parts[1]) {
                                  _mm256_castpd_ps(_mm512_extractf64x4_pd(all, 1)));
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
-INLINE TARGET float V(fma1)(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 #elif VECTOR_ISA == 1 /* AVX2 with FMA and F16C */
 
@@ -52,6 +54,10 @@ INLINE TARGET V(vec) V(load_f16)(const uint16_t *p) { return _mm256_cvtph_ps(_mm
 INLINE TARGET V(vec) V(load_bf16)(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE TARGET void V(int8_lanes)(__m128i sixteen, V(vec) x[2]) {
+    x[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(sixteen));
+    x[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(sixteen, sixteen)));
 }
 INLINE TARGET V(vec) V(add)(V(vec) a, V(vec) b) { return _mm256_add_ps(a, b); }
 INLINE TARGET V(vec) V(sub)(V(vec) a, V(vec) b) { return _mm256_sub_ps(a, b); }
@@ -68,7 +74,6 @@ INLINE TARGET __m128 V(fold)(const V(vec) parts[2]) {
     __m256 eight = _mm256_add_ps(parts[0], parts[1]);
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
-INLINE TARGET float V(fma1)(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 #else /* portable C; compilers turn these loops into whatever vectors the baseline has */
 
@@ -84,6 +89,12 @@ INLINE V(vec) V(load)(const float *p) { EACH_LANE(p[l]); }
 INLINE void V(store)(float *p, V(vec) a) { memcpy(p, a.lane, sizeof a.lane); }
 INLINE V(vec) V(load_f16)(const uint16_t *p) { EACH_LANE(float_from_f16(p[l])); }
 INLINE V(vec) V(load_bf16)(const uint16_t *p) { EACH_LANE(float_from_bf16(p[l])); }
+INLINE void V(load_int8)(const int8_t *p, V(vec) x[1]) {
+    for (int l = 0; l < 16; l++) x[0].lane[l] = p[l];
+}
+INLINE void V(load_int4)(const uint8_t *p, int high, V(vec) x[1]) {
+    for (int l = 0; l < 16; l++) x[0].lane[l] = (float)((high ? p[l] >> 4 : p[l] & 15) - 8);
+}
 INLINE V(vec) V(add)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] + b.lane[l]); }
 INLINE V(vec) V(sub)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] - b.lane[l]); }
 INLINE V(vec) V(mul)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] * b.lane[l]); }
@@ -105,7 +116,6 @@ INLINE float V(sum16)(const V(vec) parts[1]) {
 INLINE void V(sum16_of_four)(const V(vec) parts[4][1], float sums[4]) {
     for (int i = 0; i < 4; i++) sums[i] = V(sum16)(parts[i]);
 }
-INLINE float V(fma1)(float a, float b, float c) { return a * b + c; }
 #undef EACH_LANE
 
 #endif
@@ -113,6 +123,16 @@ INLINE float V(fma1)(float a, float b, float c) { return a * b + c; }
 #define VEC_PARTS (16 / VEC_LANES)
 
 #if VECTOR_ISA
+/* 16 int8 as floats; the low or high halves of 16 bytes, less 8, as floats (GGML's Q8_0 and Q4_0). */
+INLINE TARGET void V(load_int8)(const int8_t *p, V(vec) x[VEC_PARTS]) {
+    V(int8_lanes)(_mm_loadu_si128((const __m128i *)p), x);
+}
+INLINE TARGET void V(load_int4)(const uint8_t *p, int high, V(vec) x[VEC_PARTS]) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    if (high) bytes = _mm_srli_epi16(bytes, 4);
+    V(int8_lanes)(_mm_sub_epi8(_mm_and_si128(bytes, _mm_set1_epi8(15)), _mm_set1_epi8(8)), x);
+}
+
 /* fold adds lanes 8 apart, then 4 apart; the two below go on with 2 apart, then 1. */
 INLINE TARGET float V(sum16)(const V(vec) parts[VEC_PARTS]) {
     __m128 four = V(fold)(parts);
