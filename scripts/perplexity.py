@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Perplexity of a model on held-out text with KV pages of each format, beside the memory that they take.
+
+    .venv/bin/python -P scripts/perplexity.py [--model FOLDER] [--tokens 24576] [--threads 2] [--json]
+
+Our own forward pass in this process, experts straight from the checkpoint. Windows of the model's context length,
+spread over the held-out files (training_corpus.py), the same ones for all formats. A chunk's rows go through the pages:
+attention reads every row, the chunk's own included, as the format stored it. So the figures are, to the bit, those of
+decoding token by token, which tests/workers/compute/test_batch_invariance.py holds the kernels to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from training_corpus import heldout_files, read_texts
+
+from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.tokenizer import Tokenizer
+from hotset.shm.kv_page_format import Bytes, KvFormat
+from hotset.shm.layout import WeightFormat
+from hotset.workers.compute import _kernels
+from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, top_k_softmax
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+
+Floats = npt.NDArray[np.float32]
+TokenIds = npt.NDArray[np.int32]
+
+BLOCK_SIZE = 16
+CHUNK = 256  # rows of one forward pass
+
+
+class Experts:
+    """All experts in memory, each as one slot holds it; the gate's own choice."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+        self._config = config
+        self._format = WeightFormat[checkpoint.expert_dtype.upper()]
+        self._slots: list[list[Bytes]] = []
+        for layer in range(config.num_layers):
+            parts = [checkpoint.expert(layer, expert).parts for expert in range(config.num_experts)]
+            self._slots.append([
+                np.concatenate([np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in expert])
+                for expert in parts
+            ])  # fmt: skip
+
+    def __call__(self, layer: int, hidden: Floats, gate_logits: Floats) -> Floats:
+        ids, weights = top_k_softmax(gate_logits, self._config)
+        outputs = np.empty((*ids.shape, self._config.hidden_size), np.float32)
+        for expert, assignments in group_by_expert(ids):
+            expert_forward(hidden, assignments, self._slots[layer][expert], self._format, self._config, outputs)
+        return combine_in_rank_order(outputs, weights)
+
+
+def heldout_windows(tokenizer: Tokenizer, end_of_text: int, tokens: int, length: int) -> list[TokenIds]:
+    """Windows of `length` + 1 tokens, at least `tokens` predictions in all, spread evenly over the held-out files.
+
+    As in training, the files follow one another, an end-of-text token after each.
+    """
+    end = np.array([end_of_text], np.int32)
+    stream = np.concatenate([part for text in read_texts(heldout_files()) for part in (tokenizer.encode(text), end)])
+    count = -(-tokens // length)
+    if count * length >= len(stream):
+        raise ValueError(f"{tokens} tokens are asked for, the held-out files have {len(stream)}")
+    starts = np.linspace(0, len(stream) - length - 1, count).astype(np.int64)
+    return [stream[start : start + length + 1] for start in starts.tolist()]
+
+
+def window_losses(
+    config: ModelConfig, checkpoint: Checkpoint, experts: Experts, windows: Sequence[TokenIds], kv_format: KvFormat
+) -> npt.NDArray[np.float64]:
+    """Mean negative log-likelihood per token of each window."""
+    length = len(windows[0]) - 1
+    page = config.kv_page_layout(BLOCK_SIZE, kv_format)
+    table = np.arange(1, -(-length // BLOCK_SIZE) + 1, dtype=np.uint32)
+    pages = np.zeros((len(table) + 1, *page.shape), np.uint8)
+    transformer = Transformer(config, checkpoint, pages, kv_format, experts)
+    losses = np.zeros((len(windows), length))
+    for index, window in enumerate(windows):
+        for start in range(0, length, CHUNK):
+            rows = np.arange(start, min(start + CHUNK, length), dtype=np.int32)
+            batch = Batch(window[rows], rows, [SequenceRows(0, len(rows), table)])
+            logits = transformer.forward(batch, all_rows=True).astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            normalizer = np.log(np.exp(logits).sum(axis=1))
+            losses[index, rows] = normalizer - logits[np.arange(len(rows)), window[rows + 1]]
+    return losses.mean(axis=1)
+
+
+def measure(model: Path, tokens: int) -> dict[str, Any]:
+    config = ModelConfig.load(model)
+    checkpoint = Checkpoint.open(model, config)
+    tokenizer = Tokenizer(model)
+    windows = heldout_windows(tokenizer, config.eos_token_ids[0], tokens, config.max_position_embeddings)
+    experts = Experts(config, checkpoint)
+    rows: list[dict[str, Any]] = []
+    reference: npt.NDArray[np.float64] | None = None
+    for kv_format in KvFormat:
+        began = time.monotonic()
+        losses = window_losses(config, checkpoint, experts, windows, kv_format)
+        if reference is None:
+            reference = losses
+        paired = losses - reference
+        rows.append(
+            {
+                "kv_cache_dtype": kv_format.value,
+                "bytes_per_token": config.kv_page_layout(1, kv_format).page_nbytes,
+                "perplexity": math.exp(losses.mean()),
+                "difference_percent": 100 * math.expm1(paired.mean()),
+                "standard_error_percent": 100 * float(paired.std(ddof=1)) / math.sqrt(len(paired)),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+        )
+    return {
+        "model": model.name,
+        "tokens": len(windows) * (len(windows[0]) - 1),
+        "window": len(windows[0]) - 1,
+        "formats": rows,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", type=Path, default=TRAINED_MODEL, help="folder of the checkpoint")
+    parser.add_argument("--tokens", type=int, default=24_576, help="predicted tokens, rounded up to whole windows")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options = parser.parse_args(arguments)
+    _kernels.set_num_threads(options.threads)
+    result = measure(options.model, options.tokens)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"{result['tokens']:,} held-out tokens in windows of {result['window']}\n")
+    print("| kv_cache_dtype | bytes per token | perplexity | difference to float32 |")
+    print("|---|---:|---:|---:|")
+    for row in result["formats"]:
+        difference = f"{row['difference_percent']:+.4f} % (± {row['standard_error_percent']:.4f})"
+        print(f"| {row['kv_cache_dtype']} | {row['bytes_per_token']:,} | {row['perplexity']:.4f} | {difference} |")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
