@@ -147,8 +147,6 @@ class Scheduler:
             request.cached_tokens = cached_tokens
         request.admitted = request.known
         self.running[request.row] = request
-        # The rest of its last page is its own too: from here on it is granted whole pages.
-        self.cache.extend(request.sequence, -request.known % self.block_size)
         self.grow(request, request.known - 1)
         self._note_peak()
         return request

@@ -191,3 +191,42 @@ def test_pages_move_only_while_nobody_serves_them(office: Office) -> None:
     assert row.tolist() == table
     assert isinstance(office.inbox[keeper.worker][-1], RunSequence)
     office.cache.check()
+
+
+def test_compaction_waits_for_a_sequence_on_its_way_to_another_worker_and_no_longer(office: Office) -> None:
+    for number in range(1, 5):
+        office.submit(number)
+    for number in (2, 4):
+        office.dispatcher.progress(1, RowProgress(office.request(number).row, 3, "stop"))
+    office.dispatcher.dispatch([0, 1])
+    moving = next(m.request for m in office.inbox[0] if isinstance(m, StopSequence))
+    other = 4 - moving
+    office.dispatcher.defragment(Defragment(7, None))
+    office.acknowledge(other)
+    assert not [m for m in office.client.messages if isinstance(m, Defragmented)]
+    office.acknowledge(moving)
+    assert [m for m in office.client.messages if isinstance(m, Defragmented)]
+    assert {office.request(moving).worker, office.request(other).worker} == {0, 1}
+
+
+def test_a_page_has_its_new_generation_before_compaction_writes_it(office: Office) -> None:
+    office.submit(1, length=16)
+    office.submit(2, length=16)
+    for number in (1, 2):
+        office.advance(number, 16)
+    office.dispatcher.progress(0, RowProgress(office.request(1).row, 16, "stop"))
+    office.cache.reset_prefix_cache()
+    seen: list[tuple[int, int]] = []
+
+    class Pages:
+        def __getitem__(self, page: int) -> Any:
+            return office.pages[page]
+
+        def __setitem__(self, page: int, rows: Any) -> None:
+            seen.append((int(office.generations[page]), office.cache.generation(page)))
+            office.pages[page] = rows
+
+    office.dispatcher._pages = Pages()  # type: ignore[assignment]
+    office.dispatcher.defragment(Defragment(7, None))
+    office.acknowledge(2)
+    assert seen and all(stored == current for stored, current in seen)

@@ -8,13 +8,12 @@ share, a page moved under its writer, or a row that was never written is noticed
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import deque
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+import pytest
 from played_instance import END_OF_TEXT, PlayedInstance
 
 from hotset.runtime.completion import completion
@@ -30,6 +29,7 @@ from hotset.runtime.messages import (
     Submit,
 )
 from hotset.runtime.sampling_params import SamplingParams
+from hotset.runtime.scheduler import RequestState
 
 ROW_NBYTES = 16
 WORKERS = 3
@@ -123,192 +123,189 @@ class PlayedWorker:
         self.outbox.append(SequenceFailed([row], "no expert"))
 
 
-class Events(RuleBasedStateMachine):
-    @initialize(num_pages=st.integers(8, 20), max_sequences=st.integers(1, 5))
-    def begin(self, num_pages: int, max_sequences: int) -> None:
-        self.instance = PlayedInstance(num_pages, WORKERS, max_sequences, MAX_MODEL_LEN)
+class RandomEvents:
+    """One random event at a time. `checks` and `finish` say what must hold after each, and in the end."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.instance = PlayedInstance(
+            num_pages=self.random.randint(8, 16),
+            num_workers=WORKERS,
+            max_sequences=self.random.randint(1, 5),
+            max_model_len=MAX_MODEL_LEN,
+        )
         self.dispatcher, self.cache = self.instance.dispatcher, self.instance.cache
         self.workers = [self._start(process) for process in range(WORKERS)]
         self.ready = set(range(WORKERS))
         self.expected: dict[int, list[int]] = {}
         self.aborted: set[int] = set()
-        self.failed: set[int] = set()
         self.questions = 0
         self.kept: dict[tuple[int, int], tuple[int, bytes]] = {}  # a reader's: (page, offset) -> generation, row
+        weights = {
+            self.submit: 6,
+            self.abort: 2,
+            self.defragment: 2,
+            self.client_stops_reading: 1,
+            self.client_reads_on: 1,
+            self.worker_reads: 8,
+            self.worker_steps: 16,
+            self.step_fails: 0.2,
+            self.coordinator_reads: 8,
+            self.worker_dies: 0.7,
+            self.worker_is_ready: 3,
+            self.reader_keeps_a_row: 4,
+        }
+        # Each run has its own mixture, so that some are full of deaths, some never out of requests, ...
+        self.events = list(weights)
+        self.weights = [weight * self.random.choice([0.1, 0.5, 1, 3]) for weight in weights.values()]
 
     def _start(self, process: int) -> PlayedWorker:
         worker = PlayedWorker(self.instance, process)
         self.instance.inbox[process] = worker.inbox
         return worker
 
+    def _some_worker(self) -> PlayedWorker:
+        return self.random.choice(self.workers)
+
+    def step(self) -> None:
+        self.random.choices(self.events, self.weights)[0]()
+        self.check()
+
     # ---- the client
 
-    @rule(prompt=st.sampled_from(PROMPTS), max_tokens=st.integers(1, 29))
-    def submit(self, prompt: list[int], max_tokens: int) -> None:
-        number = len(self.expected)
+    def submit(self) -> None:
+        number, prompt, max_tokens = len(self.expected), self.random.choice(PROMPTS), self.random.randint(1, 29)
         self.expected[number] = answer(prompt, min(len(prompt) + max_tokens, MAX_MODEL_LEN))
         params = SamplingParams(max_tokens=max_tokens)
         self.dispatcher.submit(Submit(number, np.asarray(prompt, np.int32).tobytes(), params))
         self.dispatcher.dispatch(self.ready)
 
-    @rule(which=st.integers(0, 99))
-    def abort(self, which: int) -> None:
-        if self.expected:
-            number = which % len(self.expected)
+    def abort(self) -> None:
+        open_requests = [number for number in self.expected if not self.instance.client.finishes(number)]
+        if open_requests:
+            number = self.random.choice(open_requests)
             self.aborted.add(number)
             self.dispatcher.abort(number)
             self.dispatcher.dispatch(self.ready)
 
-    @rule(max_moves=st.sampled_from([None, 0, 1, 2]))
-    def defragment(self, max_moves: int | None) -> None:
+    def defragment(self) -> None:
         self.questions += 1
-        self.dispatcher.defragment(Defragment(-self.questions, max_moves))
+        self.dispatcher.defragment(Defragment(-self.questions, self.random.choice([None, 0, 1, 2])))
         self.dispatcher.dispatch(self.ready)
 
-    @rule()
-    def stop_reading(self) -> None:
+    def client_stops_reading(self) -> None:
         self.instance.client.pending_nbytes = MAX_CLIENT_BACKLOG + 1
 
-    @rule()
-    def read_on(self) -> None:
+    def client_reads_on(self) -> None:
         self.instance.client.pending_nbytes = 0
         self.dispatcher.collect_all()
 
     # ---- workers
 
-    @rule(process=st.integers(0, WORKERS - 1), count=st.sampled_from([1, 99]))
-    def worker_reads(self, process: int, count: int) -> None:
-        if process in self.ready:
-            self.workers[process].read(count)
+    def worker_reads(self) -> None:
+        worker = self._some_worker()
+        if worker.process in self.ready:
+            worker.read(self.random.choice([1, 99]))
 
-    @rule(process=st.integers(0, WORKERS - 1), which=st.integers(0, 9), budget=st.integers(1, 12))
-    def worker_steps(self, process: int, which: int, budget: int) -> None:
-        rows = self.workers[process].rows_with_room()
-        if rows:
-            self.workers[process].step(rows[which % len(rows)], budget)
+    def worker_steps(self) -> None:
+        worker = self._some_worker()
+        for _ in range(self.random.choice([1, 1, 4, 12])):
+            for row in worker.rows_with_room():
+                if self.random.random() < 0.8:
+                    worker.step(row, self.random.choice([1, 5, 12]))
 
-    @rule(process=st.integers(0, WORKERS - 1), rounds=st.integers(1, 8))
-    def worker_steps_with_all_it_has(self, process: int, rounds: int) -> None:
-        for _ in range(rounds):
-            for row in self.workers[process].rows_with_room():
-                self.workers[process].step(row, 12)
+    def step_fails(self) -> None:
+        worker = self._some_worker()
+        if rows := worker.rows_with_room():
+            worker.fail(self.random.choice(rows))
 
-    @rule(process=st.integers(0, WORKERS - 1), which=st.integers(0, 9))
-    def step_fails(self, process: int, which: int) -> None:
-        rows = self.workers[process].rows_with_room()
-        if rows:
-            row = rows[which % len(rows)]
-            self.failed.add(self.workers[process].sequences[row].request)
-            self.workers[process].fail(row)
-
-    @rule(process=st.integers(0, WORKERS - 1), count=st.sampled_from([1, 99]))
-    def coordinator_reads(self, process: int, count: int) -> None:
-        outbox = self.workers[process].outbox
-        for _ in range(min(count, len(outbox))):
-            self._hear(process, outbox.popleft())
+    def coordinator_reads(self) -> None:
+        self._hear(self._some_worker(), self.random.choice([1, 99]))
         self.dispatcher.dispatch(self.ready)
 
-    def _hear(self, process: int, message: Any) -> None:
-        match message:
-            case RowProgress():
-                self.dispatcher.progress(process, message)
-            case SequenceStopped(row, request):
-                self.dispatcher.stopped(row, request)
-            case SequenceFailed(rows, reason):
-                self.dispatcher.failed(process, rows, reason)
+    def _hear(self, worker: PlayedWorker, count: int) -> None:
+        for _ in range(min(count, len(worker.outbox))):
+            match message := worker.outbox.popleft():
+                case RowProgress():
+                    self.dispatcher.progress(worker.process, message)
+                case SequenceStopped(row, request):
+                    self.dispatcher.stopped(row, request)
+                case SequenceFailed(rows, reason):
+                    self.dispatcher.failed(worker.process, rows, reason)
 
-    @rule(process=st.integers(0, WORKERS - 1), which=st.integers(0, 9), stores=st.integers(0, 3))
-    def worker_dies(self, process: int, which: int, stores: int) -> None:
-        worker = self.workers[process]
-        rows = worker.rows_with_room()
-        if stores and rows:
-            worker.step(rows[which % len(rows)], 12, stores)
+    def worker_dies(self) -> None:
+        worker = self._some_worker()
+        for row in worker.rows_with_room():  # all of them: a step ends with the commit of one sequence after another
+            stores = self.random.randint(1, 3)
+            worker.step(row, 12, stores)
             if stores == 3:
                 worker.outbox.pop()  # committed, but it could not say so any more
-        self.coordinator_reads(process, 99)
-        self.ready.discard(process)
-        self.workers[process] = self._start(process)
-        self.dispatcher.worker_died(process, "was killed by SIGKILL")
+        self._hear(worker, 99)
+        self.ready.discard(worker.process)
+        self.workers[worker.process] = self._start(worker.process)
+        self.dispatcher.worker_died(worker.process, "was killed by SIGKILL")
         self.dispatcher.dispatch(self.ready)
 
-    @rule(process=st.integers(0, WORKERS - 1))
-    def worker_is_ready(self, process: int) -> None:
-        self.ready.add(process)
+    def worker_is_ready(self) -> None:
+        self.ready.add(self.random.randrange(WORKERS))
         self.dispatcher.dispatch(self.ready)
 
     # ---- a reader of pages that it does not serve
 
-    @rule(which=st.integers(0, 9), position=st.integers(0, MAX_MODEL_LEN))
-    def reader_keeps_a_row(self, which: int, position: int) -> None:
-        running = list(self.instance.scheduler.running.values())
-        if running:
-            row = running[which % len(running)].row
-            if position < self.instance.committed(row):
+    def reader_keeps_a_row(self) -> None:
+        for row in self.instance.scheduler.running:
+            if committed := self.instance.committed(row):
+                position = self.random.randrange(committed)
                 index, offset = divmod(position, self.instance.geometry.block_size)
                 page = int(self.instance.block_tables[row, index])
-                bytes_now = self.instance.kv_row(row, position).tobytes()
-                self.kept[page, offset] = int(self.instance.generations[page]), bytes_now
+                generation = int(self.instance.generations[page])
+                self.kept[page, offset] = generation, self.instance.kv_row(row, position).tobytes()
 
-    # ---- what always holds
+    # ---- what must hold
 
-    @invariant()
-    def the_bookkeeping_is_consistent(self) -> None:
-        if not hasattr(self, "instance"):
-            return
+    def check(self) -> None:
         self.cache.check()
         for request in self.instance.scheduler.running.values():
+            assert request.client not in self.aborted or request.state is RequestState.ABORTING
             table = self.cache.block_table(request.sequence)
             assert self.instance.room(request.row) == len(table) * self.instance.geometry.block_size
             assert self.instance.block_tables[request.row, : len(table)].tolist() == table
-
-    @invariant()
-    def a_reader_never_takes_new_bytes_for_old_ones(self) -> None:
-        if not hasattr(self, "instance"):
-            return
         for (page, offset), (generation, row) in self.kept.items():
             if int(self.instance.generations[page]) == generation:
-                start = offset * ROW_NBYTES
-                assert self.instance.pages[page, start : start + ROW_NBYTES].tobytes() == row
+                now = self.instance.pages[page, offset * ROW_NBYTES : (offset + 1) * ROW_NBYTES].tobytes()
+                assert now == row, f"a reader would take the new bytes of page {page} for the old ones"
 
-    @invariant()
-    def nobody_gets_a_wrong_token(self) -> None:
-        if not hasattr(self, "instance"):
-            return
-        for number, expected in self.expected.items():
-            tokens = self.instance.client.tokens(number)
-            assert tokens == expected[: len(tokens)]
-
-    def teardown(self) -> None:
+    def finish(self) -> None:
         """Lets everything go on until nothing moves any more."""
-        if not hasattr(self, "instance"):
-            return
-        for process in range(WORKERS):
-            self.worker_is_ready(process)
-        self.read_on()
+        self.ready = set(range(WORKERS))
+        self.dispatcher.dispatch(self.ready)
+        self.client_reads_on()
         moving = True
         while moving:
             moving = False
-            for process, worker in enumerate(self.workers):
+            for worker in self.workers:
                 moving |= bool(worker.inbox or worker.outbox or worker.rows_with_room())
                 worker.read(99)
-                self.worker_steps_with_all_it_has(process, 1)
-                self.coordinator_reads(process, 99)
-                self.cache.check()
+                for row in worker.rows_with_room():
+                    worker.step(row, 12)
+                self._hear(worker, 99)
+                self.dispatcher.dispatch(self.ready)
+                self.check()
         client, scheduler = self.instance.client, self.instance.scheduler
         for number, expected in self.expected.items():
-            finishes = client.finishes(number)
+            tokens, finishes = client.tokens(number), client.finishes(number)
             assert len(finishes) == 1, f"request {number} ended {len(finishes)} times"
-            if finishes[0] in ("stop", "length"):
-                assert client.tokens(number) == expected
-            elif finishes[0] == "abort":
-                assert number in self.aborted
+            assert finishes[0] != "abort" or number in self.aborted
+            assert tokens == (expected if finishes[0] in ("stop", "length") else expected[: len(tokens)])
         answered = [message.query for message in client.messages if isinstance(message, Defragmented)]
         assert sorted(answered) == list(range(-self.questions, 0))
         assert not scheduler.running and not scheduler.waiting
         assert self.cache.num_used_pages == 0
 
 
-Events.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestEvents = Events.TestCase
+@pytest.mark.parametrize("seed", range(60))
+def test_every_request_ends_with_its_tokens_and_all_pages_come_back(seed: int) -> None:
+    events = RandomEvents(seed)
+    for _ in range(300):
+        events.step()
+    events.finish()
