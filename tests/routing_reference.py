@@ -56,7 +56,7 @@ def exchange_within_mass(
 ) -> tuple[list[int], list[float]]:
     """The selection of policy "mass", and the mass lost after each exchange that was considered."""
     share = probabilities(logits)
-    substitutes = [e for e in ranking(logits) if mask[e] and e not in truth and not np.isnan(logits[e])]
+    substitutes = [e for e in ranking(logits) if mask[e] and e not in truth and logits[e] > -np.inf]
     removed: list[int] = []
     taken: list[int] = []
     lost: list[float] = []

@@ -30,7 +30,7 @@ from rich.table import Table
 from hotset.runtime import MemoryAwareRouter, RouterConfig
 from hotset.shm import _core
 from hotset.shm.layout import Geometry, Section
-from hotset.shm.segment import Segment, new_instance_name, remove_ipc_objects
+from hotset.shm.segment import InstanceLock, Segment, new_instance_name, remove_ipc_objects
 
 SHAPES = ((8, 2), (64, 6), (64, 8), (128, 8), (256, 8))
 ROWS = 4096
@@ -199,14 +199,13 @@ def median(name: str, experts: int, top_k: int, mode: str, rows: list[list[Sampl
     return Result(name, experts, top_k, mode, len(rows), round(float(np.median(walls)) / ROWS, 1), len(good))
 
 
-def make_segment(experts: int) -> tuple[str, Segment]:
-    instance = new_instance_name()
+def make_segment(instance: str, experts: int) -> Segment:
     segment = Segment.create(instance, Geometry(num_layers=1, num_experts=experts, num_processes=2))
     mask = np.zeros(-(-experts // 64) * 64, bool)
     mask[:experts] = make_resident(experts)
     # Before any process routes: afterwards only a pager may.
     segment.view(Section.RESIDENT_MASK)[0, : mask.size // 64] = np.packbits(mask, bitorder="little").view(np.uint64)
-    return instance, segment
+    return segment
 
 
 def measure_in_child(
@@ -247,7 +246,9 @@ def measure_two(instance: str, segment: Segment, top_k: int, mode: str, seconds:
 def measure_shape(
     experts: int, top_k: int, scalar: ctypes.CDLL, seconds: float, kernels: list[str]
 ) -> Iterator[Result]:
-    instance, segment = make_segment(experts)
+    instance = new_instance_name()
+    lock = InstanceLock(instance)
+    segment = make_segment(instance, experts)
     try:
         for mode in ("single", "batch"):
             for kernel in kernels:
@@ -266,6 +267,7 @@ def measure_shape(
     finally:
         segment.close()
         remove_ipc_objects(instance)
+        lock.release()
 
 
 def single_route_p99(experts: int, top_k: int, seconds: float) -> float:

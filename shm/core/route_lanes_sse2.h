@@ -25,14 +25,21 @@ static inline block block_max(block a, block b) { return BLOCK_EACH(_mm_max_ps, 
 static inline block block_min(block a, block b) { return BLOCK_EACH(_mm_min_ps, a, b); }
 static inline block block_and(block a, block b) { return BLOCK_EACH(_mm_and_ps, a, b); }
 static inline block block_or(block a, block b) { return BLOCK_EACH(_mm_or_ps, a, b); }
-/* a where the mask is set, b elsewhere */
-static inline block block_choose(block mask, block a, block b) {
-    return block_or(block_and(mask, a), BLOCK_EACH(_mm_andnot_ps, mask, b));
-}
 static inline block block_at_least(block a, block b) { return BLOCK_EACH(_mm_cmpge_ps, a, b); }
+static inline block block_above(block a, block b) { return BLOCK_EACH(_mm_cmpgt_ps, a, b); }
 /* A bit per lane that is set in a mask. */
 static inline uint32_t block_bits(block mask) {
     return (uint32_t)(_mm_movemask_ps(mask.low) | _mm_movemask_ps(mask.high) << 4);
+}
+/* A mask added up: how often each lane was set; and the sum of all lanes. */
+typedef __m128i counts;
+static inline counts counts_none(void) { return _mm_setzero_si128(); }
+static inline counts counts_add(counts a, block mask) {
+    return _mm_sub_epi32(_mm_sub_epi32(a, _mm_castps_si128(mask.low)), _mm_castps_si128(mask.high));
+}
+static inline uint32_t counts_sum(counts a) {
+    a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4E));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xB1)));
 }
 static inline int block_is_zero(block a) {
     __m128i any = _mm_castps_si128(_mm_or_ps(a.low, a.high));
@@ -61,6 +68,17 @@ static inline block block_scale(block a, block rounded) { return BLOCK_EACH(half
 static inline float block_fold_sum(block a) { BLOCK_FOLD(a, _mm_add_ps) }
 static inline float block_fold_max(block a) { BLOCK_FOLD(a, _mm_max_ps) }
 static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
+
+/* Lanes `distance` apart, exchanged. */
+static inline block block_exchange(block a, uint32_t distance) {
+    if (distance == 4) return (block){a.high, a.low};
+    return distance == 2 ? (block){_mm_shuffle_ps(a.low, a.low, 0x4E), _mm_shuffle_ps(a.high, a.high, 0x4E)}
+                         : (block){_mm_shuffle_ps(a.low, a.low, 0xB1), _mm_shuffle_ps(a.high, a.high, 0xB1)};
+}
+/* Lanes 0 and 1 of four blocks. */
+static inline block block_gather_pairs(const block *r) {
+    return (block){_mm_movelh_ps(r[0].low, r[1].low), _mm_movelh_ps(r[2].low, r[3].low)};
+}
 
 static inline keys keys_max(keys a, keys b) { return _mm_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm_min_pd(a, b); }

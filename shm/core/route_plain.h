@@ -50,12 +50,6 @@ static inline void plain_restrict(const float *logits, uint32_t count, const uin
     for (uint32_t e = 0; e < count; e++) adjusted[e] = bit_test(mask, e) ? logits[e] : -INFINITY;
 }
 
-static inline uint32_t plain_count_at_least(const float *logits, uint32_t count, float bound) {
-    uint32_t found = 0;
-    for (uint32_t e = 0; e < count; e++) found += logits[e] >= bound;
-    return found;
-}
-
 /* Group limit (DeepSeek): only the `top_groups` groups with the largest sum of their two best sigmoid scores take
  * part; the scores of the others become NaN, which ranks last. */
 static inline void limit_groups(const struct route_rule *rule, float *scores) {

@@ -25,18 +25,24 @@ static inline uint32_t ordered_bits(float value) {
     return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
 }
 
+/* Experts by rank: larger is better, ties go to the lowest id. */
+static inline uint64_t rank_key(const float *scores, uint32_t id) {
+    return (uint64_t)ordered_bits(scores[id]) << 32 | (UINT32_MAX - id);
+}
+static inline uint32_t rank_id(uint64_t key) { return UINT32_MAX - (uint32_t)key; }
+
 /* The `k` best of `count` scores into `ids`, best first. Keys are unique, so ties need no case of their own. */
 static inline void select_top_k(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
     uint64_t best[ROUTE_MAX_TOP_K];
     uint32_t held = 0;
     for (uint32_t id = 0; id < count; id++) {
-        uint64_t key = (uint64_t)ordered_bits(scores[id]) << 32 | (UINT32_MAX - id);
+        uint64_t key = rank_key(scores, id);
         if (held == k && key < best[k - 1]) continue;
         uint32_t at = held < k ? held++ : k - 1;
         for (; at > 0 && best[at - 1] < key; at--) best[at] = best[at - 1];
         best[at] = key;
     }
-    for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)(UINT32_MAX - (uint32_t)best[i]);
+    for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)rank_id(best[i]);
 }
 
 #endif

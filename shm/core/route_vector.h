@@ -7,8 +7,6 @@
 #include "route_network.h"
 #include "route_plain.h"
 
-static inline uint32_t round_up_8(uint32_t count) { return (count + 7) & ~7u; }
-
 /* max and min of the logits; 0 if one of them is not finite, and then nothing is known. Does not overrun. */
 static inline int vector_statistics(const float *logits, uint32_t count, struct row_statistics *s) {
     block max = block_all(-INFINITY), min = block_all(INFINITY), odd = block_all(0);
@@ -28,58 +26,88 @@ static inline int vector_statistics(const float *logits, uint32_t count, struct 
     return block_is_zero(odd);
 }
 
+#define EXP_BLOCKS 4u /* taken side by side: one alone waits for its own results most of the time */
+
+/* softmax_exp() on each lane. */
 static inline block block_exp(block x) {
     block t = block_max(block_mul(x, block_all(SOFTMAX_LOG2E)), block_all(SOFTMAX_LOWEST));
     block rounded = block_add(t, block_all(SOFTMAX_ROUNDER));
     block r = block_sub(t, block_sub(rounded, block_all(SOFTMAX_ROUNDER)));
-    block p = block_add(block_mul(block_all(SOFTMAX_C5), r), block_all(SOFTMAX_C4));
-    p = block_add(block_mul(p, r), block_all(SOFTMAX_C3));
-    p = block_add(block_mul(p, r), block_all(SOFTMAX_C2));
-    p = block_add(block_mul(p, r), block_all(SOFTMAX_C1));
-    p = block_add(block_mul(p, r), block_all(1.0f));
+    block square = block_mul(r, r);
+    block c54 = block_add(block_mul(block_all(SOFTMAX_C5), r), block_all(SOFTMAX_C4));
+    block c32 = block_add(block_mul(block_all(SOFTMAX_C3), r), block_all(SOFTMAX_C2));
+    block c10 = block_add(block_mul(block_all(SOFTMAX_C1), r), block_all(1.0f));
+    block p = block_add(block_mul(block_add(block_mul(c54, square), c32), square), c10);
     return block_scale(p, rounded);
 }
 
-/* The padding's 2^-126 each does not reach the sum, which is at least 1. */
+/* e^(logit - top) of EXP_BLOCKS blocks of logits from `first` on into `share`; added to `sum`. */
+static inline block vector_exps(const float *logits, uint32_t first, block top, float *share, block sum) {
+    block x[EXP_BLOCKS];
+    for (uint32_t i = 0; i < EXP_BLOCKS; i++) x[i] = block_sub(block_load(logits + first + i * 8), top);
+    for (uint32_t i = 0; i < EXP_BLOCKS; i++) x[i] = block_exp(x[i]);
+    for (uint32_t i = 0; i < EXP_BLOCKS; i++) {
+        block_store(share + first + i * 8, x[i]);
+        sum = block_add(sum, x[i]);
+    }
+    return sum;
+}
+
+/* Padding adds 2^-126 each, which does not reach the sum: that is at least 1. */
 static inline float vector_shares(const float *logits, uint32_t count, float max, float *share) {
     block sum = block_all(0), top = block_all(max);
-    for (uint32_t e = 0; e < count; e += 8) {
-        block p = block_exp(block_sub(block_load(logits + e), top));
-        block_store(share + e, p);
-        sum = block_add(sum, p);
-    }
+    for (uint32_t e = 0; e < count; e += EXP_BLOCKS * 8) sum = vector_exps(logits, e, top, share, sum);
     return 1.0f / block_fold_sum(sum);
 }
 
-static inline block mask_block(const uint64_t *mask, uint32_t e) {
-    return block_from_bits((uint32_t)(mask[e / 64] >> (e % 64)));
-}
-
-static inline void vector_adjust(const float *logits, uint32_t count, const uint64_t *mask, float bonus, float *adjusted) {
-    block amount = block_all(bonus);
+/* The scores to select from: the logits, `amount` added where a lane of `lanes` is set. Adding +0 elsewhere turns -0 into
+ * +0, so that they tie as they should. */
+static inline void vector_adjust(const float *logits, const float *lanes, float amount, uint32_t count, float *adjusted) {
+    block added = block_all(amount);
     for (uint32_t e = 0; e < count; e += 8)
-        block_store(adjusted + e, block_add(block_load(logits + e), block_and(mask_block(mask, e), amount)));
+        block_store(adjusted + e, block_add(block_load(logits + e), block_and(block_load(lanes + e), added)));
 }
 
-/* + 0: as everywhere before a selection, it turns -0 into +0. */
-static inline void vector_copy(const float *logits, uint32_t count, float *adjusted) {
-    for (uint32_t e = 0; e < count; e += 8) block_store(adjusted + e, block_add(block_load(logits + e), block_all(0)));
-}
-
-static inline void vector_restrict(const float *logits, uint32_t count, const uint64_t *mask, float *adjusted) {
-    for (uint32_t e = 0; e < count; e += 8) {
-        block z = block_add(block_load(logits + e), block_all(0));
-        block_store(adjusted + e, block_choose(mask_block(mask, e), z, block_all(-INFINITY)));
+/* The eight largest of `count` scores, in any order. */
+static inline block vector_largest(const float *scores, uint32_t count) {
+    block best[NETWORK_ROWS], other[NETWORK_ROWS];
+    for (uint32_t i = 0; i < NETWORK_ROWS; i++) best[i] = block_load(scores + i * 8);
+    block_sort(best);
+    for (uint32_t first = NETWORK_SCORES; first < count; first += NETWORK_SCORES) {
+        for (uint32_t i = 0; i < NETWORK_ROWS; i++) other[i] = block_load(scores + first + i * 8);
+        block_sort(other);
+        block_merge(best, other);
     }
+    return block_largest(best);
 }
 
-/* The padding is below every finite bound. */
-static inline uint32_t vector_count_at_least(const float *logits, uint32_t count, float bound) {
-    uint32_t found = 0;
+/* softmax over eight logits, in place; -inf where there are fewer. The factor that makes the results sum to 1. */
+static inline float vector_softmax(float *logits) {
+    block z = block_load(logits), p = block_exp(block_sub(z, block_all(block_fold_max(z))));
+    block_store(logits, p);
+    return 1.0f / block_fold_sum(p);
+}
+
+/* A float of all ones where `mask` has a bit, of zeros elsewhere. */
+static inline void vector_lanes(const uint64_t *mask, uint32_t count, float *lanes) {
+    for (uint32_t e = 0; e < count; e += 8) block_store(lanes + e, block_from_bits((uint32_t)(mask[e / 64] >> (e % 64))));
+}
+
+/* How many logits reach `bound`, which is finite. */
+static inline uint32_t vector_count_reaching(const float *logits, uint32_t count, float bound) {
     block least = block_all(bound);
-    for (uint32_t e = 0; e < count; e += 8)
-        found += (uint32_t)__builtin_popcount(block_bits(block_at_least(block_load(logits + e), least)));
-    return found;
+    counts found = counts_none();
+    for (uint32_t e = 0; e < count; e += 8) found = counts_add(found, block_at_least(block_load(logits + e), least));
+    return counts_sum(found);
+}
+
+/* Which: sets bits up to the next multiple of 64. */
+static inline void vector_reaching(const float *logits, uint32_t count, float bound, uint64_t *bits) {
+    block least = block_all(bound);
+    for (uint32_t e = 0; e < count; e += 8) {
+        if (e % 64 == 0) bits[e / 64] = 0;
+        bits[e / 64] |= (uint64_t)block_bits(block_at_least(block_load(logits + e), least)) << (e % 64);
+    }
 }
 
 #endif

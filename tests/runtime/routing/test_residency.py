@@ -10,7 +10,7 @@ import pytest
 
 from hotset.runtime import MemoryAwareRouter, PagingRequest, ResidencyBelongsToPager, RouterConfig
 from hotset.shm.layout import Geometry
-from hotset.shm.segment import Segment, remove_ipc_objects
+from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 
 GEOMETRY = Geometry(num_layers=2, num_experts=70, num_processes=2, pins_per_process=2, num_slots=3, slot_nbytes=64)
 
@@ -59,10 +59,12 @@ def test_prefetch_requests_are_the_absent_experts_of_highest_affinity() -> None:
 @pytest.fixture
 def shared() -> Iterator[Segment]:
     instance = f"routing-{secrets.token_hex(4)}"
+    lock = InstanceLock(instance)
     segment = Segment.create(instance, GEOMETRY)
     yield segment
     segment.close()
     remove_ipc_objects(instance)
+    lock.release()
 
 
 class TestOnASharedArena:
