@@ -73,7 +73,7 @@ _DESCRIPTIONS = {
         "after a burst, epochs, activations and routed tokens equal the workers' logs exactly",
     ),
     Check.PROCESSES: ("processes", "no process ends unless it is killed or told to"),
-    Check.LEFTOVERS: ("leftovers", "no segment and no queue is left"),
+    Check.LEFTOVERS: ("leftovers", "no segment, lock or queue is left"),
 }
 
 

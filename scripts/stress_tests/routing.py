@@ -43,11 +43,11 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.shm.counters import Counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
 from hotset.shm.segment import (
+    PREFIX,
     SHM_FOLDER,
     SegmentError,
     new_instance_name,
     queue_name,
-    segment_name,
 )
 
 FOLDER_PREFIX = "hotset-stress-"
@@ -303,8 +303,8 @@ class StressRun:
 
     def _check_leftovers(self) -> None:
         self._scoreboard.checked(Check.LEFTOVERS)
-        if (SHM_FOLDER / segment_name(self._name).removeprefix("/")).exists():
-            self.report(Check.LEFTOVERS, f"the segment {segment_name(self._name)} is still there")
+        if left := sorted(path.name for path in SHM_FOLDER.glob(f"{PREFIX}{self._name}*")):
+            self.report(Check.LEFTOVERS, f"in {SHM_FOLDER} there is still {', '.join(left)}")
         with contextlib.suppress(posix_ipc.ExistentialError):
             posix_ipc.MessageQueue(queue_name(self._name)).close()
             self.report(Check.LEFTOVERS, f"the queue {queue_name(self._name)} is still there")

@@ -127,8 +127,9 @@ class RoutingWorker:
             selected.update(self._route_batch(layer, policy))
         for expert, slot in self._access.resident(layer, sorted(selected)):
             self._use(layer * self._geometry.num_experts + expert, slot)
-        if self._random.random() < 0.05:
-            self._ask_the_pager(layer, int(self._random.integers(self._geometry.num_experts)))
+        if self._random.random() < 0.02:
+            out = [int(self._random.integers(self._geometry.num_experts))]
+            self._queue.send(PagingMessage(layer, out, PagingDirection.OUT, PagingPriority.NORMAL))
         self._arena.count(self._process, Counter.STEPS, 1)
 
     def _route_single(self, layer: int, policy: Policy, row: int) -> list[int]:
@@ -158,6 +159,7 @@ class RoutingWorker:
         result = self._router.route_batch(logits, layer, policy=policy, epochs=epochs)
         after = MaskSnapshot.take(self._arena, layer, self._selection.words)
         self._judge(before, after, logits, result.experts, result.weights, policy)
+        self._access.prefetch(layer, result.displaced)
         return np.unique(result.experts).tolist()
 
     def _judge(
@@ -178,16 +180,6 @@ class RoutingWorker:
         self._scoreboard.checked(Check.SELECTION)
         if problem is not None:
             self._report(Check.SELECTION, problem)
-
-    def _ask_the_pager(self, layer: int, expert: int) -> None:
-        """A prefetch, as a displaced expert may get one, or a page-out."""
-        expert_id = layer * self._geometry.num_experts + expert
-        if self._random.random() < 0.3:
-            self._queue.send(PagingMessage(layer, [expert], PagingDirection.OUT, PagingPriority.NORMAL))
-        elif self._arena.request_prefetch(expert_id):
-            message = PagingMessage(layer, [expert], PagingDirection.IN, PagingPriority.PREFETCH)
-            if not self._queue.send(message):
-                self._arena.withdraw_prefetch(expert_id)
 
     # ---- using
 

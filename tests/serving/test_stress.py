@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,24 +16,30 @@ from typing import Any
 import pytest
 from instances import processes_of, wait_until
 
-STRESS = str(Path(__file__).parents[2] / "scripts" / "stress")
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+# What scripts/stress runs once everything is set up.
+STRESS = [sys.executable, "-P", "-m", "stress_tests.routing"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPTS)}
 SMALL = ["--workers", "2", "--experts", "32", "--top-k", "4", "--layers", "2", "--seed", "7"]
 KEYS = {"routes", "routes_per_second", "p50_us", "p99_us", "checks", "violations", "kills"}
 
 
-def checkpoints() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("hotset-stress-*"))
+def abandoned() -> set[Path]:
+    """Checkpoints of runs that are over; others on this machine may be under way."""
+    folders = Path(tempfile.gettempdir()).glob("hotset-stress-*")
+    return {folder for folder in folders if not Path("/proc", folder.name.split("-")[2]).exists()}
 
 
 @pytest.fixture(autouse=True)
 def no_checkpoint_left_behind() -> Iterator[None]:
-    before = checkpoints()
+    before = abandoned()
     yield
-    assert checkpoints() <= before
+    assert abandoned() <= before
 
 
 def stress(*options: str) -> tuple[int, dict[str, Any]]:
-    done = subprocess.run([STRESS, *SMALL, "--json", *options], capture_output=True, text=True, timeout=120)
+    command = [*STRESS, *SMALL, "--json", *options]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode in (0, 1), done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -91,8 +98,8 @@ def leave(process: subprocess.Popen[str], how: signal.Signals) -> tuple[list[int
 
 
 def start() -> subprocess.Popen[str]:
-    command = [STRESS, *SMALL, "--seconds", "60"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    command = [*STRESS, *SMALL, "--seconds", "60"]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -110,7 +117,16 @@ def test_a_killed_run_takes_its_processes_with_it_and_the_next_removes_the_rest(
 
 
 def test_a_budget_that_is_too_small_is_refused_in_one_sentence() -> None:
-    done = subprocess.run([STRESS, *SMALL, "--budget", "5%"], capture_output=True, text=True, timeout=60)
+    command = [*STRESS, *SMALL, "--budget", "5%"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
-    assert "5%" in done.stderr and "Traceback" not in done.stderr
-    assert os.linesep not in done.stderr.strip()
+    assert "5%" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_json_it_prints_progress_and_a_table() -> None:
+    command = [*STRESS, *SMALL, "--seconds", "1"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "routes" in done.stderr and "violations" in done.stderr
+    assert all(f"INV-{number}" in done.stdout for number in range(1, 7))
