@@ -27,6 +27,8 @@ from hotset.runtime.config import TRAINED_MODEL, BackendConfig, InstancePlan, pl
 from hotset.runtime.errors import BackendError, RequestFailed
 from hotset.runtime.messages import (
     Abort,
+    CacheChecked,
+    CheckCache,
     Defragment,
     Defragmented,
     Generated,
@@ -103,7 +105,7 @@ class Backend:
         self.config = BackendConfig(model=str(Path(model or TRAINED_MODEL).absolute()), **settings)
         self.instance = check_instance_name(self.config.name or new_instance_name())
         self._answers: dict[int, queue.SimpleQueue[Generated | BackendError]] = {}
-        self._replies: dict[int, queue.SimpleQueue[StatsReply | Defragmented | BackendError]] = {}
+        self._replies: dict[int, queue.SimpleQueue[StatsReply | Defragmented | CacheChecked | BackendError]] = {}
         self._next_number = 0
         self._lock = threading.Lock()  # of the three above and of sending
         self._ready = threading.Event()
@@ -228,6 +230,10 @@ class Backend:
         """
         return self._ask(lambda query: Defragment(query, max_moves)).moves
 
+    def check_cache(self) -> str | None:
+        """What contradicts itself in the bookkeeping of the KV pages, which is a defect; None if all is well."""
+        return self._ask(CheckCache).problem
+
     def reset_stats(self) -> None:
         """Counts from here on."""
         self._send(ResetStats())
@@ -301,7 +307,7 @@ class Backend:
                             answers = self._answers.get(number)
                             if answers is not None:
                                 answers.put(message)
-                        case StatsReply() | Defragmented():
+                        case StatsReply() | Defragmented() | CacheChecked():
                             self._replies.pop(message.query).put(message)
                         case InstanceReady():
                             self.worker_pids = message.worker_pids

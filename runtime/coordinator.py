@@ -17,6 +17,7 @@ from hotset.runtime.errors import HotsetError
 from hotset.runtime.instance import Instance
 from hotset.runtime.messages import (
     Abort,
+    CheckCache,
     Defragment,
     ExpertFailed,
     FromClient,
@@ -156,8 +157,10 @@ class Coordinator:
 
     def _on_worker(self, process: int) -> None:
         try:
-            for message in self._workers[process].channel.receive():
+            channel = self._workers[process].channel
+            for message in channel.receive():
                 self._on_worker_message(process, message)
+            channel.flush()  # what its socket did not take while it was busy: now it reads again
         except ChannelClosed:
             # Its pidfd tells the rest; until then the socket would be readable all the time.
             self._unregister(self._workers[process].channel)
@@ -209,6 +212,8 @@ class Coordinator:
                     self._client.send(StatsReply(query, self._stats()))
                 case Defragment():
                     self._dispatcher.defragment(message)
+                case CheckCache(query):
+                    self._dispatcher.check_cache(query)
                 case ResetStats():
                     self._counters.reset()
                 case StartInstance() | Shutdown():

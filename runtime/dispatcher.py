@@ -12,7 +12,9 @@ from hotset.runtime.config import BackendConfig
 from hotset.runtime.errors import RequestFailed
 from hotset.runtime.instance import Instance
 from hotset.runtime.kv.cache import PagedKvCache
+from hotset.runtime.kv.errors import CorruptCache
 from hotset.runtime.messages import (
+    CacheChecked,
     Defragment,
     Defragmented,
     FromClient,
@@ -97,6 +99,14 @@ class Dispatcher:
             if request.state is RequestState.RUNNING:
                 self._stop(request, RequestState.HALTING)
         self._defragment_when_halted()
+
+    def check_cache(self, query: int) -> None:
+        problem = None
+        try:
+            self.scheduler.cache.check()
+        except CorruptCache as error:
+            problem = str(error)
+        self._client.send(CacheChecked(query, problem))
 
     # ---- to the workers
 

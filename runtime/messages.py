@@ -46,6 +46,12 @@ class Defragment(Message, frozen=True, tag=True):
     max_moves: int | None
 
 
+class CheckCache(Message, frozen=True, tag=True):
+    """Prove that the bookkeeping of the KV pages is consistent: for stress tests."""
+
+    query: int
+
+
 class ResetStats(Message, frozen=True, tag=True):
     pass
 
@@ -86,6 +92,13 @@ class StatsReply(Message, frozen=True, tag=True):
 class Defragmented(Message, frozen=True, tag=True):
     query: int
     moves: int
+
+
+class CacheChecked(Message, frozen=True, tag=True):
+    """`problem`: what contradicts itself, in one sentence; None if nothing does."""
+
+    query: int
+    problem: str | None
 
 
 # ---- coordinator -> worker
@@ -191,8 +204,8 @@ class ExpertFailed(Message, frozen=True, tag=True):
     reason: str
 
 
-FromClient = StartInstance | Submit | Abort | GetStats | Defragment | ResetStats | Shutdown
-ToClient = InstanceReady | InstanceFailed | Generated | StatsReply | Defragmented
+FromClient = StartInstance | Submit | Abort | GetStats | Defragment | CheckCache | ResetStats | Shutdown
+ToClient = InstanceReady | InstanceFailed | Generated | StatsReply | Defragmented | CacheChecked
 ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
 FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
 ToPager = StartPager | StopWorking

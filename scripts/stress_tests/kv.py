@@ -1,0 +1,389 @@
+"""The KV stress test: an instance with too little KV memory, whose workers and pager are killed while it is used.
+
+    scripts/stress kv --workers 4 --seconds 30
+
+Clients ask greedily with exact routing, so every answer is known beforehand from an instance that nothing happens to.
+Prompts begin alike and share pages, streams are closed halfway, pages are moved together, sequences are preempted and
+move between workers. Meanwhile reader processes look at pages from outside (G3), and the bookkeeping is checked (A13).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import posix_ipc
+
+from hotset.runtime import Backend, BackendError, HotsetError, RequestFailed, SamplingParams
+from hotset.shm.layout import Geometry, Section
+from hotset.shm.page_reader import PageReader, StalePage
+from hotset.shm.segment import (
+    PREFIX,
+    SHM_FOLDER,
+    InstanceLock,
+    Segment,
+    new_instance_name,
+    queue_name,
+    remove_ipc_objects,
+)
+
+MAX_MODEL_LEN = 256
+MAX_TOKENS = 96
+PAGES_PER_WORKER = 6  # a request takes up to nine: sequences are preempted
+CLIENTS_PER_WORKER = 3
+KILL_SECONDS = 2.5  # on the average
+ANSWER_SECONDS = 60.0  # without a token for so long a request counts as standing still
+PUBLICATIONS = 100_000
+SMALL = Geometry(
+    num_layers=1, num_experts=8, num_pages=2, page_nbytes=4096, max_sequences=1, max_model_len=64, num_processes=2
+)
+BEGINNINGS = [
+    "class Service:\n    def __init__(self, name):\n        self.name = name\n\n    def ",
+    "import os\nimport sys\n\n\ndef main(arguments):\n    for argument in arguments:\n        ",
+    "def fibonacci(n):\n",
+]
+ENDS = ["start(self", "stop(self):\n", "print(", "return ", "if ", "x = 1\ny = 2\n", "", "while True:\n        "]
+
+
+def parameters(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, routing="off", ignore_eos=True)
+
+
+class Report:
+    """How often each thing was checked, and what was wrong."""
+
+    def __init__(self) -> None:
+        self.checks: Counter[str] = Counter()
+        self.violations: Counter[str] = Counter()
+        self.words: list[str] = []
+        self._lock = threading.Lock()
+
+    def check(self, name: str, fine: bool, words: str = "", times: int = 1) -> None:
+        with self._lock:
+            self.checks[name] += times
+            if not fine:
+                self.violations[name] += 1
+                self.words.append(f"{name}: {words}")
+
+
+class Load:
+    """Threads that ask one question after another and compare each answer with the one recorded."""
+
+    def __init__(self, backend: Backend, answers: dict[str, list[int]], report: Report, seed: int) -> None:
+        self._backend, self._answers, self._report = backend, answers, report
+        self.stopping = threading.Event()
+        self.requests = self.tokens = self.aborted = 0
+        self.refused: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self.last_token: dict[int, float] = {}
+        count = CLIENTS_PER_WORKER * backend.config.workers
+        self._threads = [
+            threading.Thread(target=self._ask, args=(number, random.Random(seed * 1000 + number)), daemon=True)
+            for number in range(count)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, number: int, chance: random.Random) -> None:
+        prompts = list(self._answers)
+        while not self.stopping.is_set():
+            prompt, max_tokens = chance.choice(prompts), chance.randint(1, MAX_TOKENS)
+            leaves_after = chance.randint(1, max_tokens) if chance.random() < 0.2 else None
+            self._one(number, prompt, max_tokens, leaves_after)
+        self.last_token.pop(number, None)
+
+    def _one(self, number: int, prompt: str, max_tokens: int, leaves_after: int | None) -> None:
+        got: list[int] = []
+        error, expected = None, self._answers[prompt][:max_tokens]
+        self.last_token[number] = time.monotonic()
+        try:
+            pieces = self._backend.stream(prompt, parameters(max_tokens))
+            for piece in pieces:
+                self.last_token[number] = time.monotonic()
+                got += piece.token_ids
+                if leaves_after is not None and len(got) >= leaves_after:
+                    pieces.close()  # type: ignore[attr-defined]
+                    break
+        except RequestFailed as failure:
+            error = str(failure)
+        except BackendError as failure:
+            self._report.check("the instance lives", self.stopping.is_set(), str(failure))
+            self.stopping.set()
+            return
+        with self._lock:
+            self.requests += 1
+            self.tokens += len(got)
+            self.aborted += leaves_after is not None
+            if error:
+                self.refused[error.partition(";")[0]] += 1
+        whole = leaves_after is None and error is None
+        self._report.check(
+            "every answer is the one a request gets alone",
+            got == (expected if whole else expected[: len(got)]),
+            f"{prompt!r} with {max_tokens} tokens: {got}, expected {expected}",
+        )
+        if error:
+            clear = "workers died serving it" in error or "SIGKILL" in error
+            self._report.check("a request that fails says why", clear, error)
+
+    def standing_still(self) -> list[int]:
+        now = time.monotonic()
+        return [number for number, last in list(self.last_token.items()) if now - last > ANSWER_SECONDS]
+
+    def join(self) -> None:
+        deadline = time.monotonic() + ANSWER_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        alive = [thread for thread in self._threads if thread.is_alive()]
+        self._report.check("no request stands still", not alive, f"{len(alive)} requests got no answer any more")
+
+
+def watch_pages(instance: str, geometry: Geometry, seed: int, stop: Any, results: Any) -> None:
+    """A reader process (G3): pages that it kept have their bytes as long as they have their generation.
+
+    Only pages that were full in two looks are kept: those of a running sequence are still being written.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reader, chance = PageReader(instance, geometry), random.Random(seed)
+    checked = stale = wrong = 0
+    kept: dict[int, tuple[int, bytes]] = {}
+    settled: dict[int, tuple[int, bytes]] = {}
+    while not stop.is_set():
+        page = chance.randint(1, geometry.num_pages)
+        generation = reader.generation(page)
+        try:
+            bytes_now = reader.read(page, generation)
+            if generation and kept.get(page) == (generation, bytes_now) and _last_row_is_written(bytes_now, geometry):
+                settled.setdefault(page, (generation, bytes_now))
+            kept[page] = generation, bytes_now
+        except StalePage:
+            kept.pop(page, None)
+        for old_page, (old_generation, old_bytes) in list(settled.items()):
+            try:
+                checked += 1
+                wrong += reader.read(old_page, old_generation) != old_bytes
+            except StalePage:
+                stale += 1
+                del settled[old_page]
+        time.sleep(0.002)
+    results.put((checked, stale, wrong))
+
+
+def _last_row_is_written(page: bytes, geometry: Geometry) -> bool:
+    """Whether no row of the page was zero, as all are at first; pages that were used before never are."""
+    return bool(np.frombuffer(page, np.uint8).reshape(2 * geometry.block_size, -1).any(axis=1).all())
+
+
+def publish(name: str, rounds: int) -> None:
+    """G2's writer: fills a page with a number and publishes it, when both readers have seen the one before."""
+    segment = Segment.attach(name, SMALL)
+    arena, page = segment.arena, segment.view(Section.KV_PAGES)[1].view(np.uint64)
+    for number in range(1, rounds + 1):
+        page[:] = number
+        arena.store_u64(Section.SEQUENCES, 0, 0, number)
+        while min(arena.load_u64(Section.COUNTERS, reader, 0) for reader in range(2)) < number:
+            os.sched_yield()
+
+
+def verify(name: str, reader: int, rounds: int, results: Any) -> None:
+    segment = Segment.attach(name, SMALL)
+    arena, page = segment.arena, segment.view(Section.KV_PAGES)[1].view(np.uint64)
+    wrong = 0
+    for number in range(1, rounds + 1):
+        while arena.load_u64(Section.SEQUENCES, 0, 0) < number:
+            os.sched_yield()
+        wrong += not (page == number).all()
+        arena.store_u64(Section.COUNTERS, reader, 0, number)
+    results.put(wrong)
+
+
+def check_publication(report: Report, rounds: int) -> None:
+    """G2: what is published is whole."""
+    context = multiprocessing.get_context("fork")
+    name = new_instance_name()
+    lock = InstanceLock(name)
+    try:
+        segment, results = Segment.create(name, SMALL), context.Queue()
+        children = [context.Process(target=publish, args=(name, rounds))]
+        children += [context.Process(target=verify, args=(name, reader, rounds, results)) for reader in range(2)]
+        for child in children:
+            child.start()
+        wrong = results.get() + results.get()
+        for child in children:
+            child.join()
+        segment.close()
+        report.check("what is published is whole (G2)", not wrong, f"{wrong} torn reads", times=2 * rounds)
+    finally:
+        remove_ipc_objects(name)
+        lock.release()
+
+
+def record_answers(model: str | None) -> dict[str, list[int]]:
+    """What each prompt gets when it is alone."""
+    prompts = [beginning + end for beginning in BEGINNINGS for end in ENDS]
+    with Backend(model, workers=1, max_model_len=MAX_MODEL_LEN) as backend:
+        return {prompt: backend.generate(prompt, parameters(MAX_TOKENS)).token_ids for prompt in prompts}
+
+
+def killer(backend: Backend, load: Load, chance: random.Random, kills: Counter[str]) -> None:
+    """Kills a worker or the pager now and then; children of the coordinator, whatever their pids are by now."""
+    while not load.stopping.wait(chance.expovariate(1 / KILL_SECONDS)):
+        children = list(_children(backend.coordinator_pid))
+        if children:
+            pid, kind = chance.choice(children)
+            try:
+                os.kill(pid, signal.SIGKILL)
+                kills[kind] += 1
+            except ProcessLookupError:
+                pass
+
+
+def _children(coordinator: int) -> Iterator[tuple[int, str]]:
+    """Workers and pager by process id; those that are still starting are left alone."""
+    try:
+        pids = open(f"/proc/{coordinator}/task/{coordinator}/children").read().split()  # noqa: SIM115, PTH123
+    except FileNotFoundError:
+        return
+    for pid in map(int, pids):
+        try:
+            with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/cmdline") as command:  # noqa: PTH123
+                if f"/dev/shm/{PREFIX}" in maps.read():
+                    yield pid, "pager" if "pager" in command.read() else "worker"
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+
+
+def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
+    chance = random.Random(options.seed)
+    say = (lambda text: None) if options.json else (lambda text: print(text, file=sys.stderr, flush=True))
+    say("recording the answers of requests that nothing happens to ...")
+    answers = record_answers(options.model)
+    with Backend(options.model, workers=1, max_model_len=MAX_MODEL_LEN) as probe:
+        page_nbytes = probe.plan.geometry.page_nbytes
+    pages = max(PAGES_PER_WORKER * options.workers, MAX_MODEL_LEN // 16 + 2)
+    kills: Counter[str] = Counter()
+    begin = time.monotonic()
+    moves = defragmentations = 0
+    with Backend(
+        options.model,
+        workers=options.workers,
+        max_model_len=MAX_MODEL_LEN,
+        kv_cache_memory=pages * page_nbytes,
+    ) as backend:
+        context = multiprocessing.get_context("spawn")
+        stop, results = context.Event(), context.Queue()
+        readers = [
+            context.Process(
+                target=watch_pages,
+                args=(backend.instance, backend.plan.geometry, options.seed + number, stop, results),
+            )
+            for number in range(2)
+        ]
+        for reader in readers:
+            reader.start()
+        load = Load(backend, answers, report)
+        load.start()
+        murderer = threading.Thread(target=killer, args=(backend, load, chance, kills), daemon=True)
+        murderer.start()
+        end, told = begin + options.seconds, begin
+        while time.monotonic() < end and not load.stopping.is_set():
+            time.sleep(chance.uniform(0.1, 0.6))
+            moves += backend.defragment(chance.choice([None, 1, 4]))
+            defragmentations += 1
+            problem = backend.check_cache()
+            report.check("the bookkeeping is consistent (A13)", problem is None, str(problem))
+            if still := load.standing_still():
+                report.check("no request stands still", False, f"clients {still}; {backend.stats()}")
+                break
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                stats = backend.stats()
+                say(
+                    f"{told - begin:5.0f} s  {load.requests} requests, {load.tokens} tokens, {kills.total()} kills, "
+                    f"{stats.preemptions} preemptions, {stats.migrations} migrations, {moves} pages moved"
+                )
+        load.stopping.set()
+        load.join()
+        murderer.join()
+        deadline = time.monotonic() + 5
+        while (stats := backend.stats()).kv_pages_used and time.monotonic() < deadline:
+            time.sleep(0.05)
+        report.check("all pages come back", not stats.kv_pages_used, f"{stats.kv_pages_used} pages are still used")
+        problem = backend.check_cache()
+        report.check("the bookkeeping is consistent (A13)", problem is None, str(problem))
+        stop.set()
+        for _ in readers:
+            checked, stale, wrong = results.get(timeout=30)
+            report.check("kept pages keep their bytes (G3)", not wrong, f"{wrong} pages changed", times=checked)
+            report.check("readers learn of reuse (G3)", True, times=stale)
+        for reader in readers:
+            reader.join()
+        name, elapsed = backend.instance, time.monotonic() - begin
+    left = [path.name for path in SHM_FOLDER.glob(f"{PREFIX}{name}*")]
+    try:
+        posix_ipc.MessageQueue(queue_name(name)).close()
+        left.append(queue_name(name))
+    except posix_ipc.ExistentialError:
+        pass
+    report.check("nothing is left behind", not left, f"{left}")
+    return {
+        "seconds": round(elapsed, 1),
+        "requests": load.requests,
+        "tokens": load.tokens,
+        "aborted": load.aborted,
+        "failed": dict(load.refused),
+        "kills": dict(kills),
+        "preemptions": stats.preemptions,
+        "migrations": stats.migrations,
+        "defragmentations": defragmentations,
+        "pages_moved": moves,
+        "prefix_cache_hit_rate": round(stats.prefix_cache_hit_rate, 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/stress kv", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--model", default=None, help="folder of a checkpoint; default: the model that ships")
+    parser.add_argument("--seed", type=int, default=None, help="of requests and kills; default: another every time")
+    parser.add_argument("--publications", type=int, default=PUBLICATIONS)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args()
+    if options.workers < 1 or options.seconds <= 0:
+        parser.error("--workers has to be at least 1 and --seconds more than 0")
+    if options.seed is None:
+        options.seed = random.SystemRandom().randrange(2**31)
+    report = Report()
+    try:
+        check_publication(report, options.publications)
+        result = stress(options, report)
+    except HotsetError as error:
+        report.check("the instance lives", False, str(error))
+        result = {}
+    result |= {"seed": options.seed, "checks": dict(report.checks), "violations": dict(report.violations)}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:24} {value}")
+    for words in report.words[:20]:
+        print(words, file=sys.stderr)
+    return 1 if report.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
