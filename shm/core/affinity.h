@@ -26,6 +26,7 @@ struct affinity_law {
     uint32_t boost_q24;
     int saturating;                             /* boost >= max: A2's second case */
     uint64_t power_q32[AFFINITY_EPOCH_BITS];    /* decay^(2^i) */
+    uint64_t decay_q32[AFFINITY_MAX_AGES];      /* decay^age: mostly one step */
     uint64_t weight_q36[AFFINITY_MAX_AGES];     /* boost / max * decay^age */
 };
 
@@ -38,6 +39,8 @@ static inline void affinity_law_init(struct affinity_law *law, double decay, dou
     law->saturating = boost >= max;
     for (int i = 0; i < AFFINITY_EPOCH_BITS; i++, power *= power)
         law->power_q32[i] = (uint64_t)(power * 4294967296.0 + 0.5);
+    double decayed = 4294967296.0;
+    for (uint32_t age = 0; age < AFFINITY_MAX_AGES; age++, decayed *= decay) law->decay_q32[age] = (uint64_t)(decayed + 0.5);
     /* In units of the slot: AFFINITY_ONE, not 2^24, is one. */
     double weight = share * AFFINITY_ONE * (double)(UINT64_C(1) << (AFFINITY_WEIGHT_BITS - 24));
     for (uint32_t age = 0; age < AFFINITY_MAX_AGES; age++, weight *= decay)
@@ -49,8 +52,10 @@ static inline uint64_t affinity_slot_epoch(uint64_t slot) { return slot & AFFINI
 
 /* `score` after `epochs` without an activation. Rounded to nearest: an EMA of floors drifts below the float one. */
 static inline uint64_t affinity_decayed(const struct affinity_law *law, uint64_t score, uint64_t epochs) {
+    const uint64_t half = UINT64_C(1) << 31;
+    if (epochs < AFFINITY_MAX_AGES) return (score * law->decay_q32[epochs] + half) >> 32;
     for (int i = 0; epochs && score; i++, epochs >>= 1)
-        if (epochs & 1) score = (score * law->power_q32[i] + (UINT64_C(1) << 31)) >> 32;
+        if (epochs & 1) score = (score * law->power_q32[i] + half) >> 32;
     return score;
 }
 

@@ -33,68 +33,54 @@ typedef struct {
 /* Above this many logits the GIL is released: it costs 34 ns, routing them some microseconds. */
 #define ROUTE_GIL_LOGITS 16384u
 
-struct route_result {
-    uint64_t missing[ROUTE_WORDS], displaced[ROUTE_WORDS], prefetch[ROUTE_WORDS];
-    uint64_t changed;
-    double lost_mass;
-};
-
 /* The kernel that all routers of this process use. */
 static const struct route_kernel *route_kernel;
 
 /* Routes `rows` rows and accounts for them. 0 with an exception if the arena was closed meanwhile. */
 static inline int router_run(RouterObject *router, uint32_t layer, const struct route_call *call,
                              enum route_epochs epochs, const float *logits, uint32_t rows, int32_t *ids, float *weights,
-                             struct route_result *result) {
+                             struct route_tally *tally) {
     struct arena *arena = owner_arena(router->arena);
     if (!arena) return 0;
     const struct route_rule *rule = &router->rule;
     struct route_context context = {arena, router->process, layer, rule, &((AffinityObject *)router->affinity)->law, epochs};
     struct route_boosts boosts = route_boosts(&context);
     struct route_snapshot snapshot;
-    struct route_tally tally;
-    uint64_t begin = router->timing ? clock_nanoseconds() : 0;
-    memset(result, 0, sizeof *result);
+    uint64_t begin = router->timing ? clock_nanoseconds() : 0, hits = 0;
+    uint32_t room = epochs == EPOCH_PER_TOKEN ? AFFINITY_MAX_AGES : UINT32_MAX;
     route_snapshot_take(&snapshot, arena, layer, router->prefer_loading);
-    for (uint32_t done = 0; done < rows;) {
-        uint32_t part = rows - done;
-        if (epochs == EPOCH_PER_TOKEN && part > AFFINITY_MAX_AGES) part = AFFINITY_MAX_AGES;
+    route_tally_begin(tally, arena, &snapshot);
+    for (uint32_t first = 0, part; first < rows; first += part) {
         struct route_call part_call = *call;
-        if (call->strengths) part_call.strengths = call->strengths + done;
-        const float *part_logits = logits + (size_t)done * rule->num_experts;
-        int32_t *part_ids = ids + (size_t)done * rule->top_k;
-        float *part_weights = weights + (size_t)done * rule->top_k;
-        route_tally_begin(&tally, rule, part, &snapshot);
+        part = rows - first < room ? rows - first : room;
+        if (call->strengths) part_call.strengths = call->strengths + first;
+        const float *part_logits = logits + (size_t)first * rule->num_experts;
+        int32_t *part_ids = ids + (size_t)first * rule->top_k;
+        float *part_weights = weights + (size_t)first * rule->top_k;
+        if (part > 1) memset(tally->selections, 0, rule->num_experts * sizeof tally->selections[0]);
         if ((uint64_t)part * rule->num_experts >= ROUTE_GIL_LOGITS) {
             Py_BEGIN_ALLOW_THREADS
-            route_kernel->rows(rule, &part_call, &snapshot, &boosts, part_logits, part, part_ids, part_weights, &tally);
+            route_kernel->rows(rule, &part_call, &snapshot, &boosts, part_logits, part, part_ids, part_weights, tally);
             Py_END_ALLOW_THREADS
             /* Counters and activations have one writer per process: they are written under the GIL. */
             if (!owner_arena(router->arena)) return 0;
         } else {
-            route_kernel->rows(rule, &part_call, &snapshot, &boosts, part_logits, part, part_ids, part_weights, &tally);
+            route_kernel->rows(rule, &part_call, &snapshot, &boosts, part_logits, part, part_ids, part_weights, tally);
         }
-        uint64_t hits = route_account(&context, part, part_ids, &snapshot, &tally, result->missing);
-        if (router->control.enabled && call->policy == router->policy)
-            control_observe(&router->control, &router->strength[router->policy], hits, (uint64_t)part * rule->top_k, part,
-                            tally.lost_mass);
-        for (uint32_t word = 0; word < ROUTE_WORDS; word++) {
-            result->displaced[word] |= tally.displaced[word];
-            result->prefetch[word] |= tally.prefetch[word];
-        }
-        result->changed += tally.changed;
-        result->lost_mass += tally.lost_mass;
-        snapshot.range = tally.range;
-        done += part;
+        hits += route_account_selections(&context, part, part_ids, &snapshot, tally);
     }
+    route_account_call(&context, rows, hits, &snapshot, tally);
+    if (router->control.enabled && call->policy == router->policy)
+        control_observe(&router->control, &router->strength[router->policy], hits, (uint64_t)rows * rule->top_k, rows,
+                        tally->lost_mass);
     if (router->timing && rows)
         latency_record(arena, router->process, HISTOGRAM_ROUTING, clock_nanoseconds() - begin, rows);
     return 1;
 }
 
-static PyObject *id_set(const uint64_t *words) {
+static PyObject *id_set(const uint64_t *words, uint32_t count) {
     PyObject *ids = PyFrozenSet_New(NULL);
-    for (uint32_t word = 0; ids && word < ROUTE_WORDS; word++)
+    for (uint32_t word = 0; ids && word < count; word++)
         for (uint64_t bits = words[word]; bits; bits &= bits - 1) {
             PyObject *id = PyLong_FromUnsignedLong(word * 64 + (uint32_t)__builtin_ctzll(bits));
             /* A new frozenset may still be filled: nobody else has seen it. */
@@ -210,7 +196,7 @@ static PyObject *router_route(PyObject *self, PyObject *const *args, Py_ssize_t 
     Py_buffer logits, experts, weights, strengths = {.obj = NULL};
     struct route_call call;
     enum route_epochs epochs;
-    struct route_result result;
+    struct route_tally tally;
     PyObject *answer = NULL;
     if (!take_array(args[0], "logits", &FLOAT32, 0, 2, (Py_ssize_t[]){ANY_LENGTH, router->rule.num_experts}, &logits))
         return NULL;
@@ -223,9 +209,10 @@ static PyObject *router_route(PyObject *self, PyObject *const *args, Py_ssize_t 
     }
     if (!parse_call(router, args[4], args[5], args[6], rows, &call, &epochs, &strengths)) goto release_weights;
     call.want_prefetch = (int)v[1];
-    if (router_run(router, (uint32_t)v[0], &call, epochs, logits.buf, (uint32_t)rows, experts.buf, weights.buf, &result))
-        answer = Py_BuildValue("(NNNdK)", id_set(result.missing), id_set(result.displaced), id_set(result.prefetch),
-                               result.lost_mass, (unsigned long long)result.changed);
+    if (router_run(router, (uint32_t)v[0], &call, epochs, logits.buf, (uint32_t)rows, experts.buf, weights.buf, &tally))
+        answer = Py_BuildValue("(NNNdK)", id_set(tally.missing, arena->mask_words),
+                               id_set(tally.displaced, arena->mask_words), id_set(tally.prefetch, arena->mask_words),
+                               tally.lost_mass, (unsigned long long)tally.changed);
     if (strengths.obj) PyBuffer_Release(&strengths);
 release_weights:
     PyBuffer_Release(&weights);
@@ -249,13 +236,14 @@ static PyObject *binding_call(PyObject *self, PyObject *const *args, Py_ssize_t 
     }
     struct route_call call = binding->call;
     if (!binding->own_strength) call.strength = router->strength[call.policy];
-    struct route_result result;
+    struct route_tally tally;
     const float *logits = (const float *)binding->logits.buf + row * router->rule.num_experts;
     if (!router_run(router, binding->layer, &call, binding->epochs, logits, (uint32_t)rows, binding->experts.buf,
-                    binding->weights.buf, &result))
+                    binding->weights.buf, &tally))
         return NULL;
     long missing = 0;
-    for (uint32_t word = 0; word < ROUTE_WORDS; word++) missing += __builtin_popcountll(result.missing[word]);
+    for (uint32_t word = 0; word * 64 < router->rule.num_experts; word++)
+        missing += __builtin_popcountll(tally.missing[word]);
     return PyLong_FromLong(missing);
 }
 
@@ -342,7 +330,7 @@ static PyObject *router_resident(PyObject *self, PyObject *arg) {
     if (!parse_indices(&arg, 1, 1, (const char *[]){"layer"}, (uint64_t[]){arena->num_layers}, &layer)) return NULL;
     for (uint32_t word = 0; word < arena->mask_words; word++)
         words[word] = load_acquire(arena->resident_mask + layer * arena->mask_stride + word);
-    return id_set(words);
+    return id_set(words, arena->mask_words);
 }
 
 static PyObject *router_select(PyObject *self, PyObject *const *args, Py_ssize_t count) {

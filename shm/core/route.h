@@ -67,9 +67,10 @@ struct route_boosts {
     uint64_t keep;          /* bits of the tally that a further selection adds to; the others it replaces */
 };
 
-/* What the rows did. */
+/* What the rows of a call did. Sets have as many words as the experts need. */
 struct route_tally {
     uint64_t selections[ROUTE_MAX_EXPERTS]; /* per expert [boosts Q.36 | count 16], or only the count: route_boosts */
+    uint64_t missing[ROUTE_WORDS];          /* selected and not resident */
     uint64_t displaced[ROUTE_WORDS];        /* in some row's true top k, but not selected there, not preferred */
     uint64_t prefetch[ROUTE_WORDS]; /* not selected, not resident, gate probability >= prefetch_threshold in some row */
     uint64_t nan_logits, rows_without_finite, changed;

@@ -17,7 +17,6 @@ enum route_epochs {
  * that an expert seen resident is. */
 static inline void route_snapshot_take(struct route_snapshot *snapshot, const struct arena *arena, uint32_t layer,
                                        int prefer_loading) {
-    memset(snapshot, 0, sizeof *snapshot);
     for (uint32_t word = 0; word < arena->mask_words; word++) {
         size_t at = (size_t)layer * arena->mask_stride + word;
         uint64_t resident = load_acquire(arena->resident_mask + at);
@@ -27,11 +26,10 @@ static inline void route_snapshot_take(struct route_snapshot *snapshot, const st
     snapshot->range = bits_float(load_relaxed(&arena->layers[layer].logit_range));
 }
 
-static inline void route_tally_begin(struct route_tally *tally, const struct route_rule *rule, uint32_t rows,
+static inline void route_tally_begin(struct route_tally *tally, const struct arena *arena,
                                      const struct route_snapshot *snapshot) {
-    if (rows > 1) memset(tally->selections, 0, rule->num_experts * sizeof tally->selections[0]);
-    memset(tally->displaced, 0, sizeof tally->displaced);
-    memset(tally->prefetch, 0, sizeof tally->prefetch);
+    for (uint32_t word = 0; word < arena->mask_words; word++)
+        tally->missing[word] = tally->displaced[word] = tally->prefetch[word] = 0;
     tally->nan_logits = tally->rows_without_finite = tally->changed = 0;
     tally->lost_mass = 0;
     tally->range = snapshot->range;
@@ -81,10 +79,10 @@ static inline uint64_t route_account_expert(const struct route_context *context,
     return 0;
 }
 
-/* The affinity, activations, hits and misses of a tally: one CAS per expert that was selected at all. */
+/* The affinity, activations and misses of `rows` rows: one CAS per expert that was selected at all. Returns how many
+ * selections hit. */
 static inline uint64_t route_account_selections(const struct route_context *context, uint32_t rows, const int32_t *ids,
-                                                const struct route_snapshot *snapshot, const struct route_tally *tally,
-                                                uint64_t *missing) {
+                                                const struct route_snapshot *snapshot, struct route_tally *tally) {
     const struct affinity_law *law = context->law;
     int per_token = context->epochs == EPOCH_PER_TOKEN;
     uint64_t hits = 0, now = context->epochs == EPOCH_NONE
@@ -92,7 +90,7 @@ static inline uint64_t route_account_selections(const struct route_context *cont
                                  : affinity_advance(context->arena, context->layer, per_token ? rows : 1);
     if (rows == 1) {
         for (uint32_t i = 0; i < context->rule->top_k; i++)
-            hits += route_account_expert(context, snapshot, (uint32_t)ids[i], 1, law->boost_q24, now, missing);
+            hits += route_account_expert(context, snapshot, (uint32_t)ids[i], 1, law->boost_q24, now, tally->missing);
         return hits;
     }
     const uint64_t half = UINT64_C(1) << (AFFINITY_WEIGHT_BITS - 25); /* rounds Q.36 to Q.24 */
@@ -102,22 +100,18 @@ static inline uint64_t route_account_selections(const struct route_context *cont
         uint64_t count = per_token ? selections & ((1 << ROUTE_COUNT_BITS) - 1) : selections;
         uint64_t amount = per_token ? ((selections >> ROUTE_COUNT_BITS) + half) >> (AFFINITY_WEIGHT_BITS - 24)
                                     : law->boost_q24;
-        hits += route_account_expert(context, snapshot, e, count, amount, now, missing);
+        hits += route_account_expert(context, snapshot, e, count, amount, now, tally->missing);
     }
     return hits;
 }
 
-/* Adds what the rows did to the arena: affinity, running mean, and the rows of the caller's process. Sets the bits of
- * selected experts that are not resident in `missing`. Returns how many selections hit. */
-static inline uint64_t route_account(const struct route_context *context, uint32_t rows, const int32_t *ids,
-                                     const struct route_snapshot *snapshot, const struct route_tally *tally,
-                                     uint64_t *missing) {
-    uint64_t hits = route_account_selections(context, rows, ids, snapshot, tally, missing);
-    uint64_t selected = (uint64_t)rows * context->rule->top_k;
+/* At the end of a call: its running mean, and the counters of the caller's process. */
+static inline void route_account_call(const struct route_context *context, uint64_t rows, uint64_t hits,
+                                      const struct route_snapshot *snapshot, const struct route_tally *tally) {
     atomic_u64 *counters = counter_row(context->arena, context->process);
     counter_add(counters, COUNTER_ROUTING_DECISIONS, rows);
     counter_add(counters, COUNTER_CACHE_HITS, hits);
-    counter_add(counters, COUNTER_CACHE_MISSES, selected - hits);
+    counter_add(counters, COUNTER_CACHE_MISSES, rows * context->rule->top_k - hits);
     if (tally->nan_logits | tally->rows_without_finite) {
         counter_add(counters, COUNTER_NAN_LOGITS, tally->nan_logits);
         counter_add(counters, COUNTER_ROWS_WITHOUT_FINITE_LOGIT, tally->rows_without_finite);
@@ -129,7 +123,6 @@ static inline uint64_t route_account(const struct route_context *context, uint32
             counter_add(counters, COUNTER_LOST_MASS_Q32, (uint64_t)(tally->lost_mass * 4294967296.0 + 0.5));
     }
     route_account_range(context->arena, context->layer, snapshot, tally);
-    return hits;
 }
 
 #endif

@@ -73,7 +73,7 @@ def update_in_turn(instance: str, geometry: Geometry, law: AffinityConfig, proce
     for turn, owner in enumerate(turns):
         if owner == process:
             while segment.arena.load_u64(Section.LAYERS, 0, 0) != turn:
-                time.sleep(0)
+                time.sleep(0.0001)
             affinity.update(np.flatnonzero(activations[turn]).tolist())
     del affinity
     segment.close()
@@ -82,9 +82,13 @@ def update_in_turn(instance: str, geometry: Geometry, law: AffinityConfig, proce
 def run(children: list[BaseProcess]) -> None:
     for child in children:
         child.start()
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+    try:
+        for child in children:
+            child.join(120)
+            assert child.exitcode == 0
+    finally:
+        for child in children:
+            child.kill()  # one that failed leaves the others waiting for its turn
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
