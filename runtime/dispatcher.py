@@ -167,8 +167,9 @@ class Dispatcher:
         was_stalled = self.scheduler.is_stalled(request, committed)
         if self.scheduler.grow(request, committed):
             self._write_block_table(request, before)
-            if was_stalled:
-                self._send_worker(request.worker, PagesGranted(request.row))
+            # Always: since the progress that we go by it may have used up what it had, looked in vain and gone to
+            # sleep.
+            self._send_worker(request.worker, PagesGranted(request.row))
         elif was_stalled:
             victim = self.scheduler.preemption_victim()
             if victim is not None and victim.worker is not None:

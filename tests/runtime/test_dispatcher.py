@@ -108,8 +108,8 @@ def test_a_dead_workers_sequences_go_on_elsewhere_from_what_they_committed(offic
     office.advance(1, 5, report=False)  # died before it could say so
     office.dispatcher.worker_died(0, "was killed by SIGKILL")
     office.dispatcher.dispatch([1])
-    run = office.inbox[1][-1]
-    assert isinstance(run, RunSequence) and run.known == 6
+    (run,) = (message for message in office.inbox[1] if isinstance(message, RunSequence))
+    assert run.known == 6
     assert office.client.tokens(1) == [103, 104, 105]
 
 
@@ -189,7 +189,7 @@ def test_pages_move_only_while_nobody_serves_them(office: Office) -> None:
     assert [int(office.pages[page, 0]) for page in table] == list(range(1, len(table) + 1))
     row = office.block_tables[keeper.row, : len(table)]
     assert row.tolist() == table
-    assert isinstance(office.inbox[keeper.worker][-1], RunSequence)
+    assert any(isinstance(message, RunSequence) for message in office.inbox[keeper.worker][-2:])
     office.cache.check()
 
 

@@ -71,10 +71,12 @@ class PlayedWorker:
         self.outbox: deque[Any] = deque()
         self.sequences: dict[int, RunSequence] = {}
         self.known: dict[int, int] = {}
+        self._asleep = False
 
     def read(self, count: int) -> None:
         messages, self.inbox[:count] = self.inbox[:count], []
         for message in messages:
+            self._asleep = False
             match message:
                 case RunSequence(row=row):
                     assert row not in self.sequences, "a row has one owner"
@@ -85,7 +87,10 @@ class PlayedWorker:
                     self.outbox.append(SequenceStopped(row, request))
 
     def rows_with_room(self) -> list[int]:
-        return [row for row in self.sequences if self._num_computable(row) > 0]
+        """Who finds none sleeps until a message comes."""
+        rows = [] if self._asleep else [row for row in self.sequences if self._num_computable(row) > 0]
+        self._asleep = not rows
+        return rows
 
     def _num_computable(self, row: int) -> int:
         return min(self.known[row], self.instance.room(row)) - self.instance.committed(row)
