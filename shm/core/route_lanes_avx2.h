@@ -21,6 +21,7 @@ static inline block block_min(block a, block b) { return _mm256_min_ps(a, b); }
 static inline block block_and(block a, block b) { return _mm256_and_ps(a, b); }
 static inline block block_or(block a, block b) { return _mm256_or_ps(a, b); }
 static inline block block_at_least(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+static inline block block_equal(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 static inline block block_above(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 /* A bit per lane that is set in a mask. */
 static inline uint32_t block_bits(block mask) { return (uint32_t)_mm256_movemask_ps(mask); }

@@ -26,6 +26,7 @@ static inline block block_min(block a, block b) { return BLOCK_EACH(_mm_min_ps, 
 static inline block block_and(block a, block b) { return BLOCK_EACH(_mm_and_ps, a, b); }
 static inline block block_or(block a, block b) { return BLOCK_EACH(_mm_or_ps, a, b); }
 static inline block block_at_least(block a, block b) { return BLOCK_EACH(_mm_cmpge_ps, a, b); }
+static inline block block_equal(block a, block b) { return BLOCK_EACH(_mm_cmpeq_ps, a, b); }
 static inline block block_above(block a, block b) { return BLOCK_EACH(_mm_cmpgt_ps, a, b); }
 /* A bit per lane that is set in a mask. */
 static inline uint32_t block_bits(block mask) {

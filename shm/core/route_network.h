@@ -106,4 +106,16 @@ static inline int network_find_ids(const float *scores, uint32_t count, block la
     return places == (1 << NETWORK_ROWS) - 1;
 }
 
+/* Eight scores need no network: each one's rank is the number of those that beat it. */
+static inline void rank_eight(const float *scores, uint32_t k, int32_t *ids) {
+    block own = block_load(scores), rank = block_all(0);
+    for (uint32_t other = 0; other < 8; other++) {
+        block score = block_all(scores[other]), later = block_from_bits(0xFEu << other);
+        block beaten = block_or(block_above(score, own), block_and(block_equal(score, own), later));
+        rank = block_add(rank, block_and(beaten, block_all(1)));
+    }
+    for (uint32_t i = 0; i < k; i++)
+        ids[i] = (int32_t)__builtin_ctz(block_bits(block_equal(rank, block_all((float)i))));
+}
+
 #endif

@@ -51,7 +51,7 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
     tile->rule = rule;
     tile->snapshot = snapshot;
 #if ROUTE_VECTOR
-    tile->stride = round_up(experts, experts <= NETWORK_KEYS ? EXP_BLOCKS * 8 : NETWORK_SCORES);
+    tile->stride = round_up(experts, experts <= 8 ? 8 : experts <= NETWORK_KEYS ? EXP_BLOCKS * 8 : NETWORK_SCORES);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);
     if (call->policy == POLICY_MASS) {
         uint64_t others[ROUTE_WORDS];

@@ -54,7 +54,8 @@ static inline void tile_select(struct route_tile *tile, int into_truth) {
         int32_t *ids = into_truth ? row->truth : row->ids;
 #if ROUTE_VECTOR
         if (row->vector && network) {
-            if (!values || !network_find_ids(row->adjusted, experts, row->largest, ids))
+            if (experts <= 8) rank_eight(row->adjusted, rule->top_k, ids);
+            else if (!values || !network_find_ids(row->adjusted, experts, row->largest, ids))
                 network_select_keys(row->adjusted, experts, ids);
             continue;
         }

@@ -56,6 +56,11 @@ static inline block vector_exps(const float *logits, uint32_t first, block top, 
 /* Padding adds 2^-126 each, which does not reach the sum: that is at least 1. */
 static inline float vector_shares(const float *logits, uint32_t count, float max, float *share) {
     block sum = block_all(0), top = block_all(max);
+    if (count <= 8) {
+        sum = block_exp(block_sub(block_load(logits), top));
+        block_store(share, sum);
+        return 1.0f / block_fold_sum(sum);
+    }
     for (uint32_t e = 0; e < count; e += EXP_BLOCKS * 8) sum = vector_exps(logits, e, top, share, sum);
     return 1.0f / block_fold_sum(sum);
 }
