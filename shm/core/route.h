@@ -1,9 +1,9 @@
 /* Routing: which experts a token goes to, and with what weights.
  *
- *     rule + call + snapshot + logits  --kernel.rows()-->  ids, weights, tally  --route_account()-->  arena
+ *     rule + call + snapshot + logits  --kernel.rows()-->  ids, weights, tally  --route_account_*()-->  arena
  *
  * kernel.rows() is a pure function (INV-6): it reads no shared memory, so the same logits, snapshot and parameters
- * give the same selection, and it may run without the GIL. route_account() is the only writer.
+ * give the same selection, and it may run without the GIL. The route_account functions (route_batch.h) are the only writers.
  *
  * Selection works on adjusted scores, mixing weights always come from the unmodified gate logits. Ties go to the
  * lowest id; NaN ranks last; +inf is an ordinary largest value.
