@@ -10,89 +10,95 @@
  * a head is a small piece of each, which no prefetcher would follow alone. The query heads that share a key-value head
  * are taken up to four at once, so that its rows are loaded and converted once. */
 
-/* Where the rows of one tile's positions lie, for one key-value head. */
+/* The rows of one tile's positions for one key-value head, and those of the next tile, which are fetched meanwhile.
+ * Positions outside the part of the tile that is seen repeat one inside. */
 struct V(tile_rows) {
-    const uint8_t *row[ATTENTION_TILE]; /* those outside [first, end) repeat one inside */
-    float scale[ATTENTION_TILE][MAX_HEAD_BLOCKS]; /* of each block, for formats that have them */
+    const uint8_t *row[ATTENTION_TILE], *next[ATTENTION_TILE];
 };
 
-INLINE TARGET void V(load_scales)(enum kv_format format, struct V(tile_rows) *rows, size_t blocks) {
-    _Alignas(64) uint16_t halves[ATTENTION_TILE * MAX_HEAD_BLOCKS];
-    _Alignas(64) float floats[ATTENTION_TILE * MAX_HEAD_BLOCKS];
-    size_t nbytes = kv_block_nbytes(format);
-    for (size_t j = 0; j < ATTENTION_TILE; j++)
-        for (size_t b = 0; b < blocks; b++) memcpy(&halves[j * blocks + b], rows->row[j] + b * nbytes, 2);
-    for (size_t i = 0; i < ATTENTION_TILE * blocks; i += VEC_LANES) V(store)(floats + i, V(load_f16)(halves + i));
-    for (size_t j = 0; j < ATTENTION_TILE; j++)
-        for (size_t b = 0; b < blocks; b++) rows->scale[j][b] = floats[j * blocks + b];
+INLINE void V(fetch_next)(enum kv_format format, const struct V(tile_rows) *rows, size_t j, size_t width) {
+    const uint8_t *next = rows->next[j];
+    for (size_t i = 0; i < kv_row_nbytes(format, width); i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
-/* The 16 values from `unit` * 16 on of the tile's row `j`, zeros from `width` on. */
-INLINE TARGET void V(load_unit)(enum kv_format format, const struct V(tile_rows) *rows, size_t j, size_t unit,
-                                size_t width, V(vec) x[VEC_PARTS]) {
-    const uint8_t *row = rows->row[j];
+/* The last values of a row of single values, filled up with zeros: what lies beyond may belong to nobody. */
+static TARGET __attribute__((noinline, cold)) void V(load_last)(enum weight_format stored, const uint8_t *row,
+                                                                size_t from, size_t width, V(vec) x[VEC_PARTS]) {
+    uint8_t padded[64] = {0};
+    if (from < width) memcpy(padded, row + from * format_nbytes(stored), (width - from) * format_nbytes(stored));
+    for (int p = 0; p < VEC_PARTS; p++) x[p] = V(load_weights)(stored, padded, p * VEC_LANES);
+}
+
+/* 16 values of a row, those from (2 * block + half) * 16 on, zeros from `width` on. `half` is a constant. */
+INLINE TARGET void V(load_half)(enum kv_format format, const uint8_t *row, size_t block, const int half, size_t width,
+                                V(vec) x[VEC_PARTS]) {
     if (format == KV_Q8_0 || format == KV_Q4_0) {
-        V(vec) scale = V(splat)(rows->scale[j][unit / 2]);
-        const uint8_t *numbers = row + unit / 2 * kv_block_nbytes(format) + 2;
-        if (format == KV_Q8_0) V(load_int8)((const int8_t *)numbers + unit % 2 * 16, x);
-        else V(load_int4)(numbers, unit % 2, x);
+        const uint8_t *stored = row + block * kv_block_nbytes(format);
+        V(vec) scale = V(splat_f16)(stored);
+        if (format == KV_Q8_0) V(load_int8)((const int8_t *)stored + 2 + half * 16, x);
+        else V(load_int4)(stored + 2, half, x);
         for (int p = 0; p < VEC_PARTS; p++) x[p] = V(mul)(x[p], scale);
         return;
     }
     enum weight_format stored = format == KV_FLOAT32   ? FORMAT_FLOAT32
                                 : format == KV_FLOAT16 ? FORMAT_FLOAT16
                                                        : FORMAT_BFLOAT16;
-    size_t from = unit * 16;
-    uint8_t padded[64] = {0}; /* the values beyond may belong to nobody, and be no numbers */
-    if (__builtin_expect(from + 16 > width, 0)) {
-        memcpy(padded, row + from * format_nbytes(stored), (width - from) * format_nbytes(stored));
-        row = padded, from = 0;
-    }
-    for (int p = 0; p < VEC_PARTS; p++) x[p] = V(load_weights)(stored, row, from + p * VEC_LANES);
+    size_t from = (2 * block + half) * 16;
+    if (__builtin_expect(from + 16 > width, 0)) V(load_last)(stored, row, from, width, x);
+    else
+        for (int p = 0; p < VEC_PARTS; p++) x[p] = V(load_weights)(stored, row, from + p * VEC_LANES);
 }
 
 /* score[query][j] = query . row j, for `queries` queries and `keys` rows from `first` on; the two make 4 together and
  * are constants at every call, so that the accumulators are registers. */
-INLINE TARGET void V(score_keys)(const int queries, const int keys, enum kv_format format, const struct V(tile_rows) *rows,
-                                 size_t first, size_t units, size_t width, const float *query, float *score) {
+INLINE TARGET void V(score_keys)(const int queries, const int keys, enum kv_format format,
+                                 const struct V(tile_rows) *rows, size_t first, size_t blocks, size_t width,
+                                 const float *query, float *score) {
     V(vec) sum[4][VEC_PARTS]; /* of query q and key k: q * keys + k */
     for (int t = 0; t < 4; t++)
         for (int p = 0; p < VEC_PARTS; p++) sum[t][p] = V(zero)();
-    for (size_t unit = 0; unit < units; unit++)
-        for (int k = 0; k < keys; k++) {
-            V(vec) x[VEC_PARTS];
-            V(load_unit)(format, rows, first + k, unit, width, x);
-            for (int q = 0; q < queries; q++)
-                for (int p = 0; p < VEC_PARTS; p++)
-                    sum[q * keys + k][p] = V(fma)(V(load)(query + (q * units + unit) * 16 + p * VEC_LANES), x[p],
-                                                  sum[q * keys + k][p]);
-        }
+    for (int k = 0; k < keys; k++) V(fetch_next)(format, rows, first + k, width);
+    for (size_t block = 0; block < blocks; block++)
+        for (int k = 0; k < keys; k++)
+            for (int half = 0; half < 2; half++) {
+                V(vec) x[VEC_PARTS];
+                V(load_half)(format, rows->row[first + k], block, half, width, x);
+                for (int q = 0; q < queries; q++)
+                    for (int p = 0; p < VEC_PARTS; p++)
+                        sum[q * keys + k][p] =
+                            V(fma)(V(load)(query + (q * blocks + block) * 32 + half * 16 + p * VEC_LANES), x[p],
+                                   sum[q * keys + k][p]);
+            }
     float sums[4];
     V(sum16_of_four)((const V(vec) (*)[VEC_PARTS])sum, sums);
     for (int t = 0; t < 4; t++) score[t / keys * ATTENTION_TILE + first + t % keys] = sums[t];
 }
 
-/* mixed[query][unit ...] += sum over j in [first, end) of weight[query][j] * row j, j ascending. */
-INLINE TARGET void V(mix_values)(const int queries, const int units_at_once, enum kv_format format,
-                                 const struct V(tile_rows) *rows, size_t first, size_t end, size_t unit, size_t units,
-                                 size_t width, const float *weight, float *mixed) {
-    V(vec) sum[4][VEC_PARTS]; /* of query q and unit u: q * units_at_once + u */
-    for (int t = 0; t < queries * units_at_once; t++)
+/* mixed[query][i] += sum over j in [first, end) of weight[query][j] * row j [i], j ascending, for the `halves` * 16 values
+ * from (2 * block + half) * 16 on. `queries`, `halves` and `half` are constants at every call. */
+INLINE TARGET void V(mix_values)(const int queries, const int halves, enum kv_format format,
+                                 const struct V(tile_rows) *rows, size_t first, size_t end, size_t block,
+                                 const int half, size_t blocks, size_t width, const float *weight, float *mixed) {
+    V(vec) sum[4][VEC_PARTS]; /* of query q and half h: q * halves + h */
+    mixed += (2 * block + half) * 16;
+    for (int t = 0; t < queries * halves; t++)
         for (int p = 0; p < VEC_PARTS; p++)
-            sum[t][p] = V(load)(mixed + (t / units_at_once * units + unit + t % units_at_once) * 16 + p * VEC_LANES);
-    for (size_t j = first; j < end; j++)
-        for (int u = 0; u < units_at_once; u++) {
+            sum[t][p] = V(load)(mixed + t / halves * blocks * 32 + t % halves * 16 + p * VEC_LANES);
+    for (size_t j = first; j < end; j++) {
+        if (block == 0 && half == 0) V(fetch_next)(format, rows, j, width);
+        for (int h = 0; h < halves; h++) {
             V(vec) x[VEC_PARTS];
-            V(load_unit)(format, rows, j, unit + u, width, x);
+            V(load_half)(format, rows->row[j], block + (half + h) / 2, (half + h) % 2, width, x);
             for (int q = 0; q < queries; q++) {
                 V(vec) w = V(splat)(weight[q * ATTENTION_TILE + j]);
                 for (int p = 0; p < VEC_PARTS; p++)
-                    sum[q * units_at_once + u][p] = V(fma)(w, x[p], sum[q * units_at_once + u][p]);
+                    sum[q * halves + h][p] = V(fma)(w, x[p], sum[q * halves + h][p]);
             }
         }
-    for (int t = 0; t < queries * units_at_once; t++)
+    }
+    for (int t = 0; t < queries * halves; t++)
         for (int p = 0; p < VEC_PARTS; p++)
-            V(store)(mixed + (t / units_at_once * units + unit + t % units_at_once) * 16 + p * VEC_LANES, sum[t][p]);
+            V(store)(mixed + t / halves * blocks * 32 + t % halves * 16 + p * VEC_LANES, sum[t][p]);
 }
 
 /* What is known of one query head after some tiles. */
@@ -103,8 +109,8 @@ struct V(softmax) {
 
 /* Scores in [first, end) become weights relative to the highest score so far, others 0; what was mixed before shrinks
  * with it. */
-INLINE TARGET void V(weigh)(struct V(softmax) *state, float *score, size_t first, size_t end, float *mixed,
-                            size_t units) {
+static TARGET __attribute__((noinline)) void V(weigh)(struct V(softmax) *state, float *score, size_t first,
+                                                      size_t end, float *mixed, size_t blocks) {
     for (size_t j = 0; j < first; j++) score[j] = -INFINITY;
     for (size_t j = end; j < ATTENTION_TILE; j++) score[j] = -INFINITY;
     V(vec) high = V(splat)(state->highest);
@@ -116,7 +122,7 @@ INLINE TARGET void V(weigh)(struct V(softmax) *state, float *score, size_t first
     if (highest > state->highest) {
         V(vec) shrink = V(exp)(V(splat)(state->highest - highest));
         for (int p = 0; p < VEC_PARTS; p++) state->sum[p] = V(mul)(state->sum[p], shrink);
-        for (size_t d = 0; d < units * 16; d += VEC_LANES) V(store)(mixed + d, V(mul)(V(load)(mixed + d), shrink));
+        for (size_t d = 0; d < blocks * 32; d += VEC_LANES) V(store)(mixed + d, V(mul)(V(load)(mixed + d), shrink));
         state->highest = highest;
     }
     for (size_t j = 0; j < ATTENTION_TILE; j += VEC_LANES)
@@ -129,47 +135,90 @@ INLINE TARGET void V(weigh)(struct V(softmax) *state, float *score, size_t first
 
 /* One tile for `queries` query heads (1, 2 or 4) that share a key-value head. */
 INLINE TARGET void V(attend_tile)(const int queries, enum kv_format format, const struct V(tile_rows) *keys,
-                                  const struct V(tile_rows) *values, size_t first, size_t end, size_t units,
+                                  const struct V(tile_rows) *values, size_t first, size_t end, size_t blocks,
                                   size_t width, const float *query, struct V(softmax) *state, float *mixed) {
     _Alignas(64) float score[4 * ATTENTION_TILE];
     for (size_t j = first / 4 * 4; j < end; j += 4 / queries)
-        V(score_keys)(queries, 4 / queries, format, keys, j, units, width, query, score);
+        V(score_keys)(queries, 4 / queries, format, keys, j, blocks, width, query, score);
     for (int q = 0; q < queries; q++)
-        V(weigh)(state + q, score + q * ATTENTION_TILE, first, end, mixed + q * units * 16, units);
-    size_t unit = 0;
-    for (; unit + 4 / queries <= units; unit += 4 / queries)
-        V(mix_values)(queries, 4 / queries, format, values, first, end, unit, units, width, score, mixed);
-    for (; unit < units; unit++)
-        V(mix_values)(queries, 1, format, values, first, end, unit, units, width, score, mixed);
+        V(weigh)(state + q, score + q * ATTENTION_TILE, first, end, mixed + q * blocks * 32, blocks);
+    size_t block = 0;
+    if (queries == 1)
+        for (; block + 2 <= blocks; block += 2)
+            V(mix_values)(1, 4, format, values, first, end, block, 0, blocks, width, score, mixed);
+    for (; block < blocks; block++)
+        if (queries == 4) {
+            V(mix_values)(queries, 1, format, values, first, end, block, 0, blocks, width, score, mixed);
+            V(mix_values)(queries, 1, format, values, first, end, block, 1, blocks, width, score, mixed);
+        } else V(mix_values)(queries, 2, format, values, first, end, block, 0, blocks, width, score, mixed);
 }
 
+/* attend_tile for each format and number of queries, compiled apart: one function of all of them takes compilers
+ * minutes. The portable copy has one, slow to run and quick to compile. */
+typedef void V(tile_function)(enum kv_format, const struct V(tile_rows) *, const struct V(tile_rows) *, size_t, size_t,
+                              size_t, size_t, const float *, struct V(softmax) *, float *);
+#define TILE_FUNCTION(name, queries, constant_format)                                                                 \
+    static TARGET __attribute__((noinline)) void V(name)(                                                             \
+        enum kv_format format, const struct V(tile_rows) *keys, const struct V(tile_rows) *values, size_t first,      \
+        size_t end, size_t blocks, size_t width, const float *query, struct V(softmax) *state, float *mixed) {        \
+        (void)format;                                                                                                 \
+        V(attend_tile)(queries, constant_format, keys, values, first, end, blocks, width, query, state, mixed);       \
+    }
+#if VECTOR_ISA
+#define MAX_QUERIES 4
+#define TILE_FUNCTIONS(format) \
+    TILE_FUNCTION(tile_1_##format, 1, format) \
+    TILE_FUNCTION(tile_2_##format, 2, format) \
+    TILE_FUNCTION(tile_4_##format, 4, format)
+TILE_FUNCTIONS(KV_FLOAT32)
+TILE_FUNCTIONS(KV_FLOAT16)
+TILE_FUNCTIONS(KV_BFLOAT16)
+TILE_FUNCTIONS(KV_Q8_0)
+TILE_FUNCTIONS(KV_Q4_0)
+#define EACH_QUERIES(format) [format] = {V(tile_1_##format), V(tile_2_##format), V(tile_4_##format)}
+static V(tile_function) *const V(tile_functions)[KV_FORMAT_COUNT][3] = {
+    EACH_QUERIES(KV_FLOAT32), EACH_QUERIES(KV_FLOAT16), EACH_QUERIES(KV_BFLOAT16), EACH_QUERIES(KV_Q8_0),
+    EACH_QUERIES(KV_Q4_0),
+};
+#undef TILE_FUNCTIONS
+#undef EACH_QUERIES
+#else
+#define MAX_QUERIES 1
+TILE_FUNCTION(tile_1, 1, format)
+static V(tile_function) *const V(tile_functions)[KV_FORMAT_COUNT][1] = {
+    {V(tile_1)}, {V(tile_1)}, {V(tile_1)}, {V(tile_1)}, {V(tile_1)},
+};
+#endif
+#undef TILE_FUNCTION
+
 /* Query heads [head, head_end) of one row. */
-INLINE TARGET void V(attend)(enum kv_format format, const struct attention *op, size_t row, size_t head,
-                             size_t head_end) {
+static TARGET void V(attend)(const struct attention *op, size_t row, size_t head, size_t head_end) {
     const struct kv_pages *pages = &op->pages;
-    size_t dim = pages->head_dim, units = attention_units(format, dim), group = op->num_heads / pages->num_kv_heads;
+    enum kv_format format = pages->format;
+    size_t dim = pages->head_dim, blocks = attention_blocks(dim), group = op->num_heads / pages->num_kv_heads;
     size_t block = pages->block_size, head_nbytes = kv_row_nbytes(format, dim);
     size_t token_nbytes = pages->num_kv_heads * head_nbytes, layer_nbytes = 2 * block * token_nbytes;
     size_t end = (size_t)pages->positions[row] + 1, start = attention_start(op, row);
     const uint32_t *table = pages->tables + pages->table_starts[row];
     size_t count = head_end - head;
 
-    _Alignas(64) float query[ATTENTION_FLOATS], mixed[ATTENTION_FLOATS]; /* [count][units * 16] */
+    _Alignas(64) float query[ATTENTION_FLOATS], mixed[ATTENTION_FLOATS]; /* [count][blocks * 32] */
     struct V(softmax) state[ATTENTION_HEADS];
-    memset(query, 0, count * units * 16 * sizeof *query);
-    memset(mixed, 0, count * units * 16 * sizeof *mixed);
+    memset(query, 0, count * blocks * 32 * sizeof *query);
+    memset(mixed, 0, count * blocks * 32 * sizeof *mixed);
     for (size_t h = 0; h < count; h++) {
         const float *from = op->queries + (row * op->num_heads + head + h) * dim;
-        for (size_t d = 0; d < dim; d++) query[h * units * 16 + d] = from[d] * op->scale;
+        for (size_t d = 0; d < dim; d++) query[h * blocks * 32 + d] = from[d] * op->scale;
         state[h].highest = -INFINITY;
         for (int p = 0; p < VEC_PARTS; p++) state[h].sum[p] = V(zero)();
     }
     for (size_t from = start / ATTENTION_TILE * ATTENTION_TILE; from < end; from += ATTENTION_TILE) {
         size_t tile_first = start > from ? start - from : 0;
         size_t tile_end = end - from < ATTENTION_TILE ? end - from : ATTENTION_TILE;
-        const uint8_t *token[ATTENTION_TILE];
-        for (size_t j = 0; j < ATTENTION_TILE; j++) {
-            size_t position = from + (j < tile_first ? tile_first : j < tile_end ? j : tile_end - 1);
+        const uint8_t *token[2 * ATTENTION_TILE]; /* of this tile and of the next */
+        for (size_t j = 0; j < 2 * ATTENTION_TILE; j++) {
+            size_t position = from + (j < tile_first ? tile_first : j);
+            if (position >= end) position = end - 1;
             token[j] = pages->bytes + table[position / block] * pages->page_stride + pages->layer * layer_nbytes +
                        position % block * token_nbytes;
         }
@@ -180,49 +229,35 @@ INLINE TARGET void V(attend)(enum kv_format format, const struct attention *op, 
             for (size_t j = 0; j < ATTENTION_TILE; j++) {
                 keys.row[j] = token[j] + kv_head * head_nbytes;
                 values.row[j] = keys.row[j] + block * token_nbytes;
-            }
-            if (format == KV_Q8_0 || format == KV_Q4_0) {
-                V(load_scales)(format, &keys, units / 2);
-                V(load_scales)(format, &values, units / 2);
+                keys.next[j] = token[ATTENTION_TILE + j] + kv_head * head_nbytes;
+                values.next[j] = keys.next[j] + block * token_nbytes;
             }
             for (size_t done = 0, step; done < shared; done += step) {
-                float *q = query + (h + done) * units * 16, *m = mixed + (h + done) * units * 16;
+                float *q = query + (h + done) * blocks * 32, *m = mixed + (h + done) * blocks * 32;
                 struct V(softmax) *s = state + h + done;
-                step = shared - done >= 4 ? 4 : shared - done >= 2 ? 2 : 1;
-                if (step == 4)
-                    V(attend_tile)(4, format, &keys, &values, tile_first, tile_end, units, dim, q, s, m);
-                else if (step == 2)
-                    V(attend_tile)(2, format, &keys, &values, tile_first, tile_end, units, dim, q, s, m);
-                else V(attend_tile)(1, format, &keys, &values, tile_first, tile_end, units, dim, q, s, m);
+                int queries = shared - done >= 4 && MAX_QUERIES >= 4 ? 4 : shared - done >= 2 && MAX_QUERIES >= 2 ? 2 : 1;
+                V(tile_functions)[format][queries / 2](format, &keys, &values, tile_first, tile_end, blocks, dim, q, s, m);
+                step = (size_t)queries;
             }
             at_once = shared;
         }
     }
     for (size_t h = 0; h < count; h++) {
         float total = V(sum16)(state[h].sum), *out = op->out + (row * op->num_heads + head + h) * dim;
-        for (size_t d = 0; d < dim; d++) out[d] = mixed[h * units * 16 + d] / total;
+        for (size_t d = 0; d < dim; d++) out[d] = mixed[h * blocks * 32 + d] / total;
     }
 }
 
 /* Task t is head t % num_heads of row t / num_heads; as many heads of a row at once as there is room for. */
-INLINE TARGET void V(attention_in)(enum kv_format format, const struct attention *op, size_t begin, size_t end) {
-    size_t most = ATTENTION_FLOATS / (16 * attention_units(format, op->pages.head_dim));
+static TARGET void V(attention)(const struct attention *op, size_t begin, size_t end) {
+    size_t most = ATTENTION_FLOATS / (32 * attention_blocks(op->pages.head_dim));
     if (most > ATTENTION_HEADS) most = ATTENTION_HEADS;
     while (begin < end) {
         size_t row = begin / op->num_heads, head = begin % op->num_heads, count = op->num_heads - head;
         if (count > end - begin) count = end - begin;
         if (count > most) count = most;
-        V(attend)(format, op, row, head, head + count);
+        V(attend)(op, row, head, head + count);
         begin += count;
     }
 }
-
-static TARGET void V(attention)(const struct attention *op, size_t begin, size_t end) {
-    switch (op->pages.format) {
-    case KV_FLOAT32: V(attention_in)(KV_FLOAT32, op, begin, end); break;
-    case KV_FLOAT16: V(attention_in)(KV_FLOAT16, op, begin, end); break;
-    case KV_BFLOAT16: V(attention_in)(KV_BFLOAT16, op, begin, end); break;
-    case KV_Q8_0: V(attention_in)(KV_Q8_0, op, begin, end); break;
-    default: V(attention_in)(KV_Q4_0, op, begin, end);
-    }
-}
+#undef MAX_QUERIES

@@ -20,7 +20,6 @@
 #define ATTENTION_FLOATS 4096           /* of queries that one pass over the pages serves: they stay in the first level */
 #define ATTENTION_HEADS 64              /* query heads that one pass serves */
 #define MAX_HEAD_DIM 512
-#define MAX_HEAD_BLOCKS (MAX_HEAD_DIM / KV_QUANT_BLOCK)
 #define MAX_TILE_ROWS 4
 #define MAX_TILE_OUTS 4
 
@@ -66,10 +65,8 @@ static inline size_t attention_start(const struct attention *op, size_t row) {
     return op->window && op->window < end ? end - op->window : 0;
 }
 
-/* Pieces of 16 values in a head's row, padding included. */
-static inline size_t attention_units(enum kv_format format, size_t head_dim) {
-    return kv_values_per_block(format) == 1 ? (head_dim + 15) / 16 : (head_dim + 31) / 32 * 2;
-}
+/* Blocks of 32 values in a head's row, the last one filled up with zeros. */
+static inline size_t attention_blocks(size_t head_dim) { return (head_dim + KV_QUANT_BLOCK - 1) / KV_QUANT_BLOCK; }
 
 #define INLINE static inline __attribute__((always_inline))
 #define JOIN_(name, suffix) name##_##suffix

@@ -21,6 +21,11 @@ INLINE TARGET V(vec) V(load_bf16)(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+INLINE TARGET V(vec) V(splat_f16)(const void *p) {
+    int16_t half;
+    memcpy(&half, p, sizeof half);
+    return _mm512_cvtph_ps(_mm256_set1_epi16(half));
+}
 INLINE TARGET void V(int8_lanes)(__m128i sixteen, V(vec) x[1]) {
     x[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
 }
@@ -54,6 +59,11 @@ INLINE TARGET V(vec) V(load_f16)(const uint16_t *p) { return _mm256_cvtph_ps(_mm
 INLINE TARGET V(vec) V(load_bf16)(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE TARGET V(vec) V(splat_f16)(const void *p) {
+    int16_t half;
+    memcpy(&half, p, sizeof half);
+    return _mm256_cvtph_ps(_mm_set1_epi16(half));
 }
 INLINE TARGET void V(int8_lanes)(__m128i sixteen, V(vec) x[2]) {
     x[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(sixteen));
@@ -89,6 +99,11 @@ INLINE V(vec) V(load)(const float *p) { EACH_LANE(p[l]); }
 INLINE void V(store)(float *p, V(vec) a) { memcpy(p, a.lane, sizeof a.lane); }
 INLINE V(vec) V(load_f16)(const uint16_t *p) { EACH_LANE(float_from_f16(p[l])); }
 INLINE V(vec) V(load_bf16)(const uint16_t *p) { EACH_LANE(float_from_bf16(p[l])); }
+INLINE V(vec) V(splat_f16)(const void *p) {
+    uint16_t half;
+    memcpy(&half, p, sizeof half);
+    return V(splat)(float_from_f16(half));
+}
 INLINE void V(load_int8)(const int8_t *p, V(vec) x[1]) {
     for (int l = 0; l < 16; l++) x[0].lane[l] = p[l];
 }
