@@ -154,6 +154,10 @@ class Dispatcher:
         # Release, after the entries: the worker reads the count first.
         self._arena.store_u32(Section.SEQUENCES, request.row, 2, len(table))
 
+    def _clear_block_table(self, request: Request) -> None:
+        """Before others get its pages: who reads the row from outside must not take their pages for its own."""
+        self._arena.store_u32(Section.SEQUENCES, request.row, 2, 0)
+
     def _note_new_owner(self, page: int) -> None:
         """To be called before the new owner can write the page: who still reads it for an old one has to see that."""
         generation = self.scheduler.cache.generation(page)
@@ -233,6 +237,7 @@ class Dispatcher:
         self._send_new_tokens(request)
         match request.state:
             case RequestState.PREEMPTING:
+                self._clear_block_table(request)
                 self.scheduler.requeue(request)
                 self._grant_stalled()
             case RequestState.MIGRATING:
@@ -311,6 +316,7 @@ class Dispatcher:
 
     def _end(self, request: Request, tokens: bytes, finish: FinishReason, error: str | None) -> None:
         if request.row >= 0:
+            self._clear_block_table(request)
             self.scheduler.release(request)
             self._grant_stalled()
             self._defragment_when_halted()

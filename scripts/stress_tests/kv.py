@@ -45,6 +45,7 @@ CLIENTS_PER_WORKER = 3
 KILL_SECONDS = 2.5  # on the average
 ANSWER_SECONDS = 60.0  # without a token for so long a request counts as standing still
 PUBLICATIONS = 100_000
+PUBLICATION_SECONDS = 600.0
 SMALL = Geometry(
     num_layers=1, num_experts=8, num_pages=2, page_nbytes=4096, max_sequences=1, max_model_len=64, num_processes=2
 )
@@ -152,39 +153,40 @@ class Load:
 
 
 def watch_pages(instance: str, geometry: Geometry, seed: int, stop: Any, results: Any) -> None:
-    """A reader process (G3): pages that it kept have their bytes as long as they have their generation.
-
-    Only pages that were full in two looks are kept: those of a running sequence are still being written.
-    """
+    """A reader process (G3): full pages that it kept have their bytes for as long as they have their generation."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    reader, chance = PageReader(instance, geometry), random.Random(seed)
+    reader, segment, chance = PageReader(instance, geometry), Segment.attach(instance, geometry), random.Random(seed)
     checked = stale = wrong = 0
     kept: dict[int, tuple[int, bytes]] = {}
-    settled: dict[int, tuple[int, bytes]] = {}
     while not stop.is_set():
-        page = chance.randint(1, geometry.num_pages)
-        generation = reader.generation(page)
-        try:
-            bytes_now = reader.read(page, generation)
-            if generation and kept.get(page) == (generation, bytes_now) and _last_row_is_written(bytes_now, geometry):
-                settled.setdefault(page, (generation, bytes_now))
-            kept[page] = generation, bytes_now
-        except StalePage:
-            kept.pop(page, None)
-        for old_page, (old_generation, old_bytes) in list(settled.items()):
+        row, block = chance.randrange(geometry.max_sequences), chance.randrange(geometry.max_blocks)
+        before = _full_page(segment, row, block)
+        if before:
+            generation = reader.generation(before)
+            copy = reader.view(before).tobytes()
+            # Looked up again: the row may have got another sequence meanwhile, whose pages fill up yet.
+            if _full_page(segment, row, block) == before and reader.generation(before) == generation:
+                kept.setdefault(before, (generation, copy))
+        for page, (generation, copy) in list(kept.items()):
             try:
                 checked += 1
-                wrong += reader.read(old_page, old_generation) != old_bytes
+                if reader.read(page, generation) != copy:
+                    wrong += 1
+                    del kept[page]
             except StalePage:
                 stale += 1
-                del settled[old_page]
+                del kept[page]
         time.sleep(0.002)
     results.put((checked, stale, wrong))
 
 
-def _last_row_is_written(page: bytes, geometry: Geometry) -> bool:
-    """Whether no row of the page was zero, as all are at first; pages that were used before never are."""
-    return bool(np.frombuffer(page, np.uint8).reshape(2 * geometry.block_size, -1).any(axis=1).all())
+def _full_page(segment: Segment, row: int, block: int) -> int:
+    """The page at an index of a sequence's block table if all its tokens are committed, else 0."""
+    page = int(segment.view(Section.BLOCK_TABLES)[row, block])
+    committed = segment.arena.load_u64(Section.SEQUENCES, row, 0)
+    granted = segment.arena.load_u32(Section.SEQUENCES, row, 2)
+    block_size = segment.layout.geometry.block_size
+    return page if block < granted and (block + 1) * block_size <= committed else 0
 
 
 def publish(name: str, rounds: int) -> None:
@@ -221,7 +223,7 @@ def check_publication(report: Report, rounds: int) -> None:
         children += [context.Process(target=verify, args=(name, reader, rounds, results)) for reader in range(2)]
         for child in children:
             child.start()
-        wrong = results.get() + results.get()
+        wrong = sum(results.get(timeout=PUBLICATION_SECONDS) for _ in range(2))
         for child in children:
             child.join()
         segment.close()
@@ -294,7 +296,7 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
         ]
         for reader in readers:
             reader.start()
-        load = Load(backend, answers, report)
+        load = Load(backend, answers, report, options.seed)
         load.start()
         murderer = threading.Thread(target=killer, args=(backend, load, chance, kills), daemon=True)
         murderer.start()

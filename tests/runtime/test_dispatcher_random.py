@@ -270,6 +270,8 @@ class RandomEvents:
 
     def check(self) -> None:
         self.cache.check()
+        for row in set(range(self.instance.geometry.max_sequences)) - set(self.instance.scheduler.running):
+            assert self.instance.room(row) == 0
         for request in self.instance.scheduler.running.values():
             assert request.client not in self.aborted or request.state is RequestState.ABORTING
             table = self.cache.block_table(request.sequence)
