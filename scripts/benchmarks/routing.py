@@ -289,13 +289,16 @@ def print_table(results: list[Result]) -> None:
     rows: dict[tuple[str, str, int], dict[tuple[int, int], str]] = {}
     for r in results:
         text = f"{r.ns_per_token:,.0f}" if r.ns_per_token >= 100 else f"{r.ns_per_token:.1f}"
-        rows.setdefault((r.mode, r.name, r.processes), {})[r.experts, r.top_k] = text
+        cell = text if r.median_of else f"({text})"
+        rows.setdefault((r.mode, r.name, r.processes), {})[r.experts, r.top_k] = cell
     for (mode, name, processes), cells in sorted(rows.items(), key=lambda item: item[0][0], reverse=True):
         suffix = ", two processes" if processes == 2 else ""
         table.add_row(f"{mode}: {name}{suffix}", *(cells.get(shape, "") for shape in SHAPES))
     table.add_row("the Rust original, on another machine", *(f"{ORIGINAL[shape]:,}" for shape in SHAPES))
     console = Console(width=110)
     console.print(table)
+    if any(not r.median_of for r in results):
+        console.print("(in brackets: the machine was busy and no sample counts; medians of all instead)")
     for experts, top_k in (SHAPES[1], SHAPES[-1]):
         p99 = single_route_p99(experts, top_k, 0.5)
         console.print(f"p99 of a single route with timing metrics on, {experts} experts, top {top_k}: {p99:.2f} us")
