@@ -158,7 +158,8 @@ def watch_pages(instance: str, geometry: Geometry, seed: int, stop: Any, results
     reader, segment, chance = PageReader(instance, geometry), Segment.attach(instance, geometry), random.Random(seed)
     checked = stale = wrong = 0
     kept: dict[int, tuple[int, bytes]] = {}
-    while not stop.is_set():
+    parent = os.getppid()
+    while not stop.is_set() and os.getppid() == parent:  # the parent may be killed
         row, block = chance.randrange(geometry.max_sequences), chance.randrange(geometry.max_blocks)
         before = _full_page(segment, row, block)
         if before:
