@@ -164,9 +164,7 @@ class ExpertMixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """x [T, H], weights and chosen [T, K], gate_up [E, 2 I, H], down [E, H, I] -> [T, H]."""
         tokens, top_k = chosen.shape
         flat = chosen.flatten()
@@ -237,9 +235,7 @@ class Attention(nn.Module):
         super().__init__()
         width = shape.hidden_size
         self.heads = shape.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(width, width, bias=False) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.q_norm, self.k_norm = RMSNorm(width, shape.rms_norm_eps), RMSNorm(width, shape.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -380,9 +376,7 @@ class Muon:
         columns = parameter.shape[-1]
         direction = gradient.lerp(buffer, self.momentum).view(-1, rows, columns)
         parameter.mul_(1 - rate * self.weight_decay)
-        parameter.add_(
-            orthogonalised(direction).view_as(parameter), alpha=-rate * 0.2 * math.sqrt(max(rows, columns))
-        )
+        parameter.add_(orthogonalised(direction).view_as(parameter), alpha=-rate * 0.2 * math.sqrt(max(rows, columns)))
 
     def step(self, rate: float, pool: ThreadPoolExecutor) -> None:
         jobs = [
@@ -698,9 +692,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work-dir", type=Path, default=Path.home() / ".cache" / "hotset" / "train")
     parser.add_argument("--out", type=Path, default=TRAINED_DIR, help="folder of the exported model")
     parser.add_argument("--tokens", type=float, default=40e6, help="token budget of the whole run")
-    parser.add_argument(
-        "--deadline", default="9999-01-01", help="HH:MM (UTC) or ISO time of the end, if earlier"
-    )
+    parser.add_argument("--deadline", default="9999-01-01", help="HH:MM (UTC) or ISO time of the end, if earlier")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--window", type=int, default=1024, help="context of --evaluate")

@@ -26,9 +26,7 @@ def corpus_files(root: Path | None = None) -> list[Path]:
     root = root or stdlib_root()
     files = (path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size <= MAX_FILE_BYTES)
     return sorted(
-        path
-        for path in files
-        if not EXCLUDED_PARTS & set(path.parts) and not path.name.startswith("_sysconfigdata")
+        path for path in files if not EXCLUDED_PARTS & set(path.parts) and not path.name.startswith("_sysconfigdata")
     )
 
 

@@ -73,9 +73,7 @@ def test_E8_a_row_that_pages_cannot_hold_fails_its_sequence_and_no_other(tmp_pat
     bad = 2040
     good = [list(range(100 + 7 * number, 130 + 7 * number)) for number in range(3)]
     params = SamplingParams(temperature=0, max_tokens=24, routing="off", ignore_eos=True, logit_bias={bad: -100.0})
-    with Backend(
-        model_without_a_number(tmp_path / "model", bad), workers=1, kv_cache_dtype=kv_cache_dtype
-    ) as backend:
+    with Backend(model_without_a_number(tmp_path / "model", bad), workers=1, kv_cache_dtype=kv_cache_dtype) as backend:
         expected = [backend.generate(prompt, params).token_ids for prompt in good]
         streams = [backend.stream(prompt, params) for prompt in [good[0], [5, 6, bad, 7], good[1], good[2]]]
         with pytest.raises(RequestFailed, match=rf"position 2 in layer 0 reach nan .* {kv_cache_dtype} cannot hold"):

@@ -236,9 +236,7 @@ def test_arguments_outside_are_refused() -> None:
     format, layer, tables, starts, positions = pages.format_and_places
     out = np.empty_like(queries)
     with pytest.raises(ValueError, match="page 99, expected less than 3"):
-        _kernels.attention(
-            queries, pages.array, format, layer, np.array([1, 99], np.uint32), starts, positions, 0, out
-        )
+        _kernels.attention(queries, pages.array, format, layer, np.array([1, 99], np.uint32), starts, positions, 0, out)
     with pytest.raises(ValueError, match="row 16 at position 16 lies outside its block table"):
         _kernels.attention(queries, pages.array, format, layer, tables[:1], starts, positions, 0, out)
     with pytest.raises(ValueError, match="layer is 2, expected 0 <= layer < 2"):
