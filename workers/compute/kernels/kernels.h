@@ -16,7 +16,7 @@
 #endif
 
 #define WEIGHT_BLOCK_BYTES (256 * 1024) /* about half of a second-level cache */
-#define ATTENTION_TILE 32               /* positions; a multiple of 16 */
+#define ATTENTION_TILE 16               /* positions; a multiple of 16; longer ones overflow the caches with fetched rows */
 #define ATTENTION_FLOATS 4096           /* of queries that one pass over the pages serves: they stay in the first level */
 #define ATTENTION_HEADS 64              /* query heads that one pass serves */
 #define MAX_HEAD_DIM 512
