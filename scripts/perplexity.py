@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Perplexity of a model on held-out text with KV pages of each format, beside the memory that they take.
 
-    .venv/bin/python -P scripts/perplexity.py [--model FOLDER] [--tokens 24576] [--threads 2] [--json]
+    .venv/bin/python scripts/perplexity.py [--model FOLDER] [--tokens 24576] [--threads 2] [--json]
 
 Our own forward pass in this process, experts straight from the checkpoint. Windows of the model's context length,
 spread over the held-out files (training_corpus.py), the same ones for all formats. A chunk's rows go through the pages:
