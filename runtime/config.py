@@ -67,7 +67,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         routing: "off" selects by gate logits alone, and only then is text repeatable. The others prefer resident
             experts: "bonus" adds `cache_bonus` to their logits; "range" adds `range_strength` times the running mean
             of a layer's max - min; "mass" replaces others by them while the gate probability given up by a token
-            stays within `mass_budget`. See `RouterConfig`.
+            stays within `mass_budget`. See `RouterConfig`. The default, a mild "range", has not been calibrated
+            against perplexity: on the shipped model it gives up 0.8 % of the gate's probability mass.
         prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
             model 2 to 7 % of them were used before they went again, so the default is "off".
         eviction: which expert goes when a slot is needed.
@@ -83,9 +84,9 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str = str(TRAINED_MODEL)
     workers: int = msgspec.field(default_factory=_default_workers)
     expert_budget: str | int = "50%"
-    routing: RoutingPolicy = "bonus"
+    routing: RoutingPolicy = "range"
     cache_bonus: float = 0.15
-    range_strength: float = 0.2
+    range_strength: float = 0.1
     mass_budget: float = 0.004
     prefetch: PrefetchPolicy = "off"
     eviction: EvictionPolicy = "affinity"
