@@ -70,12 +70,14 @@ static uint32_t route(struct role *role, uint32_t layer, int32_t *ids) {
     struct route_snapshot snapshot;
     struct route_tally tally;
     float logits[MAX_ROWS * EXPERTS], weights[MAX_ROWS * TOP_K];
-    uint64_t missing[ROUTE_WORDS] = {0}, began = clock_nanoseconds();
+    uint64_t began = clock_nanoseconds();
     for (uint32_t i = 0; i < rows * EXPERTS; i++) logits[i] = (float)draw(role, 1u << 20) / (1 << 18);
     route_snapshot_take(&snapshot, &arena, layer, 1);
-    route_tally_begin(&tally, &rule, rows, &snapshot);
+    route_tally_begin(&tally, &arena, &snapshot);
+    memset(tally.selections, 0, sizeof tally.selections);
     kernels[draw(role, kernel_count)]->rows(&rule, &call, &snapshot, &boosts, logits, rows, ids, weights, &tally);
-    route_account(&context, rows, ids, &snapshot, &tally, missing);
+    uint64_t hits = route_account_selections(&context, rows, ids, &snapshot, &tally);
+    route_account_call(&context, rows, hits, &snapshot, &tally);
     latency_record(&arena, role->process, HISTOGRAM_ROUTING, clock_nanoseconds() - began, rows);
     role->routed += rows;
     for (uint32_t expert = 0; expert < EXPERTS; expert++)
