@@ -12,7 +12,7 @@ import select
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -157,12 +157,13 @@ class Backend:
         if isinstance(prompts, str) or not len(prompts) or isinstance(prompts[0], int | np.integer):
             return self._complete(prompts, params)  # type: ignore[arg-type]
         batch: list[Any] = list(prompts)
-        streams = [(self._prompt_ids(prompt), self.stream(prompt, params)) for prompt in batch]
-        return [_join(len(ids), pieces) for ids, pieces in streams]
+        encoded = [self._prompt_ids(prompt) for prompt in batch]
+        streams = [self.stream(ids, params) for ids in encoded]
+        return [join_pieces(len(ids), pieces) for ids, pieces in zip(encoded, streams, strict=True)]
 
     def _complete(self, prompt: Prompt, params: SamplingParams | None) -> Completion:
         ids = self._prompt_ids(prompt)
-        return _join(len(ids), self.stream(ids, params))
+        return join_pieces(len(ids), self.stream(ids, params))
 
     def _prompt_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)
@@ -360,7 +361,8 @@ class Backend:
         return self._coordinator.pid
 
 
-def _join(prompt_tokens: int, pieces: Iterator[Piece]) -> Completion:
+def join_pieces(prompt_tokens: int, pieces: Iterable[Piece]) -> Completion:
+    """The whole answer of a stream."""
     parts = list(pieces)
     return Completion(
         "".join(piece.text for piece in parts),

@@ -43,7 +43,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text and table.")] = False,
 ) -> None:
     """Continue the prompts, streaming the text as it comes, and say what it took."""
-    from hotset.runtime.backend import Backend, Completion, Piece
+    from hotset.runtime.backend import Backend, Completion, Piece, join_pieces
     from hotset.runtime.sampling_params import SamplingParams
 
     settings: dict[str, Any] = {
@@ -78,14 +78,7 @@ def generate(
                 pieces.append(piece)
                 if not as_json:
                     print(piece.text, end="", flush=True)
-            completions.append(
-                Completion(
-                    "".join(piece.text for piece in pieces),
-                    [token for piece in pieces for token in piece.token_ids],
-                    pieces[-1].finish_reason or "abort",
-                    0,
-                )
-            )
+            completions.append(join_pieces(0, pieces))
         seconds = time.monotonic() - began
         stats = backend.stats()
     report = _report(completions, seconds, stats)

@@ -64,7 +64,6 @@ class Request:
         "prompt",
         "row",
         "salt",
-        "seed",
         "sequence",
         "state",
         "worker",

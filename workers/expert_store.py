@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.shm.layout import WeightFormat
 
-CHUNK_NBYTES = 4 << 20  # between two chunks the pager may look for something more urgent
+CHUNK_NBYTES = 4 << 20  # one read of at most this much
 
 _FORMATS = {"float32": WeightFormat.FLOAT32, "float16": WeightFormat.FLOAT16, "bfloat16": WeightFormat.BFLOAT16}
 
@@ -42,9 +41,7 @@ class ExpertStore:
         self._files: dict[str, int] = {}
         self.nbytes = checkpoint.expert_nbytes
 
-    def read(
-        self, expert_id: int, slot: npt.NDArray[np.uint8], between_chunks: Callable[[], None] = lambda: None
-    ) -> tuple[int, WeightFormat]:
+    def read(self, expert_id: int, slot: npt.NDArray[np.uint8]) -> tuple[int, WeightFormat]:
         """Fills the first `nbytes` of `slot`; returns checksum and format, or raises `ExpertReadError`."""
         layer, expert = divmod(expert_id, self._num_experts)
         location = self._checkpoint.expert(layer, expert)
@@ -56,7 +53,6 @@ class ExpertStore:
                 chunk = memory[filled : filled + min(CHUNK_NBYTES, tensor.nbytes - start)]
                 self._read_chunk(path, tensor.offset + start, chunk, layer, expert)
                 filled += len(chunk)
-                between_chunks()
         checksum = xxhash.xxh3_64_intdigest(memory[:filled])
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
