@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hotset.runtime.errors import BackendError as BackendError
     from hotset.runtime.errors import BudgetTooSmall as BudgetTooSmall
     from hotset.runtime.errors import HotsetError as HotsetError
+    from hotset.runtime.errors import MemoryTooSmall as MemoryTooSmall
     from hotset.runtime.errors import RequestFailed as RequestFailed
     from hotset.runtime.errors import RequestTooLong as RequestTooLong
     from hotset.runtime.kv.cache import Admission as Admission
@@ -50,7 +51,7 @@ _MODULES = {
     "affinity": ("AffinityConfig", "ExpertAffinity"),
     "backend": ("Backend", "Completion", "Piece"),
     "config": ("BackendConfig",),
-    "errors": ("BackendError", "BudgetTooSmall", "HotsetError", "RequestFailed", "RequestTooLong"),
+    "errors": ("BackendError", "BudgetTooSmall", "HotsetError", "MemoryTooSmall", "RequestFailed", "RequestTooLong"),
     "metrics": ("Latency", "MoeMetrics", "MoeMetricsSummary"),
     "kv.cache": ("Admission", "PagedKvCache"),
     "kv.errors": ("OutOfBounds", "OutOfPages", "UnknownSequence"),

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.completion import FinishReason
-from hotset.runtime.config import TRAINED_MODEL, BackendConfig, InstancePlan, plan_instance
+from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, RequestFailed
 from hotset.runtime.messages import (
     Abort,
@@ -45,6 +45,7 @@ from hotset.runtime.messages import (
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
+from hotset.runtime.plan import InstancePlan, plan_instance
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.stats import BackendStats
 from hotset.runtime.stop_strings import StopStrings

@@ -33,7 +33,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="The text ends before this string.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
     workers: Annotated[int | None, typer.Option(help="Serving processes.")] = None,
-    expert_budget: Annotated[str, typer.Option(help="Memory for experts: 50%, 500MB, 4GiB ...")] = "50%",
+    memory: Annotated[str | None, typer.Option(help="For everything: 4GiB ...; as many experts as fit.")] = None,
+    expert_budget: Annotated[str | None, typer.Option(help="For experts alone: 50%, 500MB ...; default 50%.")] = None,
     routing: Annotated[str | None, typer.Option(help="Routing policy; off is the model's own choice.")] = None,
     eviction: Annotated[str | None, typer.Option(help="Which expert goes: affinity or lru.")] = None,
     prefetch: Annotated[str | None, typer.Option(help="off, or displaced: what routing passed over.")] = None,
@@ -47,6 +48,7 @@ def generate(
     from hotset.runtime.sampling_params import SamplingParams
 
     settings: dict[str, Any] = {
+        "memory": memory,
         "expert_budget": expert_budget,
         "workers": workers,
         "routing": routing,
@@ -67,6 +69,8 @@ def generate(
         ignore_eos=ignore_eos,
     )
     with Backend(model, **settings) as backend:
+        if memory is not None:
+            print(f"hotset: {backend.plan.memory}", file=sys.stderr)
         began = time.monotonic()
         streams = [backend.stream(text, params) for text in prompt]
         completions: list[Completion] = []

@@ -23,6 +23,18 @@ class BudgetTooSmall(BackendError):
         self.needed = needed
 
 
+class MemoryTooSmall(BackendError):
+    """`memory` cannot hold `needed` bytes: all that is not experts, and the `slots` least that cannot deadlock."""
+
+    def __init__(self, given: int, needed: int, slots: int) -> None:
+        super().__init__(
+            f"memory is {given} bytes, but the processes, the dense weights, the KV pages and the {slots} experts "
+            f"that must fit at least need {needed}; give more memory, fewer workers or a smaller kv_cache_memory"
+        )
+        self.given = given
+        self.needed = needed
+
+
 class RequestFailed(HotsetError):
     """A request ended without an answer; the message says why."""
 

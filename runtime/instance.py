@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotset.runtime.config import InstancePlan
+from hotset.runtime.plan import InstancePlan
 from hotset.shm.layout import ArenaState
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects, remove_stale_instances

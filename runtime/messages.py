@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from hotset.runtime.completion import FinishReason
-from hotset.runtime.config import BackendConfig, InstancePlan
+from hotset.runtime.config import BackendConfig
+from hotset.runtime.plan import InstancePlan
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.stats import BackendStats
 

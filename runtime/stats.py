@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.config import InstancePlan
 from hotset.runtime.metrics import Latency, MoeMetrics
+from hotset.runtime.plan import InstancePlan
 from hotset.runtime.scheduler import Scheduler
 from hotset.shm.counters import Counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS

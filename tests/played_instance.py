@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hotset.runtime.config import BackendConfig, InstancePlan
+from hotset.runtime.config import BackendConfig
 from hotset.runtime.dispatcher import Dispatcher
 from hotset.runtime.messages import Generated
+from hotset.runtime.plan import InstancePlan, MemorySplit
 from hotset.shm.layout import Geometry, Section
 from hotset.shm.segment import Segment
 
@@ -55,7 +56,8 @@ class PlayedInstance:
         )  # fmt: skip
         self.client = Client()
         self.inbox: dict[int, list[Any]] = {worker: [] for worker in range(num_workers)}
-        instance = _Instance(InstancePlan(self.geometry, max_model_len, 0, 0, (END_OF_TEXT,)))
+        no_memory = MemorySplit(processes=0, dense_weights=0, experts=0, kv_pages=0, bookkeeping=0)
+        instance = _Instance(InstancePlan(self.geometry, max_model_len, 0, (END_OF_TEXT,), no_memory))
         self.arena = instance.arena
         self.dispatcher = Dispatcher(
             BackendConfig(workers=num_workers, block_size=4),

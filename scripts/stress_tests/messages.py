@@ -6,8 +6,8 @@ from typing import Literal
 
 from stress_tests.checks import Check
 
-from hotset.runtime.config import InstancePlan
 from hotset.runtime.messages import Message, StopWorking
+from hotset.runtime.plan import InstancePlan
 
 # Violations that the tests of this test ask for, to see them found.
 Planted = Literal[

@@ -34,12 +34,13 @@ from stress_tests.score_sampler import ScoreSampler
 from stress_tests.synthetic_experts import EXPERT_NBYTES, SyntheticExperts, write_checkpoint
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.runtime.config import BackendConfig, expert_budget_slots, plan_instance
+from hotset.runtime.config import BackendConfig
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.instance import Instance
 from hotset.runtime.metrics import MoeMetrics
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.plan import expert_budget_slots, plan_instance
 from hotset.shm.counters import Counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
 from hotset.shm.segment import (

@@ -13,9 +13,10 @@ import pytest
 from instances import PROMPTS, wait_until
 
 from hotset.runtime import Backend, RequestFailed, SamplingParams
-from hotset.runtime.config import TRAINED_MODEL, BackendConfig, plan_instance
+from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.plan import plan_instance
 
 PARAMS = SamplingParams(temperature=0, max_tokens=80, routing="off", ignore_eos=True)
 BFLOAT16_NAN = b"\xc0\x7f"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from memory_cgroup import MemoryCgroup
 from model_factory import make_model
 
 from hotset.runtime import Backend, SamplingParams
@@ -52,3 +56,37 @@ def test_experts_in_memory_never_exceed_the_budget(large_model: Path) -> None:
         stats = backend.stats()
         assert stats.evictions > 0
         assert stats.resident_expert_bytes <= stats.expert_budget_bytes <= budget
+
+
+def test_all_processes_together_stay_within_memory_under_a_hard_limit(large_model: Path) -> None:
+    limit = 320 * MEBIBYTE
+    script = Path(__file__).parent / "generate_and_weigh.py"
+    try:
+        group = MemoryCgroup(limit)
+    except OSError as error:
+        pytest.skip(f"control groups cannot be made here: {error}")
+    with group:
+        command = group.command(sys.executable, "-P", str(script), str(large_model), str(limit), "2")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert group.oom_kills == 0
+    report = json.loads(done.stdout)
+    assert report["restarts"] == 0
+    assert report["evictions"] > 0  # the experts did not all fit: there was something to hold
+    assert report["largest"] <= limit
+    assert report["planned"] <= limit
+    assert report["planned"] > 0.95 * limit  # what was given is used
+    assert [len(tokens) for tokens in report["tokens"]] == [32] * 4
+
+
+def test_what_experts_leave_over_goes_to_kv_pages() -> None:
+    with Backend(workers=1, memory="1GiB") as backend:
+        geometry = backend.plan.geometry
+        assert geometry.num_slots == geometry.num_layers * geometry.num_experts
+        assert geometry.num_pages == backend.config.max_num_seqs * geometry.max_blocks
+
+
+def test_kv_pages_take_a_quarter_of_what_is_left_where_experts_do_not_all_fit(large_model: Path) -> None:
+    with Backend(large_model, workers=1, memory="300MiB") as backend:
+        split = backend.plan.memory
+        assert 0.2 < split.kv_pages / (split.kv_pages + split.experts) <= 0.26

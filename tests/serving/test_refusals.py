@@ -16,6 +16,7 @@ from hotset.runtime import (
     BackendError,
     BudgetTooSmall,
     CorruptCheckpoint,
+    MemoryTooSmall,
     ModelNotFound,
     RequestFailed,
     SamplingParams,
@@ -55,6 +56,22 @@ def test_a_budget_too_small_says_what_is_needed() -> None:
     done = run("--workers", "2", "--expert-budget", "100KB")
     assert done.returncode == 1 and "at least 9 are needed" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_memory_that_cannot_hold_the_rest_says_what_is_needed() -> None:
+    with pytest.raises(MemoryTooSmall) as caught:
+        Backend(workers=2, memory="100MiB")
+    needed = caught.value.needed
+    assert str(needed) in str(caught.value)
+    with pytest.raises(MemoryTooSmall):
+        Backend(workers=2, memory=needed - 1)
+    with Backend(workers=2, memory=needed) as backend:
+        assert backend.plan.memory.total <= needed
+
+
+def test_memory_and_expert_budget_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="memory is '1GiB' and expert_budget is '50%', expected one of the two"):
+        Backend(memory="1GiB", expert_budget="50%")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""What follows from a `BackendConfig` for one model: how many slots and pages, and where the memory goes."""
+
+from __future__ import annotations
+
+import mmap
+
+import msgspec
+
+from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
+from hotset.runtime.errors import BudgetTooSmall, MemoryTooSmall
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.shm.kv_page_format import KvFormat
+from hotset.shm.layout import Geometry, Layout
+
+READ_LANES = 1  # slots that may be loading at once
+SLOT_ALIGNMENT = 4096  # bytes; preadv and O_DIRECT want whole pages
+DEFAULT_EXPERT_BUDGET = "50%"
+MAX_DEFAULT_KV_NBYTES = 2**30
+PROCESS_NBYTES = 32 << 20  # interpreter, numpy and this package: 20 to 28 MiB of PSS in each process were measured
+PAGE_TABLE_ENTRY_NBYTES = 8
+
+
+class MemorySplit(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bytes of an instance go; they add up to at most `memory`, where that is given.
+
+    `processes` is what coordinator, pager, workers and the client's part use for themselves: an estimate from
+    above. Dense weights are mapped and exist once, experts and KV pages are the arena, and `bookkeeping` is the
+    rest of the arena and the page tables of the processes that map it.
+    """
+
+    processes: int
+    dense_weights: int
+    experts: int
+    kv_pages: int
+    bookkeeping: int
+
+    @property
+    def total(self) -> int:
+        return self.processes + self.dense_weights + self.experts + self.kv_pages + self.bookkeeping
+
+    def __str__(self) -> str:
+        return (
+            f"{format_nbytes(self.total)}: experts {format_nbytes(self.experts)}, dense weights "
+            f"{format_nbytes(self.dense_weights)}, KV pages {format_nbytes(self.kv_pages)}, processes "
+            f"{format_nbytes(self.processes)}, bookkeeping {format_nbytes(self.bookkeeping)}"
+        )
+
+
+class InstancePlan(msgspec.Struct, frozen=True):
+    """The sizes of one instance: what the client decided at start, and every process builds on."""
+
+    geometry: Geometry
+    max_model_len: int
+    expert_nbytes: int
+    eos_token_ids: tuple[int, ...]
+    memory: MemorySplit
+
+    @property
+    def expert_budget_nbytes(self) -> int:
+        return self.geometry.num_slots * self.geometry.slot_nbytes
+
+    @property
+    def num_workers(self) -> int:
+        """The last two rows of counters and pins belong to the pager and to the coordinator."""
+        return self.geometry.num_processes - 2
+
+    @property
+    def pager_process(self) -> int:
+        return self.num_workers
+
+    @property
+    def coordinator_process(self) -> int:
+        return self.num_workers + 1
+
+
+def plan_instance(config: BackendConfig, model: ModelConfig, checkpoint: Checkpoint) -> InstancePlan:
+    """Decides the sizes. Raises `BudgetTooSmall`, `MemoryTooSmall`, or `ValueError` for a bad setting."""
+    return _Planner(config, model, checkpoint).plan()
+
+
+def expert_budget_slots(budget: str | int, num_experts: int, slot_nbytes: int) -> int:
+    """How many of `num_experts` experts a budget holds: a percentage of them, or bytes for slots of `slot_nbytes`."""
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        text = budget.strip()[:-1]
+        try:
+            share = float(text)
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 100:
+            raise ValueError(f"the expert budget is {budget!r}, expected a percentage over 0 and up to 100")
+        return int(num_experts * share / 100)
+    return min(num_experts, parse_nbytes(budget) // slot_nbytes)
+
+
+class _Planner:
+    def __init__(self, config: BackendConfig, model: ModelConfig, checkpoint: Checkpoint) -> None:
+        self.config = config
+        self.model = model
+        self.checkpoint = checkpoint
+        self.num_experts = model.num_layers * model.num_experts
+        self.slot_nbytes = -(-checkpoint.expert_nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        self.page_nbytes = model.kv_page_layout(config.block_size, KvFormat(config.kv_cache_dtype)).page_nbytes
+        self.max_model_len = config.max_model_len or model.max_position_embeddings
+        if not 1 <= self.max_model_len <= model.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len is {self.max_model_len}, expected 1 to {model.max_position_embeddings}, "
+                "which the model was trained for"
+            )
+        # Every worker can hold all its pins and the pager still finds a slot to load into: else two workers that wait
+        # for each other's slots would wait for ever.
+        self.least_slots = config.workers * model.experts_per_token + READ_LANES
+        self.blocks_per_sequence = -(-self.max_model_len // config.block_size)
+        self.pages_for_all = config.max_num_seqs * self.blocks_per_sequence
+
+    def plan(self) -> InstancePlan:
+        num_slots, num_pages = self._slots_and_pages()
+        geometry = self._geometry(num_slots, num_pages)
+        return InstancePlan(
+            geometry=geometry,
+            max_model_len=self.max_model_len,
+            expert_nbytes=self.checkpoint.expert_nbytes,
+            eos_token_ids=self.model.eos_token_ids,
+            memory=MemorySplit(
+                processes=self._processes_nbytes(),
+                dense_weights=self.checkpoint.dense_nbytes,
+                experts=num_slots * self.slot_nbytes,
+                kv_pages=num_pages * self.page_nbytes,
+                bookkeeping=self._bookkeeping_nbytes(geometry),
+            ),
+        )
+
+    def _slots_and_pages(self) -> tuple[int, int]:
+        if self.config.memory is None:
+            budget = DEFAULT_EXPERT_BUDGET if self.config.expert_budget is None else self.config.expert_budget
+            num_slots = expert_budget_slots(budget, self.num_experts, self.slot_nbytes)
+            if num_slots < self.least_slots:
+                raise BudgetTooSmall(str(budget), num_slots, self.least_slots, self.slot_nbytes)
+            pages = max(self.blocks_per_sequence, MAX_DEFAULT_KV_NBYTES // self.page_nbytes)
+            return num_slots, self._asked_pages() or min(self.pages_for_all, pages)
+        return self._split(parse_nbytes(self.config.memory))
+
+    def _split(self, memory: int) -> tuple[int, int]:
+        """Pages get what they are given or a quarter, experts the rest; what experts leave over goes to pages."""
+        largest = self._geometry(self.num_experts, self.pages_for_all)
+        fixed = self._processes_nbytes() + self.checkpoint.dense_nbytes + self._bookkeeping_nbytes(largest)
+        free = memory - fixed
+        asked_pages = self._asked_pages()
+        num_pages = asked_pages or max(1, min(self.pages_for_all, free // 4 // self.page_nbytes))
+        num_slots = min(self.num_experts, (free - num_pages * self.page_nbytes) // self.slot_nbytes)
+        if num_slots < self.least_slots:
+            needed = fixed + num_pages * self.page_nbytes + self.least_slots * self.slot_nbytes
+            raise MemoryTooSmall(memory, needed, self.least_slots)
+        if asked_pages is None:
+            num_pages = min(self.pages_for_all, (free - num_slots * self.slot_nbytes) // self.page_nbytes)
+        return num_slots, num_pages
+
+    def _asked_pages(self) -> int | None:
+        if self.config.kv_cache_memory is None:
+            return None
+        num_pages = parse_nbytes(self.config.kv_cache_memory) // self.page_nbytes
+        if num_pages < 1:
+            raise ValueError(
+                f"kv_cache_memory is {self.config.kv_cache_memory}, expected at least one page of "
+                f"{self.page_nbytes} bytes"
+            )
+        return num_pages
+
+    def _geometry(self, num_slots: int, num_pages: int) -> Geometry:
+        config, model = self.config, self.model
+        spare = (num_slots - READ_LANES) // (2 * config.workers)
+        return Geometry(
+            num_layers=model.num_layers,
+            num_experts=model.num_experts,
+            num_processes=config.workers + 2,
+            pins_per_process=min(model.num_experts, max(model.experts_per_token, spare)),
+            num_slots=num_slots,
+            slot_nbytes=self.slot_nbytes,
+            num_pages=num_pages,
+            page_nbytes=self.page_nbytes,
+            block_size=config.block_size,
+            max_sequences=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
+
+    def _processes_nbytes(self) -> int:
+        """Coordinator, pager, workers and client, and a worker's float32 activations of the largest step."""
+        config, model = self.config, self.model
+        row = 8 * model.hidden_size + 3 * (model.num_heads + model.num_kv_heads) * model.head_dim + model.num_experts
+        row += model.experts_per_token * (model.hidden_size + 2 * model.intermediate_size)
+        logits = 3 * config.max_num_seqs * model.vocab_size  # as computed, scaled and sorted
+        activations = 4 * (config.max_num_batched_tokens * row + logits)
+        return (config.workers + 3) * PROCESS_NBYTES + config.workers * activations
+
+    def _bookkeeping_nbytes(self, geometry: Geometry) -> int:
+        arena = Layout(geometry).nbytes
+        page_tables = geometry.num_processes * PAGE_TABLE_ENTRY_NBYTES * (arena // mmap.PAGESIZE)
+        rows = geometry.num_slots * geometry.slot_nbytes + geometry.num_pages * geometry.page_nbytes
+        return arena - rows + page_tables
