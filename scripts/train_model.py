@@ -4,6 +4,7 @@
     python scripts/train_model.py --tokens 40e6 --deadline 09:00      # starts, or resumes after a kill
     python scripts/train_model.py --export-only                       # last checkpoint -> --out
     python scripts/train_model.py --evaluate                          # loss of --out over the held-out files
+    python scripts/train_model.py --start-from runtime/model/trained --tokens 8e6 --learning-rate 1e-3
     python scripts/train_model.py --list-heldout
 
 Needs torch, which the package itself does not. The corpus and its held-out files are those of
@@ -25,6 +26,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -98,7 +100,8 @@ def prepare_corpus(work_dir: Path, vocab_size: int) -> Corpus:
     if not (tokenizer_path.exists() and stream_path.exists()):
         train_texts = list(read_texts(training_files()))
         heldout_texts = list(read_texts(heldout_files()))
-        tokenizer = train_tokenizer(train_texts, vocab_size)
+        known = tokenizer_path.exists()
+        tokenizer = Tokenizer.from_file(str(tokenizer_path)) if known else train_tokenizer(train_texts, vocab_size)
         streams = {
             "train": encode_documents(tokenizer, train_texts),
             "heldout": encode_documents(tokenizer, heldout_texts),
@@ -451,12 +454,19 @@ class Training:
     """Warm-up, constant rate, then a decay to zero that ends at the token budget or at the deadline,
     whichever the measured speed reaches first. The last tokens are trained in longer windows."""
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, work_dir: Path, threads: int) -> None:
+    def __init__(
+        self, recipe: Recipe, shape: ModelShape, work_dir: Path, threads: int, start_from: Path | None = None
+    ) -> None:
+        if start_from is not None and not (work_dir / "tokenizer.json").exists():
+            # The weights are worth nothing under other token ids.
+            replace_file(work_dir / "tokenizer.json", partial(shutil.copyfile, start_from / "tokenizer.json"))
         self.recipe, self.shape, self.work_dir, self.threads = recipe, shape, work_dir, threads
         self.checkpoint = work_dir / "checkpoint.pt"
         self.corpus = prepare_corpus(work_dir, shape.vocab_size)
         self.model = OlmoeModel(shape)
         self.model.initialise(recipe.seed)
+        if start_from is not None:
+            self.model.load_state_dict(load_exported(start_from).state_dict())
         self.optimiser = Muon(self.model, recipe.weight_decay)
         self.progress = Progress()
         self.pool = ThreadPoolExecutor(threads)
@@ -695,6 +705,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deadline", default="9999-01-01", help="HH:MM (UTC) or ISO time of the end, if earlier")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="of the weights and of the order of windows")
+    parser.add_argument("--start-from", type=Path, help="begin with the weights and tokenizer of an exported folder")
     parser.add_argument("--window", type=int, default=1024, help="context of --evaluate")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--export-only", action="store_true", help="write the last checkpoint to --out")
@@ -716,8 +728,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export(options.work_dir, options.out)
         return 0
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(learning_rate=options.learning_rate)
-    training = Training(recipe, ModelShape(), options.work_dir, options.threads)
+    recipe = Recipe(learning_rate=options.learning_rate, seed=options.seed)
+    training = Training(recipe, ModelShape(), options.work_dir, options.threads, options.start_from)
     training.run(int(options.tokens), parse_deadline(options.deadline))
     export(options.work_dir, options.out)
     return 0
