@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -85,7 +86,6 @@ def test_E5_errors_are_bounded_by_the_largest_value_of_the_block(name: str, form
 @pytest.mark.parametrize("name", ["normal", "uniform", "student-t"])
 @pytest.mark.parametrize("format", [*QUANTISED, KvFormat.BFLOAT16])
 def test_E5_bytes_are_those_of_gguf(name: str, format: KvFormat) -> None:
-    gguf = pytest.importorskip("gguf", reason="gguf-py is not installed (extra: gguf)")
     blocks = random_blocks(name)
     kind = {"q8_0": "Q8_0", "q4_0": "Q4_0", "bfloat16": "BF16"}[format.value]
     expected = gguf.quants.quantize(blocks, gguf.GGMLQuantizationType[kind])
