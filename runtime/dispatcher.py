@@ -161,7 +161,7 @@ class Dispatcher:
     def _note_new_owner(self, page: int) -> None:
         """To be called before the new owner can write the page: who still reads it for an old one has to see that."""
         generation = self.scheduler.cache.generation(page)
-        self._arena.store_u32(Section.PAGE_GENERATIONS, page, 0, generation % 2**32)
+        self._arena.hand_out_page(page, generation % 2**32)
 
     def _grant(self, request: Request, committed: int) -> None:
         """Keeps a spare page ahead of a running sequence; makes room by preemption when it stands still."""

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from hotset.shm import _core
 from hotset.shm.layout import Geometry, Layout, Section
 from hotset.shm.segment import SHM_FOLDER, check_header, segment_name
 
@@ -43,8 +44,8 @@ class PageReader:
         self._generations = layout.view(self._mmap, Section.PAGE_GENERATIONS)
 
     def generation(self, page: int) -> int:
-        """How often the page was handed out."""
-        return int(self._generations[page, 0])
+        """How often the page was handed out; ordered after the bytes read before and before those read next."""
+        return _core.page_generation(self._generations, page)
 
     def view(self, page: int) -> npt.NDArray[np.uint8]:
         """The page's bytes in the arena itself, [page_nbytes], not writable; they change with the page's owner."""
@@ -53,8 +54,8 @@ class PageReader:
     def read(self, page: int, generation: int) -> bytes:
         """A copy of the page's bytes as its owner of `generation` has them; raises `StalePage` if it is gone."""
         copy = self.view(page).tobytes()
-        # After the copy: the generation is stored before the next owner can write, so if it still is the old one
-        # now, every byte of the copy is the old owner's.
+        # After the copy: the generation changes before the next owner can write, so if it still is the old one now,
+        # every byte of the copy is the old owner's.
         current = self.generation(page)
         if current != generation:
             raise StalePage(page, generation, current)

@@ -183,7 +183,7 @@ def watch_pages(instance: str, geometry: Geometry, seed: int, stop: Any, results
 
 def _full_page(segment: Segment, row: int, block: int) -> int:
     """The page at an index of a sequence's block table if all its tokens are committed, else 0."""
-    page = int(segment.view(Section.BLOCK_TABLES)[row, block])
+    page = segment.arena.load_u32(Section.BLOCK_TABLES, row, block)  # acquire, so before what says that it is full
     committed = segment.arena.load_u64(Section.SEQUENCES, row, 0)
     granted = segment.arena.load_u32(Section.SEQUENCES, row, 2)
     block_size = segment.layout.geometry.block_size

@@ -34,9 +34,9 @@ enum section {
     SECTION_SLOT_WORDS,      /* u64[slots]: [generation 32 | expert 24 | state 8]: the truth about residency. Writer: pager */
     SECTION_SLOT_INFO,       /* struct slot_info[slots]: what lies in the slot. Writer: pager, before RESIDENT */
     SECTION_SEQUENCES,       /* struct sequence_state[sequences] */
-    SECTION_BLOCK_TABLES,    /* u32[sequences][blocks]: page ids. Writer: coordinator */
+    SECTION_BLOCK_TABLES,    /* u32[sequences][blocks]: page ids, before granted_blocks. Writer: coordinator */
     SECTION_TOKEN_IDS,       /* i32[sequences][max_model_len]: prompt by the coordinator, the rest by the serving worker */
-    SECTION_PAGE_GENERATIONS,/* u32[pages + 1]: bumped when a page is freed. Writer: coordinator */
+    SECTION_PAGE_GENERATIONS,/* u32[pages + 1]: how often a page was handed out: see kv_page.h. Writer: coordinator */
     SECTION_KV_PAGES,        /* bytes[pages + 1][page_nbytes]; page 0 is never handed out */
     SECTION_EXPERT_SLOTS,    /* bytes[slots][slot_nbytes] */
     SECTION_COUNT
@@ -104,7 +104,7 @@ struct arena {
     atomic_u64 *resident_mask, *loading_mask, *failed_mask, *urgent_mask, *prefetch_mask, *prefetched_mask;
     struct layer_state *layers;
     atomic_u64 *affinity, *counters, *histograms, *activations, *slot_words;
-    atomic_u32 *pins, *directory;
+    atomic_u32 *pins, *directory, *page_generations;
     struct slot_info *slot_info;
     struct sequence_state *sequences;
 };
@@ -158,6 +158,7 @@ static inline const char *arena_attach(struct arena *arena, void *base, uint64_t
     arena->activations = arena_section(arena, SECTION_ACTIVATIONS);
     arena->pins = arena_section(arena, SECTION_PINS);
     arena->directory = arena_section(arena, SECTION_DIRECTORY);
+    arena->page_generations = arena_section(arena, SECTION_PAGE_GENERATIONS);
     arena->slot_words = arena_section(arena, SECTION_SLOT_WORDS);
     arena->slot_info = arena_section(arena, SECTION_SLOT_INFO);
     arena->sequences = arena_section(arena, SECTION_SEQUENCES);

@@ -17,6 +17,7 @@ struct array_kind {
 
 static const struct array_kind FLOAT32 = {"float32", "f", 4};
 static const struct array_kind INT32 = {"int32", "il", 4};
+static const struct array_kind UINT32 = {"uint32", "IL", 4};
 static const struct array_kind UINT64 = {"uint64", "LQ", 8};
 
 static inline void describe_shape(char *text, size_t size, int ndim, const Py_ssize_t *shape) {

@@ -1,9 +1,10 @@
 /* hotset.shm._core: the Python type Arena over arena.h. The logic is in the headers without Python.h, so that the
  * same code runs under the sanitizers, the crash stepper and the benchmarks; bind_*.h check arguments and call it. */
-#include "bind_kv_format.h"
+#include "bind_kv_pages.h"
 #include "bind_metrics.h"
 #include "bind_residency.h"
 #include "bind_routing.h"
+#include "kv_page.h"
 #include "module.h"
 
 #include <string.h>
@@ -111,6 +112,17 @@ static PyObject *arena_count(PyObject *self, PyObject *const *args, Py_ssize_t c
     Py_RETURN_NONE;
 }
 
+static PyObject *arena_hand_out_page(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[2];
+    if (!arena) return NULL;
+    if (!parse_indices(args, count, 2, (const char *[]){"page", "generation"},
+                       (uint64_t[]){arena->header->sections[SECTION_PAGE_GENERATIONS].count, UINT64_C(1) << 32}, v))
+        return NULL;
+    kv_page_hand_out(&arena->page_generations[v[0]], (uint32_t)v[1]);
+    Py_RETURN_NONE;
+}
+
 static PyObject *arena_get_state(PyObject *self, void *closure) {
     (void)closure;
     struct arena *arena = arena_of(self);
@@ -141,6 +153,8 @@ static PyMethodDef arena_methods[] = {
     {"store_u64", FASTCALL(arena_store_u64), "store_u64(section, row, column, value), release."},
     {"load_u32", FASTCALL(arena_load_u32), "load_u32(section, row, column), acquire."},
     {"store_u32", FASTCALL(arena_store_u32), "store_u32(section, row, column, value), release."},
+    {"hand_out_page", FASTCALL(arena_hand_out_page),
+     "hand_out_page(page, generation): before the new owner writes the KV page; see kv_page.h."},
     {"count", FASTCALL(arena_count), "count(process, counter, amount): adds to a counter of the caller's own row."},
     RESIDENCY_METHODS,
     METRICS_METHODS,
@@ -193,7 +207,7 @@ static PyMethodDef core_functions[] = {
     {"offsets", core_offsets, METH_NOARGS, "Offsets of the shared structs, as the C compiler sees them."},
     {"die_with_parent", core_die_with_parent, METH_O, "PR_SET_PDEATHSIG; False if the parent is not `pid` any more."},
     ROUTING_FUNCTIONS,
-    KV_FORMAT_FUNCTIONS,
+    KV_PAGE_FUNCTIONS,
     {NULL, NULL, 0, NULL},
 };
 

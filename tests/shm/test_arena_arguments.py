@@ -25,6 +25,7 @@ METHODS: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
     "load_u32": ((Section.PINS, 0, 0), (("section", len(Section)), ("row", 3), ("column", 16))),
     "store_u64": ((Section.AFFINITY, 0, 0, 1), (("section", len(Section)), ("row", 3), ("column", 72))),
     "store_u32": ((Section.PINS, 0, 0, 1), (("section", len(Section)), ("row", 3), ("column", 16))),
+    "hand_out_page": ((1, 1), (("page", 5), ("generation", 1 << 32))),
     "count": ((0, 0, 1), (PROCESS, ("counter", 64), ("amount", 1 << 62))),
     "want": ((0, 0, 1), (PROCESS, ("pin", 4), EXPERT)),
     "unpin": ((0, 0), (PROCESS, ("pin", 4))),

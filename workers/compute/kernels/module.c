@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include "kernels.h"
+#include "kv_page.h" /* of shm/core */
 #include "threads.h"
 
 static const struct kernels *kernels;
@@ -379,6 +380,7 @@ static Py_ssize_t write_rows(const struct kv_pages *pages, const float *keys, co
                 kv_find_refused(pages->format, values + row * width, width) >= 0)
                 return (Py_ssize_t)row;
     size_t token_nbytes = heads * kv_row_nbytes(pages->format, dim), half = pages->block_size * token_nbytes;
+    kv_page_begin_rows();
     for (size_t row = 0; row < rows; row++) {
         size_t position = (size_t)pages->positions[row];
         size_t page = pages->tables[pages->table_starts[row] + (int64_t)(position / pages->block_size)];

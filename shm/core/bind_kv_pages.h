@@ -1,9 +1,10 @@
-/* encode_kv_rows for Python: kv_format.h, with its arguments checked. */
-#ifndef HOTSET_BIND_KV_FORMAT_H
-#define HOTSET_BIND_KV_FORMAT_H
+/* KV pages for Python: kv_format.h and what a reader needs of kv_page.h, with arguments checked. */
+#ifndef HOTSET_BIND_KV_PAGES_H
+#define HOTSET_BIND_KV_PAGES_H
 
 #include "bind_arrays.h"
 #include "kv_format.h"
+#include "kv_page.h"
 
 static const struct array_kind UINT8 = {"uint8", "B", 1};
 
@@ -28,9 +29,25 @@ static PyObject *core_encode_kv_rows(PyObject *module, PyObject *const *args, Py
     return result;
 }
 
-#define KV_FORMAT_FUNCTIONS                                                                                        \
+/* A function and not a method: an Arena needs memory that it may write, who only reads pages has none. */
+static PyObject *core_page_generation(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    (void)module;
+    uint64_t page;
+    Py_buffer generations;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    if (!take_array(args[0], "generations", &UINT32, 0, 2, (Py_ssize_t[]){ANY_LENGTH, 1}, &generations)) return NULL;
+    PyObject *result = NULL;
+    if (parse_indices(args + 1, 1, 1, (const char *[]){"page"}, (uint64_t[]){(uint64_t)generations.shape[0]}, &page))
+        result = PyLong_FromUnsignedLong(kv_page_generation((const atomic_u32 *)generations.buf + page));
+    PyBuffer_Release(&generations);
+    return result;
+}
+
+#define KV_PAGE_FUNCTIONS                                                                                          \
     {"encode_kv_rows", FASTCALL(core_encode_kv_rows),                                                              \
      "encode_kv_rows(format, values, out, portable=False): float32 [rows, width] to uint8 [rows, nbytes]. Returns " \
-     "-1, or the index of the first value that the format cannot hold, and then nothing is written."}
+     "-1, or the index of the first value that the format cannot hold, and then nothing is written."},             \
+    {"page_generation", FASTCALL(core_page_generation),                                                            \
+     "page_generation(generations, page): a page's number in the read-only section uint32 [pages, 1]."}
 
 #endif
