@@ -98,7 +98,7 @@ class _Planner:
         self.config = config
         self.model = model
         self.checkpoint = checkpoint
-        self.num_experts = model.num_layers * model.num_experts
+        self.num_experts = model.num_experts_in_all
         self.slot_nbytes = -(-checkpoint.expert_nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
         self.page_nbytes = model.kv_page_layout(config.block_size, KvFormat(config.kv_cache_dtype)).page_nbytes
         self.max_model_len = config.max_model_len or model.max_position_embeddings

@@ -28,11 +28,13 @@ from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
+from hotset.runtime.router import MemoryAwareRouter
 from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
-from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, top_k_softmax
+from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.moe import router_config
 
 Floats = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int32]
@@ -46,6 +48,7 @@ class Experts:
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self._config = config
+        self._router = MemoryAwareRouter(router_config(config, policy="off"), num_layers=config.num_layers)
         self._format = WeightFormat[checkpoint.expert_dtype.upper()]
         self._slots: list[list[Bytes]] = []
         for layer in range(config.num_layers):
@@ -56,7 +59,7 @@ class Experts:
             ])  # fmt: skip
 
     def __call__(self, layer: int, hidden: Floats, gate_logits: Floats) -> Floats:
-        ids, weights = top_k_softmax(gate_logits, self._config)
+        ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self._config.hidden_size), np.float32)
         for expert, assignments in group_by_expert(ids):
             expert_forward(hidden, assignments, self._slots[layer][expert], self._format, self._config, outputs)

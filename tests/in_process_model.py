@@ -1,4 +1,4 @@
-"""A whole model in one process, its experts read straight from the checkpoint: no arena, no pager, no router."""
+"""A whole model in one process, its experts read straight from the checkpoint: no arena, no pager."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.router import MemoryAwareRouter
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
-from hotset.workers.compute.experts import (
-    combine_in_rank_order,
-    expert_forward,
-    group_by_expert,
-    top_k_softmax,
-)
+from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.moe import router_config
 
 FloatRows = NDArray[np.float32]
 
@@ -34,6 +31,7 @@ class InProcessModel:
         page = self.config.kv_page_layout(block_size, kv_format)
         self.kv_pages = np.full((num_pages, *page.shape), NEVER_WRITTEN, np.uint8)
         self.transformer = Transformer(self.config, self.checkpoint, self.kv_pages, kv_format, self._experts)
+        self._router = MemoryAwareRouter(router_config(self.config, policy="off"), num_layers=self.config.num_layers)
         self._format = WeightFormat[self.checkpoint.expert_dtype.upper()]
         self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
@@ -67,7 +65,7 @@ class InProcessModel:
         return chosen
 
     def _experts(self, layer: int, hidden: FloatRows, gate_logits: FloatRows) -> FloatRows:
-        ids, weights = top_k_softmax(gate_logits, self.config)
+        ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self.config.hidden_size), np.float32)
         for expert, assignments in group_by_expert(ids):
             expert_forward(hidden, assignments, self._slot(layer, expert), self._format, self.config, outputs)

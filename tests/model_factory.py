@@ -17,9 +17,27 @@ ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
+# What config.json says of each family beyond the sizes, with names and defaults of the published models.
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "olmoe": {"architectures": ["OlmoeForCausalLM"], "norm_topk_prob": False},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "norm_topk_prob": True,
+        "head_dim": 12,  # 4 heads of 12 make 48, not hidden_size
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 2,
+    },
+}
+
+
 def make_model(
     folder: Path,
     *,
+    family: str = "olmoe",
     vocab_size: int = 260,
     hidden_size: int = 32,
     intermediate_size: int = 24,
@@ -34,17 +52,15 @@ def make_model(
     seed: int = 0,
     **options: Any,
 ) -> Path:
-    """Write a random OLMoE model to `folder` and return it.
+    """Write a random model of `family` (its model_type) to `folder` and return it.
 
     One expert takes 3 * intermediate_size * hidden_size values of dtype (float32, float16, bfloat16). `options` go into
     config.json as they are, over the defaults. With `tokenizer`, bytes are tokens 1 to 256 and 0 ends the text.
     """
     config = {
-        "architectures": ["OlmoeForCausalLM"],
-        "model_type": "olmoe",
+        "model_type": family,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
@@ -54,14 +70,18 @@ def make_model(
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
-        "norm_topk_prob": False,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": 0,
         "pad_token_id": None,
         "torch_dtype": dtype,
-        **options,
+        **FAMILY_OPTIONS[family],
     }
+    if family == "olmoe":
+        config["intermediate_size"] = intermediate_size
+    else:  # there, intermediate_size is that of layers without experts
+        config |= {"moe_intermediate_size": intermediate_size, "intermediate_size": 2 * intermediate_size}
+    config |= options
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shapes = dict(tensor_shapes(config))
@@ -82,27 +102,39 @@ def make_model(
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv_width = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.self_attn.q_proj.weight", (hidden, hidden)
-        yield f"{prefix}.self_attn.k_proj.weight", (kv_width, hidden)
-        yield f"{prefix}.self_attn.v_proj.weight", (kv_width, hidden)
-        yield f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)
-        yield f"{prefix}.self_attn.q_norm.weight", (hidden,)
-        yield f"{prefix}.self_attn.k_norm.weight", (kv_width,)
+        yield f"{prefix}.self_attn.q_proj.weight", (heads * head_dim, hidden)
+        yield f"{prefix}.self_attn.k_proj.weight", (kv_heads * head_dim, hidden)
+        yield f"{prefix}.self_attn.v_proj.weight", (kv_heads * head_dim, hidden)
+        yield f"{prefix}.self_attn.o_proj.weight", (hidden, heads * head_dim)
+        if config["model_type"] == "olmoe":
+            yield f"{prefix}.self_attn.q_norm.weight", (heads * head_dim,)
+            yield f"{prefix}.self_attn.k_norm.weight", (kv_heads * head_dim,)
+        if config["model_type"] == "qwen3_moe":
+            yield f"{prefix}.self_attn.q_norm.weight", (head_dim,)
+            yield f"{prefix}.self_attn.k_norm.weight", (head_dim,)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        if layer in config.get("mlp_only_layers", []) or (layer + 1) % config.get("decoder_sparse_step", 1):
+            yield from feed_forward_shapes(f"{prefix}.mlp", hidden, config["intermediate_size"])
+            continue
         yield f"{prefix}.mlp.gate.weight", (config["num_experts"], hidden)
+        inner = config.get("moe_intermediate_size", config["intermediate_size"])
         for expert in range(config["num_experts"]):
-            yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", (hidden, inner)
-            yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", (inner, hidden)
-            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", (inner, hidden)
+            yield from feed_forward_shapes(f"{prefix}.mlp.experts.{expert}", hidden, inner)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def feed_forward_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.down_proj.weight", (hidden, inner)
+    yield f"{prefix}.gate_proj.weight", (inner, hidden)
+    yield f"{prefix}.up_proj.weight", (inner, hidden)
 
 
 def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> None:

@@ -6,12 +6,13 @@ Getting at the experts, whether they are in memory or not, is workers/expert_acc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
+from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
 from hotset.shm.layout import Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
@@ -19,6 +20,16 @@ from hotset.workers.compute.experts import combine_in_rank_order, expert_forward
 from hotset.workers.expert_access import ExpertAccess
 
 Float32 = npt.NDArray[np.float32]
+
+
+def router_config(model: ModelConfig, **policy: Any) -> RouterConfig:
+    """The model's own gate, with `policy` as the preference for resident experts (fields of `RouterConfig`)."""
+    return RouterConfig(
+        num_experts=model.num_experts,
+        top_k=model.experts_per_token,
+        renormalize=model.normalize_top_k,
+        **policy,
+    )
 
 
 class MixtureOfExperts:

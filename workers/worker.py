@@ -32,7 +32,7 @@ from hotset.runtime.messages import (
 )
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.router import MemoryAwareRouter, RouterConfig
+from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.supervision import enter_child
 from hotset.shm.counters import Counter
 from hotset.shm.kv_page_format import KvFormat
@@ -42,7 +42,7 @@ from hotset.shm.segment import Segment, SegmentError
 from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
 from hotset.workers.expert_access import ExpertUnavailable
-from hotset.workers.moe import MixtureOfExperts
+from hotset.workers.moe import MixtureOfExperts, router_config
 
 
 class Sequence:
@@ -86,14 +86,12 @@ class Worker:
         self._token_ids = self._segment.view(Section.TOKEN_IDS)
         self._block_tables = self._segment.view(Section.BLOCK_TABLES)
         router = MemoryAwareRouter(
-            RouterConfig(
-                num_experts=model.num_experts,
-                top_k=model.experts_per_token,
+            router_config(
+                model,
                 policy=start.config.routing,
                 cache_bonus=start.config.cache_bonus,
                 range_strength=start.config.range_strength,
                 mass_budget=start.config.mass_budget,
-                renormalize=model.normalize_top_k,
             ),
             num_layers=model.num_layers,
             segment=self._segment,

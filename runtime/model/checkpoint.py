@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from hotset.runtime.model.tensors import Tensor, dense_tensors, expert_tensors
 
 # numpy has no bfloat16: its bits are kept as uint16, and nothing else here is uint16.
 STORED_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
@@ -88,16 +89,20 @@ class Checkpoint:
     @property
     def expert_dtype(self) -> str:
         """float32, float16 or bfloat16; the same for all experts."""
-        return self.expert(0, 0).gate.dtype
+        return self._first_expert.gate.dtype
 
     @property
     def expert_nbytes(self) -> int:
         """Bytes of one expert, the same for all: the size of a slot."""
-        return self.expert(0, 0).nbytes
+        return self._first_expert.nbytes
 
     def expert(self, layer: int, expert: int) -> ExpertLocation:
-        gate, up, down = expert_names(layer, expert)
-        return ExpertLocation(self.tensors[gate], self.tensors[up], self.tensors[down])
+        """`layer` is one that has experts."""
+        return ExpertLocation(*(self.tensors[part.name] for part in expert_tensors(self.config, layer, expert).parts))
+
+    @property
+    def _first_expert(self) -> ExpertLocation:
+        return self.expert(min(set(range(self.config.num_layers)) - self.config.dense_layers), 0)
 
     def dense(self, name: str) -> NDArray[Any]:
         """A read-only view of the stored values: float32, float16, or uint16 with the bits of bfloat16."""
@@ -112,30 +117,29 @@ class Checkpoint:
 
     @property
     def dense_nbytes(self) -> int:
-        return sum(self.tensors[name].nbytes for name in dense_shapes(self.config))
+        return sum(self.tensors[name].nbytes for name in dense_tensors(self.config))
 
     def _check_tensors(self) -> None:
         config = self.config
-        matrix, transposed = (
-            (config.intermediate_size, config.hidden_size),
-            (config.hidden_size, config.intermediate_size),
-        )
-        for name, shape in dense_shapes(config).items():
-            self._check(name, shape)
+        for tensor in dense_tensors(config).values():
+            self._check(tensor)
         expert_dtype = None
         for layer in range(config.num_layers):
+            if layer in config.dense_layers:
+                continue
             for expert in range(config.num_experts):
-                for name, shape in zip(expert_names(layer, expert), (matrix, matrix, transposed), strict=True):
-                    location = self._check(name, shape)
+                for tensor in expert_tensors(config, layer, expert).parts:
+                    location = self._check(tensor)
                     expert_dtype = expert_dtype or location.dtype
                     if location.dtype != expert_dtype:
                         raise CorruptCheckpoint(
                             location.file,
-                            f"{location.file}: {name} is {location.dtype}, other experts {expert_dtype}.",
-                            name,
+                            f"{location.file}: {tensor.name} is {location.dtype}, other experts {expert_dtype}.",
+                            tensor.name,
                         )
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> TensorLocation:
+    def _check(self, tensor: Tensor) -> TensorLocation:
+        name, shape = tensor.name, tensor.shape
         location = self.tensors.get(name)
         if location is None:
             raise CorruptCheckpoint(self.folder, f"{self.folder}: the checkpoint has no tensor {name}.", name)
@@ -153,39 +157,6 @@ class Checkpoint:
                 f"hotset reads {', '.join(STORED_DTYPES)}.",
             )
         return location
-
-
-def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors that are not experts."""
-    hidden, heads, kv_heads = (
-        config.hidden_size,
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-    )
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for layer in range(config.num_layers):
-        shapes |= {
-            f"model.layers.{layer}.input_layernorm.weight": (hidden,),
-            f"model.layers.{layer}.self_attn.q_proj.weight": (heads, hidden),
-            f"model.layers.{layer}.self_attn.k_proj.weight": (kv_heads, hidden),
-            f"model.layers.{layer}.self_attn.v_proj.weight": (kv_heads, hidden),
-            f"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads),
-            f"model.layers.{layer}.self_attn.q_norm.weight": (heads,),
-            f"model.layers.{layer}.self_attn.k_norm.weight": (kv_heads,),
-            f"model.layers.{layer}.post_attention_layernorm.weight": (hidden,),
-            f"model.layers.{layer}.mlp.gate.weight": (config.num_experts, hidden),
-        }
-    return shapes
-
-
-def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
-    prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-    return f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", f"{prefix}.down_proj.weight"
 
 
 def _read_index(folder: Path) -> dict[str, TensorLocation]:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import msgspec
 
-from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from hotset.runtime.model.config_file import ConfigFile
+from hotset.runtime.model.errors import ModelNotFound, UnsupportedModel
+from hotset.runtime.model.families import FAMILIES, Family
+from hotset.runtime.model.rope import Rope
 from hotset.shm.kv_page_format import KvFormat, KvPageLayout
 
-ARCHITECTURES: Final = ("OlmoeForCausalLM",)
 DTYPES: Final = ("float32", "float16", "bfloat16")
+MAX_HEAD_DIM: Final = 512  # of the attention kernel
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A supported model: whatever cannot be computed exactly as the model was trained is refused by `load`.
 
-    `normalize_top_k`: the mixing weights of the chosen experts are divided by their sum. `clip_qkv`: queries,
-    keys and values are clipped to plus or minus this value. `dtype` is what config.json declares; each tensor
-    has its own.
+    Attributes:
+        intermediate_size: inner size of one expert.
+        dense_layers: layers with an ordinary feed-forward block of `dense_intermediate_size` in the place of experts.
+        normalize_top_k: the mixing weights of the chosen experts are divided by their sum.
+        clip_qkv: queries, keys and values are clipped to plus or minus this value.
+        dtype: what config.json declares; each tensor has its own.
     """
 
-    architecture: str
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    dense_layers: frozenset[int]
+    dense_intermediate_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -34,7 +41,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_experts: int
     experts_per_token: int
     normalize_top_k: bool
-    rope_theta: float
+    rope: Rope
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -55,55 +62,52 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelNotFound(folder, f"There is no model folder at {folder}.")
         if not path.is_file():
             raise ModelNotFound(folder, f"{folder} is not a model folder: it has no config.json.")
-        options = _Options(path)
-        options.refuse_unsupported()
+        file = ConfigFile.read(path)
+        family = _family(file)
+        _refuse_unsupported(file)
+        rope = Rope.of(file, family.rope_theta)
 
-        num_heads = options.count("num_attention_heads")
-        hidden_size = options.count("hidden_size")
-        num_kv_heads = options.count("num_key_value_heads", default=num_heads)
-        head_dim = options.count("head_dim", default=hidden_size // num_heads)
-        num_experts = options.count("num_experts")
-        experts_per_token = options.count("num_experts_per_tok")
-        if head_dim * num_heads != hidden_size or head_dim % 2:
-            raise CorruptCheckpoint(
-                path,
-                f"{path}: {num_heads} heads of even size {head_dim} do not fill hidden_size {hidden_size}.",
-            )
-        if num_heads % num_kv_heads:
-            raise CorruptCheckpoint(
-                path, f"{path}: {num_heads} heads cannot share {num_kv_heads} key-value heads evenly."
-            )
+        num_layers = file.count("num_hidden_layers")
+        num_heads, num_kv_heads, head_dim = _heads(file)
+        num_experts = file.count("num_experts", default=_count_or_none(file, "num_local_experts"))
+        experts_per_token = file.count("num_experts_per_tok")
         if experts_per_token > num_experts:
-            raise CorruptCheckpoint(
-                path, f"{path}: num_experts_per_tok is {experts_per_token} but num_experts is {num_experts}."
-            )
+            raise file.corrupt(f"num_experts_per_tok is {experts_per_token} but num_experts is {num_experts}")
+        dense_layers = _dense_layers(file, num_layers)
         generation_path = folder / "generation_config.json"
-        generation = _Options(generation_path) if generation_path.is_file() else None
+        generation = ConfigFile.read(generation_path) if generation_path.is_file() else None
         eos_token_ids = {
-            *options.token_ids("eos_token_id"),
-            *(generation.token_ids("eos_token_id") if generation else ()),
+            *file.integers("eos_token_id"),
+            *(generation.integers("eos_token_id") if generation else ()),
         }
         return cls(
-            architecture=options.architecture,
-            vocab_size=options.count("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=options.count("intermediate_size"),
-            num_layers=options.count("num_hidden_layers"),
+            family=family,
+            vocab_size=file.count("vocab_size"),
+            hidden_size=file.count("hidden_size"),
+            intermediate_size=file.count(family.expert_size_option),
+            dense_layers=dense_layers,
+            dense_intermediate_size=file.count("intermediate_size") if dense_layers else 0,
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             num_experts=num_experts,
             experts_per_token=experts_per_token,
-            normalize_top_k=options.flag("norm_topk_prob"),
-            rope_theta=options.rope_theta,
-            rms_norm_eps=options.number("rms_norm_eps", default=1e-5),
-            max_position_embeddings=options.count("max_position_embeddings", default=4096),
-            tie_word_embeddings=options.flag("tie_word_embeddings"),
-            bos_token_id=next(iter(options.token_ids("bos_token_id")), None),
+            normalize_top_k=file.flag("norm_topk_prob"),
+            rope=rope,
+            rms_norm_eps=file.number("rms_norm_eps", default=family.rms_norm_eps),
+            max_position_embeddings=file.count("max_position_embeddings", default=4096),
+            tie_word_embeddings=file.flag("tie_word_embeddings"),
+            bos_token_id=next(iter(file.integers("bos_token_id")), None),
             eos_token_ids=tuple(sorted(eos_token_ids)),
-            clip_qkv=None if options.get("clip_qkv") is None else options.number("clip_qkv"),
-            dtype=options.dtype,
+            clip_qkv=file.optional_number("clip_qkv"),
+            dtype=_dtype(file),
         )
+
+    @property
+    def num_experts_in_all(self) -> int:
+        """Of all layers that have experts."""
+        return (self.num_layers - len(self.dense_layers)) * self.num_experts
 
     def kv_page_layout(self, block_size: int, kv_format: KvFormat) -> KvPageLayout:
         """What a KV page of `block_size` tokens of this model looks like."""
@@ -116,95 +120,62 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class _Options:
-    """The keys of a config.json, with a clear error for each value of the wrong type."""
+def _family(file: ConfigFile) -> Family:
+    architectures = file.strings("architectures")
+    architecture = architectures[0] if architectures else str(file.get("model_type", "unknown"))
+    family = FAMILIES.get(architecture)
+    if family is None:
+        raise UnsupportedModel(
+            file.path,
+            architecture,
+            f"{file.path}: hotset cannot run the architecture {architecture}; it knows {', '.join(FAMILIES)}.",
+        )
+    return family
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        except (msgspec.DecodeError, OSError) as error:
-            raise CorruptCheckpoint(path, f"{path} cannot be read as a JSON object: {error}.") from error
 
-    def get(self, key: str, default: object = None) -> object:
-        value = self._values.get(key)
-        return default if value is None else value
+def _dtype(file: ConfigFile) -> str:
+    return str(file.get("dtype", file.get("torch_dtype", "float32")))
 
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if value is None:
-            raise CorruptCheckpoint(self.path, f"{self.path} does not give {key}.")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CorruptCheckpoint(self.path, f"{self.path}: {key} is {value!r}, expected a positive integer.")
-        return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        return self._positive(key, self.get(key, default))
+def _refuse_unsupported(file: ConfigFile) -> None:
+    for option, value, supported in (
+        ("dtype", _dtype(file), DTYPES),
+        ("hidden_act", file.get("hidden_act", "silu"), ("silu",)),
+        ("attention_bias", file.get("attention_bias", False), (False,)),
+        ("quantization_config", file.get("quantization_config"), (None,)),
+    ):
+        file.refuse_unless(option, value, supported)
+    if file.flag("use_sliding_window", default=True):
+        file.refuse_unless("sliding_window", file.get("sliding_window"), (None,))
 
-    def flag(self, key: str) -> bool:
-        value = self.get(key, False)
-        if not isinstance(value, bool):
-            raise CorruptCheckpoint(self.path, f"{self.path}: {key} is {value!r}, expected true or false.")
-        return value
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.get(key, ())
-        try:
-            return (value,) if isinstance(value, int) else msgspec.convert(value, tuple[int, ...])
-        except msgspec.ValidationError as error:
-            raise CorruptCheckpoint(
-                self.path, f"{self.path}: {key} is {value!r}, expected a token id or a list of them."
-            ) from error
+def _heads(file: ConfigFile) -> tuple[int, int, int]:
+    """Query heads, key-value heads, and the size of a head."""
+    hidden_size, num_heads = file.count("hidden_size"), file.count("num_attention_heads")
+    num_kv_heads = file.count("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise file.corrupt(f"{num_heads} heads cannot share {num_kv_heads} key-value heads evenly")
+    if file.get("head_dim") is None and hidden_size % num_heads:
+        raise file.corrupt(f"{num_heads} heads do not divide hidden_size {hidden_size}, and head_dim is not given")
+    head_dim = file.count("head_dim", default=hidden_size // num_heads)
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise file.corrupt(f"the head size is {head_dim}, expected an even number up to {MAX_HEAD_DIM}")
+    return num_heads, num_kv_heads, head_dim
 
-    def _positive(self, key: str, value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise CorruptCheckpoint(self.path, f"{self.path}: {key} is {value!r}, expected a positive number.")
-        return float(value)
 
-    @property
-    def architecture(self) -> str:
-        names = self.get("architectures", ())
-        if isinstance(names, list) and names and isinstance(names[0], str):  # pyright: ignore[reportUnknownArgumentType]
-            return names[0]
-        return str(self.get("model_type", "unknown"))
+def _dense_layers(file: ConfigFile, num_layers: int) -> frozenset[int]:
+    """Every `decoder_sparse_step`-th layer has experts, except for `mlp_only_layers`."""
+    step = file.count("decoder_sparse_step", default=1)
+    named = frozenset(file.integers("mlp_only_layers"))
+    dense = frozenset(layer for layer in range(num_layers) if layer in named or (layer + 1) % step)
+    if len(dense) == num_layers:
+        raise UnsupportedModel(
+            file.path,
+            "mlp_only_layers",
+            f"{file.path}: mlp_only_layers and decoder_sparse_step leave no layer with experts.",
+        )
+    return dense
 
-    @property
-    def dtype(self) -> str:
-        return str(self.get("dtype", self.get("torch_dtype", "float32")))
 
-    @property
-    def _rope(self) -> Mapping[str, Any]:
-        """transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling held the
-        rest.
-        """
-        values = self.get("rope_parameters", self.get("rope_scaling", {}))
-        if not isinstance(values, dict):
-            raise CorruptCheckpoint(self.path, f"{self.path}: the rope parameters are {values!r}, expected an object.")
-        return values  # pyright: ignore[reportUnknownVariableType]
-
-    @property
-    def rope_theta(self) -> float:
-        return self._positive("rope_theta", self._rope.get("rope_theta", self.get("rope_theta", 10000.0)))
-
-    def refuse_unsupported(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise UnsupportedModel(
-                self.path,
-                self.architecture,
-                f"{self.path}: hotset cannot run the architecture {self.architecture}; "
-                f"it knows {', '.join(ARCHITECTURES)}.",
-            )
-        rope_type = self._rope.get("rope_type", self._rope.get("type", "default"))
-        for option, value, supported in (
-            ("dtype", self.dtype, DTYPES),
-            ("hidden_act", self.get("hidden_act", "silu"), ("silu",)),
-            ("attention_bias", self.get("attention_bias", False), (False,)),
-            ("rope_scaling", rope_type, ("default",)),
-            ("sliding_window", self.get("sliding_window"), (None,)),
-            ("quantization_config", self.get("quantization_config"), (None,)),
-        ):
-            if value not in supported:
-                choices = " or ".join("none" if choice is None else str(choice) for choice in supported)
-                raise UnsupportedModel(
-                    self.path, option, f"{self.path}: {option} is {value!r}; hotset supports only {choices}."
-                )
+def _count_or_none(file: ConfigFile, key: str) -> int | None:
+    return None if file.get(key) is None else file.count(key)

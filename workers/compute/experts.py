@@ -6,7 +6,6 @@ The worker chooses the experts, pins their slots, and calls these in between.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,14 +50,3 @@ def combine_in_rank_order(outputs: NDArray[np.float32], weights: NDArray[np.floa
     result = np.empty((outputs.shape[0], outputs.shape[2]), np.float32)
     _kernels.combine(outputs, weights, result)
     return result
-
-
-def top_k_softmax(gate_logits: NDArray[np.float32], config: ModelConfig) -> tuple[NDArray[np.int32], NDArray[Any]]:
-    """The model's own choice: ids and mixing weights [n, k], likeliest first, ties to the lowest id."""
-    shifted = np.exp(gate_logits - gate_logits.max(axis=1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-    ids = np.argsort(-gate_logits, axis=1, kind="stable")[:, : config.experts_per_token]
-    weights = np.take_along_axis(probabilities, ids, axis=1)
-    if config.normalize_top_k:
-        weights = weights / weights.sum(axis=1, keepdims=True)
-    return ids.astype(np.int32), np.ascontiguousarray(weights, np.float32)

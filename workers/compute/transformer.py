@@ -9,7 +9,6 @@ batches, or on the number of threads: every step works row by row, or in a kerne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -17,8 +16,10 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.tensors import model_tensors
 from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.workers.compute import _kernels
+from hotset.workers.compute.weights import Floats, LayerWeights, Projection, as_float32
 
 _KERNEL_FORMATS = {
     KvFormat.FLOAT32: _kernels.KV_FLOAT32,
@@ -28,7 +29,7 @@ _KERNEL_FORMATS = {
     KvFormat.Q4_0: _kernels.KV_Q4_0,
 }
 
-Experts = Callable[[int, NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
+Experts = Callable[[int, Floats, Floats], Floats]
 """(layer, hidden [n, hidden_size] after its norm, gate logits [n, num_experts]) -> mixture [n, hidden_size].
 """
 
@@ -90,21 +91,21 @@ class Transformer:
         self._kv_pages = kv_pages
         self._kv_format = kv_format
         self._experts = experts
-        self._embedding = checkpoint.dense("model.embed_tokens.weight")
-        self._layers = [_Layer.of(checkpoint, layer) for layer in range(config.num_layers)]
-        self._norm = as_float32(checkpoint.dense("model.norm.weight"))
-        self._head = self._embedding if config.tie_word_embeddings else checkpoint.dense("lm_head.weight")
-        exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-        self._inverse_frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+        tensors = model_tensors(config)
+        self._embedding = checkpoint.dense(tensors["embedding"].name)
+        self._layers = [LayerWeights.of(checkpoint, layer) for layer in range(config.num_layers)]
+        self._norm = as_float32(checkpoint.dense(tensors["norm"].name))
+        self._head = Projection(checkpoint.dense(tensors["head"].name))
+        self._inverse_frequencies = config.rope.inverse_frequencies(config.head_dim)
 
-    def forward(self, batch: Batch, *, all_rows: bool = False) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, *, all_rows: bool = False) -> Floats:
         """Logits [sequences, vocab_size] for the last row of each sequence, or [n, vocab_size] for all rows.
 
         Raises ValueError for a token id, position or page outside its range, `UnstorableRow` for values that the pages
         cannot hold.
         """
         config, count = self.config, len(batch.token_ids)
-        rows = _Rows(batch, self._inverse_frequencies)
+        rows = _Rows(batch, self._inverse_frequencies, config.rope.magnitude)
         if count and not 0 <= int(batch.token_ids.min()) <= int(batch.token_ids.max()) < config.vocab_size:
             raise ValueError(f"the batch has a token id outside 0 <= id < {config.vocab_size}")
         hidden = as_float32(self._embedding[batch.token_ids])
@@ -112,18 +113,23 @@ class Transformer:
         for index, layer in enumerate(self._layers):
             _kernels.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, normed)
             hidden += self._attention(index, layer, normed, rows)
-            _kernels.rms_norm(hidden, layer.experts_norm, config.rms_norm_eps, normed)
-            hidden += self._experts(index, normed, _linear(normed, layer.gate))
+            _kernels.rms_norm(hidden, layer.feed_forward_norm, config.rms_norm_eps, normed)
+            hidden += self._feed_forward(index, layer, normed)
         if not all_rows:
             hidden = hidden[[rows.row_start + rows.row_count - 1 for rows in batch.sequences]]
         _kernels.rms_norm(hidden, self._norm, config.rms_norm_eps, hidden)
-        return _linear(hidden, self._head)
+        return self._head(hidden)
 
-    def _attention(self, index: int, layer: _Layer, normed: NDArray[np.float32], rows: _Rows) -> NDArray[np.float32]:
+    def _feed_forward(self, index: int, layer: LayerWeights, normed: Floats) -> Floats:
+        if layer.dense is not None:
+            return layer.dense(normed)
+        return self._experts(index, normed, layer.router(normed))
+
+    def _attention(self, index: int, layer: LayerWeights, normed: Floats, rows: _Rows) -> Floats:
         config, count = self.config, len(normed)
-        queries, keys, values = (_linear(normed, weight) for weight in (layer.query, layer.key, layer.value))
-        _kernels.rms_norm(queries, layer.query_norm, config.rms_norm_eps, queries)
-        _kernels.rms_norm(keys, layer.key_norm, config.rms_norm_eps, keys)
+        queries, keys, values = layer.query(normed), layer.key(normed), layer.value(normed)
+        self._normalize(queries, layer.query_norm)
+        self._normalize(keys, layer.key_norm)
         if config.clip_qkv is not None:
             for array in (queries, keys, values):
                 np.clip(array, -config.clip_qkv, config.clip_qkv, out=array)
@@ -140,42 +146,19 @@ class Transformer:
             raise UnstorableRow(unstorable, int(rows.positions[unstorable]), index, largest, self._kv_format)
         mixed = np.empty_like(query_heads)
         _kernels.attention(query_heads, *places, 0, mixed)
-        return _linear(mixed.reshape(count, -1), layer.output)
+        return layer.output(mixed.reshape(count, -1))
 
-
-class _Layer(msgspec.Struct, frozen=True):
-    input_norm: NDArray[np.float32]
-    query: NDArray[Any]
-    key: NDArray[Any]
-    value: NDArray[Any]
-    output: NDArray[Any]
-    query_norm: NDArray[np.float32]
-    key_norm: NDArray[np.float32]
-    experts_norm: NDArray[np.float32]
-    gate: NDArray[Any]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, layer: int) -> Self:
-        def stored(name: str) -> NDArray[Any]:
-            return checkpoint.dense(f"model.layers.{layer}.{name}.weight")
-
-        return cls(
-            input_norm=as_float32(stored("input_layernorm")),
-            query=stored("self_attn.q_proj"),
-            key=stored("self_attn.k_proj"),
-            value=stored("self_attn.v_proj"),
-            output=stored("self_attn.o_proj"),
-            query_norm=as_float32(stored("self_attn.q_norm")),
-            key_norm=as_float32(stored("self_attn.k_norm")),
-            experts_norm=as_float32(stored("post_attention_layernorm")),
-            gate=stored("mlp.gate"),
-        )
+    def _normalize(self, rows: Floats, weight: Floats | None) -> None:
+        """Queries or keys in place: `weight` is as long as a row, or as a head and then every head is normalised."""
+        if weight is not None:
+            parts = rows.reshape(-1, len(weight))
+            _kernels.rms_norm(parts, weight, self.config.rms_norm_eps, parts)
 
 
 class _Rows:
     """What all layers need to know about the rows of a batch."""
 
-    def __init__(self, batch: Batch, inverse_frequencies: NDArray[np.float32]) -> None:
+    def __init__(self, batch: Batch, inverse_frequencies: Floats, magnitude: float) -> None:
         self.positions = np.ascontiguousarray(batch.positions, np.int32)
         tables = [sequence.block_table for sequence in batch.sequences]
         counts = [sequence.row_count for sequence in batch.sequences]
@@ -190,16 +173,6 @@ class _Rows:
         self.cos = np.empty((len(self.positions), len(inverse_frequencies)), np.float32)
         self.sin = np.empty_like(self.cos)
         _kernels.rotary_angles(self.positions, inverse_frequencies, self.cos, self.sin)
-
-
-def as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
-    """Stored values (float32, float16, or uint16 with the bits of bfloat16) as new float32 ones."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32)
-
-
-def _linear(x: NDArray[np.float32], weight: NDArray[Any]) -> NDArray[np.float32]:
-    out = np.empty((len(x), len(weight)), np.float32)
-    _kernels.linear(x, weight, out)
-    return out
+        if magnitude != 1.0:
+            self.cos *= np.float32(magnitude)
+            self.sin *= np.float32(magnitude)

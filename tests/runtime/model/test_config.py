@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_sizes_come_from_the_file(folder: Path) -> None:
     config = ModelConfig.load(folder)
-    assert config.architecture == "OlmoeForCausalLM"
+    assert config.family.architecture == "OlmoeForCausalLM"
     assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (32, 4, 2, 8)
     assert (config.num_experts, config.experts_per_token, config.normalize_top_k) == (8, 2, False)
     assert config.eos_token_ids == (0,)
@@ -37,12 +37,12 @@ def test_sizes_come_from_the_file(folder: Path) -> None:
 
 def test_rope_parameters_of_transformers_5(folder: Path) -> None:
     edit_config(folder, rope_theta=..., rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
-    assert ModelConfig.load(folder).rope_theta == 5e5
+    assert ModelConfig.load(folder).rope.theta == 5e5
 
 
 def test_rope_theta_of_transformers_4(folder: Path) -> None:
     edit_config(folder, rope_theta=25000, rope_scaling=None)
-    assert ModelConfig.load(folder).rope_theta == 25000.0
+    assert ModelConfig.load(folder).rope.theta == 25000.0
 
 
 def test_dtype_under_its_newer_name(folder: Path) -> None:
@@ -53,6 +53,24 @@ def test_dtype_under_its_newer_name(folder: Path) -> None:
 def test_key_value_heads_default_to_all_heads(folder: Path) -> None:
     edit_config(folder, num_key_value_heads=...)
     assert ModelConfig.load(folder).num_kv_heads == 4
+
+
+def test_the_size_of_a_head_may_be_given_apart(tmp_path: Path) -> None:
+    config = ModelConfig.load(make_model(tmp_path / "model", family="qwen3_moe", head_dim=20))
+    assert (config.hidden_size, config.num_heads, config.head_dim) == (32, 4, 20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense"),
+    [({"mlp_only_layers": [0, 2]}, {0, 2}), ({"decoder_sparse_step": 2}, {0, 2}), ({"mlp_only_layers": None}, set())],
+)
+def test_layers_without_experts(tmp_path: Path, changes: dict[str, Any], dense: set[int]) -> None:
+    config = ModelConfig.load(make_model(tmp_path / "model", family="qwen3_moe", num_layers=4))
+    assert config.dense_layers == frozenset()
+    edit_config(tmp_path / "model", **changes)
+    config = ModelConfig.load(tmp_path / "model")
+    assert config.dense_layers == dense
+    assert config.num_experts_in_all == (4 - len(dense)) * 8
 
 
 def test_end_of_text_ids_of_the_generation_config_are_added(folder: Path) -> None:
@@ -73,10 +91,11 @@ def test_no_end_of_text(folder: Path) -> None:
         ("mamba", {"architectures": ..., "model_type": "mamba"}),
         ("hidden_act", {"hidden_act": "gelu"}),
         ("attention_bias", {"attention_bias": True}),
-        ("rope_scaling", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
-        ("rope_scaling", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-        ("rope_scaling", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}),
+        ("rope_scaling", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+        ("rope_scaling", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}),
+        ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("sliding_window", {"sliding_window": 128}),
+        ("mlp_only_layers", {"mlp_only_layers": [0, 1]}),
         ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
         ("dtype", {"torch_dtype": "float8_e4m3fn"}),
     ],
@@ -105,7 +124,7 @@ def test_unsupported_is_refused_by_name_without_reading_weights(
         ("norm_topk_prob", {"norm_topk_prob": 1}),
         ("rope_theta", {"rope_theta": 0}),
         ("eos_token_id", {"eos_token_id": "end"}),
-        ("rope parameters", {"rope_parameters": [1]}),
+        ("rope_parameters", {"rope_parameters": [1]}),
     ],
 )
 def test_values_that_make_no_sense_are_named(folder: Path, word: str, changes: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from hotset.shm.kv_page_format import KvFormat
 from hotset.workers.compute.experts import group_by_expert
-from hotset.workers.compute.transformer import Batch, SequenceRows, as_float32
+from hotset.workers.compute.transformer import Batch, SequenceRows
+from hotset.workers.compute.weights import as_float32
 
 Float64 = NDArray[np.float64]
 
@@ -31,7 +32,7 @@ class Olmoe:
 
     def rotate(self, x: Float64) -> Float64:
         half = x.shape[-1] // 2
-        angles = np.arange(len(x))[:, None] * self.config.rope_theta ** -(np.arange(half) / half)
+        angles = np.arange(len(x))[:, None] * self.config.rope.theta ** -(np.arange(half) / half)
         cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
         first, second = x[..., :half], x[..., half:]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)

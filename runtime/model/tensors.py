@@ -1,0 +1,91 @@
+"""The tensors that a model consists of: name and shape in the checkpoint of each part of the forward pass.
+
+A part that a model does not have is absent here, and only here is decided which there are.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hotset.runtime.model.config import ModelConfig
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    name: str
+    shape: tuple[int, ...]
+
+
+class ExpertTensors(msgspec.Struct, frozen=True):
+    """gate and up are [intermediate_size, hidden_size], down is [hidden_size, intermediate_size]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gate, self.up, self.down
+
+
+def model_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """The parts outside of the layers: embedding, norm, head."""
+    embedding = Tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    return {
+        "embedding": embedding,
+        "norm": Tensor("model.norm.weight", (config.hidden_size,)),
+        "head": embedding
+        if config.tie_word_embeddings
+        else Tensor("lm_head.weight", (config.vocab_size, config.hidden_size)),
+    }
+
+
+def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Tensor]:
+    """The parts of one layer, without its experts."""
+    hidden, queries, keys = (
+        config.hidden_size,
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    prefix = f"model.layers.{layer}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    parts = {
+        "input_norm": Tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
+        "query": Tensor(f"{attention}.q_proj.weight", (queries, hidden)),
+        "key": Tensor(f"{attention}.k_proj.weight", (keys, hidden)),
+        "value": Tensor(f"{attention}.v_proj.weight", (keys, hidden)),
+        "output": Tensor(f"{attention}.o_proj.weight", (hidden, queries)),
+        "feed_forward_norm": Tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+    }
+    if config.family.query_key_norm != "none":
+        whole = config.family.query_key_norm == "row"
+        parts["query_norm"] = Tensor(f"{attention}.q_norm.weight", (queries if whole else config.head_dim,))
+        parts["key_norm"] = Tensor(f"{attention}.k_norm.weight", (keys if whole else config.head_dim,))
+    if layer in config.dense_layers:
+        parts |= _feed_forward("dense", mlp, hidden, config.dense_intermediate_size)
+    else:
+        parts["router"] = Tensor(f"{mlp}.gate.weight", (config.num_experts, hidden))
+    return parts
+
+
+def expert_tensors(config: ModelConfig, layer: int, expert: int) -> ExpertTensors:
+    prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+    inner, hidden = config.intermediate_size, config.hidden_size
+    return ExpertTensors(
+        Tensor(f"{prefix}.gate_proj.weight", (inner, hidden)),
+        Tensor(f"{prefix}.up_proj.weight", (inner, hidden)),
+        Tensor(f"{prefix}.down_proj.weight", (hidden, inner)),
+    )
+
+
+def dense_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """All tensors that are not experts, by name."""
+    groups = [model_tensors(config), *(layer_tensors(config, layer) for layer in range(config.num_layers))]
+    return {tensor.name: tensor for parts in groups for tensor in parts.values()}
+
+
+def _feed_forward(part: str, prefix: str, hidden: int, inner: int) -> dict[str, Tensor]:
+    return {
+        f"{part}_gate": Tensor(f"{prefix}.gate_proj.weight", (inner, hidden)),
+        f"{part}_up": Tensor(f"{prefix}.up_proj.weight", (inner, hidden)),
+        f"{part}_down": Tensor(f"{prefix}.down_proj.weight", (hidden, inner)),
+    }

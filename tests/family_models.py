@@ -1,0 +1,64 @@
+"""Small models of every family, for the tests that compare with transformers, live or recorded.
+
+`scripts/record_family_logits.py` records what transformers computes for them; so that the recording stays true, a
+change here or in model_factory.py needs a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from model_factory import make_model
+from numpy.typing import NDArray
+
+NUM_POSITIONS = 72
+NUM_PROMPTS = 3
+VOCAB_SIZE = 260
+RECORDING = Path(__file__).parent / "data" / "family_logits.npz"
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# By the name of the test. Every feature of a family is in one of its models.
+FAMILY_MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"family": "qwen3_moe", "num_kv_heads": 2, "experts_per_token": 3},
+    "qwen3_moe with layers without experts": {
+        "family": "qwen3_moe",
+        "num_layers": 3,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe with every second layer": {"family": "qwen3_moe", "num_layers": 4, "decoder_sparse_step": 2},
+    "qwen3_moe with yarn": {"family": "qwen3_moe", "rope_scaling": YARN},
+    "qwen3_moe with linear rope": {"family": "qwen3_moe", "rope_scaling": {"type": "linear", "factor": 2.5}},
+    "qwen3_moe with llama3 rope": {"family": "qwen3_moe", "rope_scaling": LLAMA3},
+}
+
+
+def make_family_model(folder: Path, name: str, dtype: str = "float32") -> Path:
+    return make_model(folder, dtype=dtype, vocab_size=VOCAB_SIZE, tokenizer=True, **FAMILY_MODELS[name])
+
+
+def prompts() -> list[NDArray[np.int32]]:
+    random = np.random.default_rng(7)
+    return [random.integers(1, VOCAB_SIZE, NUM_POSITIONS).astype(np.int32) for _ in range(NUM_PROMPTS)]
+
+
+def recorded_columns() -> NDArray[np.int64]:
+    """The part of the vocabulary that is recorded, which keeps the file small."""
+    return np.arange(0, VOCAB_SIZE, 13)
+
+
+def weights_digest(folder: Path) -> str:
+    """Tells a change of the random weights (by us, or by numpy) from a wrong computation."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

@@ -1,0 +1,74 @@
+"""Every family on a checkpoint that transformers itself has made and saved; skipped where torch is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from family_models import prompts
+from in_process_model import InProcessModel
+
+torch = pytest.importorskip("torch", reason="torch is not installed (extra: reference)")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: reference)")
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 512,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "olmoe": {"intermediate_size": 32, "num_experts": 8},
+    "qwen3_moe": {
+        "moe_intermediate_size": 32,
+        "intermediate_size": 96,
+        "num_experts": 8,
+        "head_dim": 24,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+}
+
+
+def make_checkpoint(folder: Path, model_type: str, dtype: Any) -> Path:
+    """Random weights of a size at which every part of the model matters; norms around 1."""
+    torch.manual_seed(5)
+    config = transformers.AutoConfig.for_model(model_type, **SIZES, **MODELS[model_type])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            parameter.normal_(1.0 if "norm" in name else 0.0, scale)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def expected_logits(folder: Path, dtype: Any) -> list[np.ndarray]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return [model(torch.tensor([ids.tolist()])).logits[0].float().numpy() for ids in prompts()]
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_logits_computed_in_float32(model_type: str, stored: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", model_type, getattr(torch, stored))
+    model = InProcessModel(folder)
+    for token_ids, expected in zip(prompts(), expected_logits(folder, torch.float32), strict=True):
+        assert np.abs(model.logits(token_ids) - expected).max() <= 2e-3
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_logits_computed_in_bfloat16(model_type: str, tmp_path: Path) -> None:
+    """transformers rounds every intermediate result to 8 bits, we none; where a gate's choice is close, the rounding
+    decides it, and such positions differ by more than the others: so all positions are measured together."""
+    folder = make_checkpoint(tmp_path / "model", model_type, torch.bfloat16)
+    model = InProcessModel(folder)
+    logits = np.concatenate([model.logits(token_ids) for token_ids in prompts()])
+    expected = np.concatenate(expected_logits(folder, torch.bfloat16))
+    assert np.linalg.norm(logits - expected) <= 5e-2 * np.linalg.norm(expected)

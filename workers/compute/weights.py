@@ -1,0 +1,96 @@
+"""The dense weights of a model, as the forward pass uses them.
+
+Matrices stay where the checkpoint's mapping has them, in the stored format; norms, which are small, become float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.tensors import layer_tensors
+from hotset.workers.compute import _kernels
+
+Floats = NDArray[np.float32]
+
+
+class Projection(msgspec.Struct, frozen=True):
+    """y = x . weight transposed. weight is [outputs, inputs]: float32, float16, or uint16 with the bits of bfloat16."""
+
+    weight: NDArray[Any]
+
+    def __call__(self, x: Floats) -> Floats:
+        out = np.empty((len(x), len(self.weight)), np.float32)
+        _kernels.linear(x, self.weight, out)
+        return out
+
+
+class FeedForward(msgspec.Struct, frozen=True):
+    """down(silu(gate(x)) * up(x)): what an expert computes, with dense weights."""
+
+    gate: Projection
+    up: Projection
+    down: Projection
+
+    def __call__(self, x: Floats) -> Floats:
+        gate = self.gate(x)
+        return self.down(gate * sigmoid(gate) * self.up(x))
+
+
+class LayerWeights(msgspec.Struct, frozen=True):
+    """One layer without its experts. What it does not have is None; it has either `router` or `dense`."""
+
+    input_norm: Floats
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
+    query_norm: Floats | None
+    key_norm: Floats | None
+    feed_forward_norm: Floats
+    router: Projection | None
+    dense: FeedForward | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, layer: int) -> Self:
+        tensors = layer_tensors(checkpoint.config, layer)
+
+        def vector(part: str) -> Floats | None:
+            return as_float32(checkpoint.dense(tensors[part].name)) if part in tensors else None
+
+        def projection(part: str) -> Projection:
+            return Projection(checkpoint.dense(tensors[part].name))
+
+        def feed_forward(part: str) -> FeedForward | None:
+            if f"{part}_gate" not in tensors:
+                return None
+            return FeedForward(*(projection(f"{part}_{matrix}") for matrix in ("gate", "up", "down")))
+
+        return cls(
+            input_norm=as_float32(checkpoint.dense(tensors["input_norm"].name)),
+            query=projection("query"),
+            key=projection("key"),
+            value=projection("value"),
+            output=projection("output"),
+            query_norm=vector("query_norm"),
+            key_norm=vector("key_norm"),
+            feed_forward_norm=as_float32(checkpoint.dense(tensors["feed_forward_norm"].name)),
+            router=projection("router") if "router" in tensors else None,
+            dense=feed_forward("dense"),
+        )
+
+
+def as_float32(stored: NDArray[Any]) -> Floats:
+    """Stored values (float32, float16, or uint16 with the bits of bfloat16) as new float32 ones."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def sigmoid(x: Floats) -> Floats:
+    """Element by element. Below -88, where e^-x would overflow, the result is under 1e-38 either way."""
+    return 1 / (1 + np.exp(-np.maximum(x, np.float32(-88))))
