@@ -49,6 +49,8 @@ class WeightFormat(enum.IntEnum):
     FLOAT32 = 0
     FLOAT16 = 1
     BFLOAT16 = 2
+    Q8_0 = 3  # GGML's blocks of 32: a float16 scale, then 32 int8
+    Q4_0 = 4  # the same with 4-bit numbers
 
 
 class Section(enum.IntEnum):

@@ -1,8 +1,10 @@
 """The inner loops of the forward pass, in C (kernels/). All of them let go of the GIL.
 
 Bit for bit, a row of a result depends only on that row's inputs: not on the other rows of the call, nor on
-the number of threads. Arrays are C-contiguous; results are written into arrays of the caller. Wrong shapes
-are ValueErrors, wrong element types TypeErrors.
+the number of threads. Weights are read as they are stored, in the formats of hotset.shm.layout.WeightFormat; each
+stored number becomes a float32 without rounding, so the bits are those of float32 weights with the same values.
+Arrays are C-contiguous; results are written into arrays of the caller. Wrong shapes are ValueErrors, wrong element
+types TypeErrors.
 """
 
 from typing import Any
@@ -13,15 +15,19 @@ from numpy.typing import NDArray
 FLOAT32: int
 FLOAT16: int
 BFLOAT16: int
+Q8_0: int
+Q4_0: int
 KV_FLOAT32: int
 KV_FLOAT16: int
 KV_BFLOAT16: int
 KV_Q8_0: int
 KV_Q4_0: int
 
-def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32]) -> None:
-    """out [n, outputs] = x [n, inputs] . weight [outputs, inputs] transposed; weight is float32, float16, or
-    uint16 with the bits of bfloat16.
+def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32], format: int = ..., /) -> None:
+    """out [n, outputs] = x [n, inputs] . weight [outputs, inputs] transposed.
+
+    weight is float32, float16, or uint16 with the bits of bfloat16; or uint8 [outputs, bytes of a row] and `format` is
+    Q8_0 or Q4_0, inputs then a multiple of 32. A format that contradicts the element type is refused.
     """
 
 def expert(
@@ -33,7 +39,8 @@ def expert(
     outputs: NDArray[np.float32],
 ) -> None:
     """outputs [n, k, width] at (row, rank) = down(silu(gate(x)) * up(x)) of x = hidden [n, width][row], for
-    each row * k + rank of assignments. slot holds gate, up and down one after another in `format`.
+    each row * k + rank of assignments. slot holds gate, up and down one after another in `format`; for quantised
+    ones width and intermediate_size are multiples of 32.
     """
 
 def combine(outputs: NDArray[np.float32], weights: NDArray[np.float32], out: NDArray[np.float32]) -> None:

@@ -11,12 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process_model import NEVER_WRITTEN, InProcessModel
-from model_factory import make_model, stored
+from model_factory import make_model
 from numpy.typing import NDArray
+from stored_weights import FORMATS, SINGLE_VALUES, StoredWeights
 
 from hotset.shm.kv_page_format import KvFormat
+from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.transformer import Batch
+
+EACH_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 
 
 @pytest.fixture(params=_kernels.instruction_sets(), autouse=True, scope="module")
@@ -44,35 +48,60 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     rows=st.integers(1, 12),
     inputs=st.integers(1, 70),
     outputs=st.integers(1, 30),
-    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    format=st.sampled_from(FORMATS),
     seed=st.integers(0, 1000),
 )
 def test_a_product_row_alone_equals_the_row_in_a_batch(
-    rows: int, inputs: int, outputs: int, dtype: str, seed: int
+    rows: int, inputs: int, outputs: int, format: WeightFormat, seed: int
 ) -> None:
+    inputs = inputs if format in SINGLE_VALUES else -(-inputs // 32) * 32
     random = np.random.default_rng(seed)
     x = random.standard_normal((rows, inputs), dtype=np.float32)
-    weight = stored(random.standard_normal((outputs, inputs), dtype=np.float32), dtype)
+    weight = StoredWeights.of(random.standard_normal((outputs, inputs), dtype=np.float32), format).array
     together, alone = np.empty((rows, outputs), np.float32), np.empty((1, outputs), np.float32)
-    _kernels.linear(x, weight, together)
+    _kernels.linear(x, weight, together, int(format))
     for row in range(rows):
-        _kernels.linear(x[row : row + 1], weight, alone)
+        _kernels.linear(x[row : row + 1], weight, alone, int(format))
         np.testing.assert_array_equal(together[row], alone[0])
 
 
+def random_expert(format: WeightFormat, width: int, inner: int) -> NDArray[np.uint8]:
+    random = np.random.default_rng(3)
+    shapes = (inner, width), (inner, width), (width, inner)
+    matrices = [random.standard_normal(shape, dtype=np.float32) / 10 for shape in shapes]
+    return np.concatenate([StoredWeights.of(matrix, format).bytes for matrix in matrices])
+
+
+@EACH_FORMAT
+def test_an_expert_computes_a_row_alone_as_in_a_batch(format: WeightFormat) -> None:
+    hidden = np.random.default_rng(4).standard_normal((11, 96), dtype=np.float32)
+    slot = random_expert(format, 96, 64)
+    together = np.empty((11, 1, 96), np.float32)
+    _kernels.expert(hidden, np.arange(11), slot, int(format), 64, together)
+    for row in range(11):
+        alone = np.full_like(together, np.nan)
+        _kernels.expert(hidden, np.array([row]), slot, int(format), 64, alone)
+        np.testing.assert_array_equal(alone[row], together[row])
+
+
+@EACH_FORMAT
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [1, 33])
-def test_the_number_of_threads_does_not_show(rows: int) -> None:
+def test_the_number_of_threads_does_not_show(rows: int, format: WeightFormat) -> None:
     random = np.random.default_rng(1)
-    x = random.standard_normal((rows, 1000), dtype=np.float32)
-    weight = random.standard_normal((1003, 1000), dtype=np.float32)
-    results = []
+    x = random.standard_normal((rows, 1024), dtype=np.float32)
+    weight = StoredWeights.of(random.standard_normal((1003, 1024), dtype=np.float32), format).array
+    slot = random_expert(format, 1024, 480)
+    products, experts = [], []
     for threads in (1, 2, 3, 8):
         _kernels.set_num_threads(threads)
-        results.append(np.full((rows, 1003), np.nan, np.float32))
-        _kernels.linear(x, weight, results[-1])
-    for result in results[1:]:
-        np.testing.assert_array_equal(result, results[0])
+        products.append(np.full((rows, 1003), np.nan, np.float32))
+        _kernels.linear(x, weight, products[-1], int(format))
+        experts.append(np.full((rows, 1, 1024), np.nan, np.float32))
+        _kernels.expert(x, np.arange(rows), slot, int(format), 480, experts[-1])
+    for results in (products, experts):
+        for result in results[1:]:
+            np.testing.assert_array_equal(result, results[0])
 
 
 @settings(max_examples=10, deadline=None)

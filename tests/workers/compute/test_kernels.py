@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
-from model_factory import stored
 from numpy.typing import NDArray
+from stored_weights import FORMATS, SINGLE_VALUES, StoredWeights
 
+from hotset.shm.kv_page_format import KvFormat, decode
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 
-FORMATS = ["float32", "float16", "bfloat16"]
 random = np.random.default_rng(0)
 
 
@@ -28,10 +29,19 @@ def normal(*shape: int) -> NDArray[np.float32]:
     return random.standard_normal(shape, dtype=np.float32)
 
 
-def as_float64(weights: NDArray[Any]) -> NDArray[np.float64]:
-    if weights.dtype == np.uint16:
-        weights = (weights.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return weights.astype(np.float64)
+def linear(x: NDArray[np.float32], weight: StoredWeights, format: WeightFormat) -> NDArray[np.float32]:
+    out = np.full((len(x), len(weight.array)), np.nan, np.float32)
+    _kernels.linear(x, weight.array, out, int(format))
+    return out
+
+
+def guarded_memory(size: int) -> mmap.mmap:
+    """Whole pages of memory, followed by one that cannot be read."""
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return memory
 
 
 def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -43,22 +53,63 @@ def assert_close(result: NDArray[np.float32], expected: NDArray[np.float64], ter
     np.testing.assert_allclose(result, expected, rtol=2e-6, atol=4e-7 * np.sqrt(terms) * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
+EACH_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+
+
+def width_in(format: WeightFormat, width: int) -> int:
+    """Rows of quantised blocks are whole blocks."""
+    return width if format in SINGLE_VALUES else -(-width // 32) * 32
+
+
+@EACH_FORMAT
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 128, 128), (1, 16, 1), (2, 33, 5), (3, 1, 4), (7, 96, 67), (40, 300, 50)]
+    ("rows", "inputs", "outputs"),
+    [(1, 128, 128), (1, 16, 1), (2, 33, 5), (3, 1, 4), (7, 96, 67), (40, 300, 50), (9, 31, 9), (4, 47, 6)],
 )
-def test_linear(dtype: str, rows: int, inputs: int, outputs: int) -> None:
-    x, weight = normal(rows, inputs), stored(normal(outputs, inputs), dtype)
-    out = np.full((rows, outputs), np.nan, np.float32)
-    _kernels.linear(x, weight, out)
-    assert_close(out, x.astype(np.float64) @ as_float64(weight).T, inputs)
+def test_linear(format: WeightFormat, rows: int, inputs: int, outputs: int) -> None:
+    inputs = width_in(format, inputs)
+    x, weight = normal(rows, inputs), StoredWeights.of(normal(outputs, inputs), format)
+    expected = x.astype(np.float64) @ weight.values.astype(np.float64).T
+    assert_close(linear(x, weight, format), expected, inputs)
 
 
-def test_linear_over_several_weight_blocks() -> None:
-    x, weight = normal(5, 2048), normal(150, 2048)
-    out = np.full((5, 150), np.nan, np.float32)
-    _kernels.linear(x, weight, out)
-    assert_close(out, x.astype(np.float64) @ weight.astype(np.float64).T, 2048)
+@EACH_FORMAT
+def test_a_format_gives_the_bits_of_float32_weights_with_its_values(format: WeightFormat) -> None:
+    x, weight = normal(7, 160), StoredWeights.of(normal(37, 160) * 100, format)
+    wide = StoredWeights.of(weight.values, WeightFormat.FLOAT32)
+    np.testing.assert_array_equal(linear(x, weight, format), linear(x, wide, WeightFormat.FLOAT32))
+
+
+@EACH_FORMAT
+def test_vectors_of_8_and_of_16_lanes_give_the_same_bits(format: WeightFormat, instruction_set: str) -> None:
+    if instruction_set == "portable" or "avx512" not in _kernels.instruction_sets():
+        pytest.skip("it compares avx2 with avx512")
+    x, weight = normal(5, 96), StoredWeights.of(normal(33, 96), format)
+    results = []
+    for name in ("avx2", "avx512"):
+        _kernels.use_instruction_set(name)
+        results.append(linear(x, weight, format))
+    np.testing.assert_array_equal(*results)
+
+
+@EACH_FORMAT
+def test_linear_over_several_weight_blocks(format: WeightFormat) -> None:
+    x, weight = normal(5, 4096), StoredWeights.of(normal(300, 4096), format)
+    assert_close(linear(x, weight, format), x.astype(np.float64) @ weight.values.astype(np.float64).T, 4096)
+
+
+@EACH_FORMAT
+def test_nothing_beside_the_weights_is_read_and_nothing_beside_the_result_written(format: WeightFormat) -> None:
+    """The weights end with a page of memory, behind which none may be touched."""
+    x, weight = normal(3, 96), StoredWeights.of(normal(5, 96), format)
+    size = -(-weight.bytes.size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(guarded_memory(size), np.uint8, size)
+    memory[size - weight.bytes.size :] = weight.bytes
+    at_the_end = memory[size - weight.bytes.size :].view(weight.array.dtype).reshape(weight.array.shape)
+    outputs = np.full((5, 5), np.nan, np.float32)
+    _kernels.linear(x, at_the_end, outputs[1:4], int(format))
+    np.testing.assert_array_equal(outputs[1:4], linear(x, weight, format))
+    assert np.isnan(outputs[[0, 4]]).all()
 
 
 def test_linear_of_no_rows() -> None:
@@ -70,28 +121,48 @@ def test_linear_of_no_rows() -> None:
 def test_every_stored_value_is_taken_as_it_is(dtype: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 1)
     weight = bits.view(np.float16) if dtype == "float16" else bits
+    values = bits.view(np.float16) if dtype == "float16" else (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     out = np.empty((1, 1 << 16), np.float32)
     _kernels.linear(np.ones((1, 1), np.float32), weight, out)
     with np.errstate(invalid="ignore"):
-        np.testing.assert_array_equal(out[0], as_float64(weight)[:, 0].astype(np.float32))
+        np.testing.assert_array_equal(out[0], values[:, 0].astype(np.float32))
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("format", [WeightFormat.Q8_0, WeightFormat.Q4_0], ids=lambda format: format.name)
+def test_every_number_of_a_block_is_taken_as_it_is(format: WeightFormat) -> None:
+    """Every byte at every place, and scales that are negative, subnormal and the largest of float16."""
+    scales = np.array([1, -0.5, 6e-8, 65504], np.float16)
+    numbers = np.arange(256, dtype=np.uint8)[:, None].repeat(16 if format == WeightFormat.Q4_0 else 32, axis=1)
+    blocks = [np.concatenate([np.full((256, 1), scale).view(np.uint8), numbers], axis=1) for scale in scales]
+    weight = np.concatenate(blocks)
+    kv_format = KvFormat[format.name]
+    for place in range(32):
+        x = np.zeros((1, 32), np.float32)
+        x[0, place] = 1
+        out = np.empty((1, len(weight)), np.float32)
+        _kernels.linear(x, weight, out, int(format))
+        np.testing.assert_array_equal(out[0], decode(weight, kv_format, 32)[:, place])
+
+
+@EACH_FORMAT
 @pytest.mark.parametrize(("width", "inner"), [(128, 64), (20, 33)])
-def test_expert_fills_the_assigned_places_and_no_others(dtype: str, width: int, inner: int) -> None:
+def test_expert_fills_the_assigned_places_and_no_others(format: WeightFormat, width: int, inner: int) -> None:
     rows, ranks = 5, 2
+    width, inner = width_in(format, width), width_in(format, inner)
     hidden = normal(rows, width)
-    gate, up, down = (stored(normal(*shape) / 4, dtype) for shape in [(inner, width), (inner, width), (width, inner)])
-    slot = np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (gate, up, down)])
+    matrices = [
+        StoredWeights.of(normal(*shape) / 4, format) for shape in [(inner, width), (inner, width), (width, inner)]
+    ]
+    slot = np.concatenate([matrix.bytes for matrix in matrices])
+    gate, up, down = (matrix.values.astype(np.float64) for matrix in matrices)
     assignments = np.array([1, 4, 9], np.int64)
     outputs = np.full((rows, ranks, width), np.nan, np.float32)
-    _kernels.expert(hidden, assignments, slot, int(WeightFormat[dtype.upper()]), inner, outputs)
+    _kernels.expert(hidden, assignments, slot, int(format), inner, outputs)
     for row in range(rows):
         for rank in range(ranks):
             if row * ranks + rank in assignments:
                 x = hidden[row].astype(np.float64)
-                middle = silu(as_float64(gate) @ x) * (as_float64(up) @ x)
-                assert_close(outputs[row, rank], as_float64(down) @ middle, width * inner)
+                assert_close(outputs[row, rank], down @ (silu(gate @ x) * (up @ x)), width * inner)
             else:
                 assert np.isnan(outputs[row, rank]).all()
 
@@ -159,8 +230,10 @@ def test_wrong_arguments_are_refused() -> None:
         _kernels.linear(x[0], weight, out)
     with pytest.raises(TypeError, match="x has element format 'd', expected float32"):
         _kernels.linear(x.astype(np.float64), weight, out)
-    with pytest.raises(TypeError, match="bfloat16"):
+    with pytest.raises(TypeError, match="weight has element format 'd', expected float32, float16, uint16"):
         _kernels.linear(x, weight.astype(np.float64), out)
+    with pytest.raises(TypeError, match="expected 3 to 4 arguments, got 2"):
+        _kernels.linear(x, weight)
     out.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         _kernels.linear(x, weight, out)
@@ -168,3 +241,33 @@ def test_wrong_arguments_are_refused() -> None:
         _kernels.expert(x, np.zeros(1, np.int64), np.zeros(10, np.uint8), 0, 4, np.empty((2, 1, 8), np.float32))
     with pytest.raises(ValueError, match=r"assignments\[0\] is 2, expected 0 <= it < 2"):
         _kernels.expert(x, np.array([2]), np.zeros(384, np.uint8), 0, 4, np.empty((2, 1, 8), np.float32))
+
+
+def test_wrong_quantised_weights_are_refused() -> None:
+    x, out = normal(2, 64), np.empty((2, 3), np.float32)
+    rows = np.zeros((3, 2 * 34), np.uint8)
+    with pytest.raises(TypeError, match=r"has element format 'B', expected float32, .* or uint8 with the number"):
+        _kernels.linear(x, rows, out)
+    with pytest.raises(TypeError, match="weight has element format 'B', which is not how bfloat16 is stored"):
+        _kernels.linear(x, rows, out, int(WeightFormat.BFLOAT16))
+    with pytest.raises(TypeError, match="weight has element format 'f', which is not how Q8_0 is stored"):
+        _kernels.linear(x, normal(3, 64), out, int(WeightFormat.Q8_0))
+    with pytest.raises(ValueError, match="the number of bytes in a row of weight is 67, expected 68"):
+        _kernels.linear(x, np.zeros((3, 67), np.uint8), out, int(WeightFormat.Q8_0))
+    with pytest.raises(ValueError, match="the number of bytes in a row of weight is 68, expected 36"):
+        _kernels.linear(x, rows, out, int(WeightFormat.Q4_0))
+    with pytest.raises(ValueError, match="the width of x is 48, expected a multiple of 32 for Q8_0"):
+        _kernels.linear(normal(2, 48), rows, out, int(WeightFormat.Q8_0))
+    with pytest.raises(ValueError, match="weight is not contiguous"):
+        _kernels.linear(x, np.zeros((3, 100), np.uint8)[:, :68], out, int(WeightFormat.Q8_0))
+    with pytest.raises(ValueError, match=f"unknown weight format 99, expected 0 to {len(WeightFormat) - 1}"):
+        _kernels.linear(x, rows, out, 99)
+    outputs = np.empty((2, 1, 64), np.float32)
+    with pytest.raises(ValueError, match="intermediate_size is 40, expected a multiple of 32 for Q4_0"):
+        _kernels.expert(x, np.zeros(1, np.int64), rows.reshape(-1), int(WeightFormat.Q4_0), 40, outputs)
+    with pytest.raises(ValueError, match="slot has 204 bytes, expected at least 3456"):
+        _kernels.expert(x, np.zeros(1, np.int64), rows.reshape(-1), int(WeightFormat.Q4_0), 32, outputs)
+
+
+def test_formats_are_numbered_as_in_the_arena() -> None:
+    assert {format.name: getattr(_kernels, format.name) for format in WeightFormat} == dict(WeightFormat.__members__)

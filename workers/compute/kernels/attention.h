@@ -1,4 +1,4 @@
-/* Attention over KV pages in place, in any of their formats. A template: see vector.h for the lanes, kernels.h for the
+/* Attention over KV pages in place, in any of their formats. A template: see vector.h for the lanes, kernels.c for the
  * copies.
  *
  * softmax(q K^T / sqrt(head_dim)) V in tiles of ATTENTION_TILE positions counted from 0, with a running maximum and sum
@@ -22,32 +22,25 @@ INLINE void V(fetch_next)(enum kv_format format, const struct V(tile_rows) *rows
     for (size_t i = 0; i < kv_row_nbytes(format, width); i += 64) __builtin_prefetch(next + i, 0, 3);
 }
 
-/* The last values of a row of single values, filled up with zeros: what lies beyond may belong to nobody. */
-static TARGET __attribute__((noinline, cold)) void V(load_last)(enum weight_format stored, const uint8_t *row,
-                                                                size_t from, size_t width, V(vec) x[VEC_PARTS]) {
-    uint8_t padded[64] = {0};
-    if (from < width) memcpy(padded, row + from * format_nbytes(stored), (width - from) * format_nbytes(stored));
-    for (int p = 0; p < VEC_PARTS; p++) x[p] = V(load_weights)(stored, padded, p * VEC_LANES);
+/* A row's last values, of single ones, filled up with zeros to a block: what lies beyond may belong to nobody. */
+static __attribute__((noinline, cold)) void V(copy_last)(enum weight_format format, const uint8_t *row, size_t from,
+                                                         size_t width, uint8_t *block) {
+    size_t size = format_block_nbytes(format);
+    memset(block, 0, BLOCK_VALUES * size);
+    if (from < width) memcpy(block, row + from * size, (width - from) * size);
 }
 
 /* 16 values of a row, those from (2 * block + half) * 16 on, zeros from `width` on. `half` is a constant. */
-INLINE TARGET void V(load_half)(enum kv_format format, const uint8_t *row, size_t block, const int half, size_t width,
-                                V(vec) x[VEC_PARTS]) {
-    if (format == KV_Q8_0 || format == KV_Q4_0) {
-        const uint8_t *stored = row + block * kv_block_nbytes(format);
-        V(vec) scale = V(splat_f16)(stored);
-        if (format == KV_Q8_0) V(load_int8)((const int8_t *)stored + 2 + half * 16, x);
-        else V(load_int4)(stored + 2, half, x);
-        for (int p = 0; p < VEC_PARTS; p++) x[p] = V(mul)(x[p], scale);
-        return;
+INLINE TARGET void V(load_half)(enum kv_format kv_format, const uint8_t *row, size_t block, const int half,
+                                size_t width, V(vec) x[VEC_PARTS]) {
+    enum weight_format format = (enum weight_format)kv_format; /* they agree: see kernels.c */
+    _Alignas(64) uint8_t last[BLOCK_VALUES * MAX_VALUE_NBYTES];
+    if (format_values_per_block(format) == 1 && __builtin_expect((2 * block + half + 1) * 16 > width, 0)) {
+        V(copy_last)(format, row, block * BLOCK_VALUES, width, last);
+        row = last, block = 0;
     }
-    enum weight_format stored = format == KV_FLOAT32   ? FORMAT_FLOAT32
-                                : format == KV_FLOAT16 ? FORMAT_FLOAT16
-                                                       : FORMAT_BFLOAT16;
-    size_t from = (2 * block + half) * 16;
-    if (__builtin_expect(from + 16 > width, 0)) V(load_last)(stored, row, from, width, x);
-    else
-        for (int p = 0; p < VEC_PARTS; p++) x[p] = V(load_weights)(stored, row, from + p * VEC_LANES);
+    V(vec) scale = V(load_scale)(format, row, block);
+    for (int p = 0; p < VEC_PARTS; p++) x[p] = V(load_part)(format, row, block, half * VEC_PARTS + p, scale);
 }
 
 /* score[query][j] = query . row j, for `queries` queries and `keys` rows from `first` on; the two make 4 together and

@@ -1,8 +1,12 @@
-/* One copy of all kernels for the instruction set that VECTOR_ISA, VECTOR_NAME and TARGET name. Included by kernels.h
+/* One copy of all kernels for the instruction set that VECTOR_ISA, VECTOR_NAME and TARGET name. Included by kernels.c
  * once for each, hence no include guard. */
 #include "vector.h"
 
+#include "stored_values.h"
+
 #include "linear.h"
+
+#include "activation.h"
 
 #include "norm.h"
 
@@ -10,6 +14,7 @@
 
 #undef VEC_LANES
 #undef VEC_PARTS
+#undef BLOCK_PARTS
 #undef VECTOR_ISA
 #undef VECTOR_NAME
 #undef TARGET

@@ -1,4 +1,4 @@
-/* How weights are stored, and single elements of them as floats. */
+/* How weights are stored, and single stored numbers as floats. */
 #ifndef HOTSET_FORMATS_H
 #define HOTSET_FORMATS_H
 
@@ -6,9 +6,38 @@
 #include <stdint.h>
 #include <string.h>
 
-enum weight_format { FORMAT_FLOAT32, FORMAT_FLOAT16, FORMAT_BFLOAT16, FORMAT_COUNT };
+/* The numbers are those of WeightFormat in shm/layout.py and, for the formats that KV pages have too, of kv_format.h.
+ *
+ * Q8_0 and Q4_0 are GGML's: blocks of 32 values, a float16 scale and then 32 int8, or 16 bytes of which the low halves
+ * are values 0 ... 15 and the high halves 16 ... 31. */
+enum weight_format { FORMAT_FLOAT32, FORMAT_FLOAT16, FORMAT_BFLOAT16, FORMAT_Q8_0, FORMAT_Q4_0, FORMAT_COUNT };
 
-static inline size_t format_nbytes(enum weight_format format) { return format == FORMAT_FLOAT32 ? 4 : 2; }
+static const char *const FORMAT_NAMES[FORMAT_COUNT] = {"float32", "float16", "bfloat16", "Q8_0", "Q4_0"};
+
+#define BLOCK_VALUES 32
+#define BLOCK_SCALE_NBYTES 2
+#define MAX_VALUE_NBYTES 4
+
+/* What a 4-bit number stands for, in units of its block's scale. */
+static const int8_t Q4_0_VALUES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+static inline size_t format_values_per_block(enum weight_format format) {
+    return format >= FORMAT_Q8_0 ? BLOCK_VALUES : 1;
+}
+
+static inline size_t format_block_nbytes(enum weight_format format) {
+    switch (format) {
+    case FORMAT_FLOAT32: return 4;
+    case FORMAT_Q8_0: return BLOCK_SCALE_NBYTES + 32;
+    case FORMAT_Q4_0: return BLOCK_SCALE_NBYTES + 16;
+    default: return 2;
+    }
+}
+
+/* `width` is a multiple of the values per block. */
+static inline size_t format_row_nbytes(enum weight_format format, size_t width) {
+    return width / format_values_per_block(format) * format_block_nbytes(format);
+}
 
 static inline float float_from_bits(uint32_t bits) {
     float value;

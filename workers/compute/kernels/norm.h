@@ -1,4 +1,4 @@
-/* RMS norm. A template: see vector.h for the lanes, kernels.h for the copies. */
+/* RMS norm. A template: see vector.h for the lanes, kernels.c for the copies. */
 
 /* out = x / sqrt(mean(x^2) + eps) * weight, for each of the rows [begin, end). */
 static TARGET void V(rms_norm)(const struct rms_norm *op, size_t begin, size_t end) {

@@ -3,121 +3,19 @@
 #ifndef HOTSET_THREADS_H
 #define HOTSET_THREADS_H
 
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <stddef.h>
 
 #define MAX_THREADS 256
-#define MIN_PARALLEL_WORK 400000 /* multiply-adds; below, waking a thread costs more than it saves */
 
 typedef void loop_part(void *context, size_t begin, size_t end);
 
-static struct {
-    pthread_mutex_t busy; /* held by the thread whose loop the pool runs */
-    pthread_mutex_t lock; /* guards what follows, `next` excepted */
-    pthread_cond_t start, done;
-    pthread_t threads[MAX_THREADS];
-    int size;    /* threads besides the caller */
-    int wanted;  /* a thread with an index from here on ends */
-    int running; /* threads that have not finished the current loop */
-    unsigned long loop; /* number of loops since the threads were started */
-    loop_part *part;
-    void *context;
-    size_t count, step;
-    atomic_size_t next;
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
-          .lock = PTHREAD_MUTEX_INITIALIZER,
-          .start = PTHREAD_COND_INITIALIZER,
-          .done = PTHREAD_COND_INITIALIZER};
-
-static inline void pool_work(void) {
-    for (;;) {
-        size_t begin = atomic_fetch_add_explicit(&pool.next, pool.step, memory_order_relaxed);
-        if (begin >= pool.count) return;
-        size_t end = pool.count - begin < pool.step ? pool.count : begin + pool.step;
-        pool.part(pool.context, begin, end);
-    }
-}
-
-static void *pool_thread(void *argument) {
-    int index = (int)(ptrdiff_t)argument;
-    unsigned long seen = 0; /* not pool.loop: the first loop may have begun before this thread did */
-    pthread_mutex_lock(&pool.lock);
-    for (;;) {
-        while (pool.loop == seen && index < pool.wanted) pthread_cond_wait(&pool.start, &pool.lock);
-        if (index >= pool.wanted) break;
-        seen = pool.loop;
-        pthread_mutex_unlock(&pool.lock);
-        pool_work();
-        pthread_mutex_lock(&pool.lock);
-        if (--pool.running == 0) pthread_cond_signal(&pool.done);
-    }
-    pthread_mutex_unlock(&pool.lock);
-    return NULL;
-}
-
-/* The threads of the parent do not exist in a forked child. */
-static void pool_forget(void) {
-    pool.size = pool.wanted = pool.running = 0;
-    pthread_mutex_init(&pool.busy, NULL);
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.start, NULL);
-    pthread_cond_init(&pool.done, NULL);
-}
+/* part(context, begin, end) over [0, count) in pieces of a multiple of `grain`; `work` is the whole in multiply-adds. */
+void parallel_for(size_t count, size_t grain, double work, loop_part *part, void *context);
 
 /* Ends the pool's threads and starts `threads` - 1 new ones; 0, or the error number of pthread_create. */
-static inline int pool_resize(int threads) {
-    int error = 0;
-    pthread_mutex_lock(&pool.busy);
-    pthread_mutex_lock(&pool.lock);
-    pool.wanted = 0;
-    pthread_cond_broadcast(&pool.start);
-    pthread_mutex_unlock(&pool.lock);
-    for (int i = 0; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
-    pthread_mutex_lock(&pool.lock); /* the new threads wait for it until they are all there */
-    pool.loop = 0;
-    pool.wanted = threads - 1;
-    sigset_t all, before; /* the host's signals are for its own threads */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (pool.size = 0; pool.size < pool.wanted && !error; pool.size += !error)
-        error = pthread_create(&pool.threads[pool.size], NULL, pool_thread, (void *)(ptrdiff_t)pool.size);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pool.wanted = pool.size;
-    pthread_mutex_unlock(&pool.lock);
-    pthread_mutex_unlock(&pool.busy);
-    return error;
-}
+int pool_resize(int threads);
 
-/* part(context, begin, end) over [0, count) in pieces of a multiple of `grain`; `work` is the whole in multiply-adds. */
-static inline void parallel_for(size_t count, size_t grain, double work, loop_part *part, void *context) {
-    int alone = work < MIN_PARALLEL_WORK || pthread_mutex_trylock(&pool.busy);
-    if (!alone && pool.size == 0) {
-        pthread_mutex_unlock(&pool.busy);
-        alone = 1;
-    }
-    if (alone) {
-        part(context, 0, count);
-        return;
-    }
-    size_t pieces = (size_t)(pool.size + 1) * 4; /* more than threads: a slow core then holds up less */
-    pthread_mutex_lock(&pool.lock);
-    pool.step = (count + pieces - 1) / pieces;
-    pool.step = (pool.step + grain - 1) / grain * grain;
-    pool.part = part;
-    pool.context = context;
-    pool.count = count;
-    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
-    pool.running = pool.size;
-    pool.loop++;
-    pthread_cond_broadcast(&pool.start);
-    pthread_mutex_unlock(&pool.lock);
-    pool_work();
-    pthread_mutex_lock(&pool.lock);
-    while (pool.running) pthread_cond_wait(&pool.done, &pool.lock);
-    pthread_mutex_unlock(&pool.lock);
-    pthread_mutex_unlock(&pool.busy);
-}
+/* In a forked child, where the threads of the parent do not exist. */
+void pool_forget(void);
 
 #endif

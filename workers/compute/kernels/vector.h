@@ -1,6 +1,6 @@
 /* The vector operations that the kernels are written in, once per instruction set.
  *
- * Included once per instruction set by kernels.h, with V(name) giving each copy its own names. A kernel always sees 16 logical
+ * Included once per instruction set by kernels.c, with V(name) giving each copy its own names. A kernel always sees 16 logical
  * lanes: VEC_PARTS registers of VEC_LANES floats each. Lane l of a dot product sums the elements i with i % 16 == l in
  * ascending order, and V(sum16) adds the lanes in one fixed tree. So a result depends on its own inputs only: not on
  * the rows and outputs computed beside it, not on the number of threads, and not on the width of a register. AVX2 and
@@ -26,8 +26,8 @@ INLINE TARGET V(vec) V(splat_f16)(const void *p) {
     memcpy(&half, p, sizeof half);
     return _mm512_cvtph_ps(_mm256_set1_epi16(half));
 }
-INLINE TARGET void V(int8_lanes)(__m128i sixteen, V(vec) x[1]) {
-    x[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
+INLINE TARGET V(vec) V(load_int8)(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 INLINE TARGET V(vec) V(add)(V(vec) a, V(vec) b) { return _mm512_add_ps(a, b); }
 INLINE TARGET V(vec) V(sub)(V(vec) a, V(vec) b) { return _mm512_sub_ps(a, b); }
@@ -65,9 +65,8 @@ INLINE TARGET V(vec) V(splat_f16)(const void *p) {
     memcpy(&half, p, sizeof half);
     return _mm256_cvtph_ps(_mm_set1_epi16(half));
 }
-INLINE TARGET void V(int8_lanes)(__m128i sixteen, V(vec) x[2]) {
-    x[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(sixteen));
-    x[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(sixteen, sixteen)));
+INLINE TARGET V(vec) V(load_int8)(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 INLINE TARGET V(vec) V(add)(V(vec) a, V(vec) b) { return _mm256_add_ps(a, b); }
 INLINE TARGET V(vec) V(sub)(V(vec) a, V(vec) b) { return _mm256_sub_ps(a, b); }
@@ -104,12 +103,7 @@ INLINE V(vec) V(splat_f16)(const void *p) {
     memcpy(&half, p, sizeof half);
     return V(splat)(float_from_f16(half));
 }
-INLINE void V(load_int8)(const int8_t *p, V(vec) x[1]) {
-    for (int l = 0; l < 16; l++) x[0].lane[l] = p[l];
-}
-INLINE void V(load_int4)(const uint8_t *p, int high, V(vec) x[1]) {
-    for (int l = 0; l < 16; l++) x[0].lane[l] = (float)((high ? p[l] >> 4 : p[l] & 15) - 8);
-}
+INLINE V(vec) V(load_int8)(const int8_t *p) { EACH_LANE(p[l]); }
 INLINE V(vec) V(add)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] + b.lane[l]); }
 INLINE V(vec) V(sub)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] - b.lane[l]); }
 INLINE V(vec) V(mul)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] * b.lane[l]); }
@@ -138,16 +132,6 @@ INLINE void V(sum16_of_four)(const V(vec) parts[4][1], float sums[4]) {
 #define VEC_PARTS (16 / VEC_LANES)
 
 #if VECTOR_ISA
-/* 16 int8 as floats; the low or high halves of 16 bytes, less 8, as floats (GGML's Q8_0 and Q4_0). */
-INLINE TARGET void V(load_int8)(const int8_t *p, V(vec) x[VEC_PARTS]) {
-    V(int8_lanes)(_mm_loadu_si128((const __m128i *)p), x);
-}
-INLINE TARGET void V(load_int4)(const uint8_t *p, int high, V(vec) x[VEC_PARTS]) {
-    __m128i bytes = _mm_loadu_si128((const __m128i *)p);
-    if (high) bytes = _mm_srli_epi16(bytes, 4);
-    V(int8_lanes)(_mm_sub_epi8(_mm_and_si128(bytes, _mm_set1_epi8(15)), _mm_set1_epi8(8)), x);
-}
-
 /* fold adds lanes 8 apart, then 4 apart; the two below go on with 2 apart, then 1. */
 INLINE TARGET float V(sum16)(const V(vec) parts[VEC_PARTS]) {
     __m128 four = V(fold)(parts);
@@ -161,13 +145,6 @@ INLINE TARGET void V(sum16_of_four)(const V(vec) parts[4][VEC_PARTS], float sums
     _mm_storeu_ps(sums, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 }
 #endif
-
-/* VEC_LANES stored weights as floats, from element `i` of a row. */
-INLINE TARGET V(vec) V(load_weights)(enum weight_format format, const uint8_t *row, size_t i) {
-    if (format == FORMAT_FLOAT32) return V(load)((const float *)row + i);
-    if (format == FORMAT_FLOAT16) return V(load_f16)((const uint16_t *)row + i);
-    return V(load_bf16)((const uint16_t *)row + i);
-}
 
 /* e^x, relative error under 2e-7 for -87 <= x <= 88, clamped beyond; NaN stays NaN.
  * 2^n * p(r) with x = n ln 2 + r (Cody-Waite); p is the polynomial of Cephes' expf. Adding 1.5 * 2^23 rounds to an

@@ -1,0 +1,69 @@
+/* Stored values of any format as floats. A template: see vector.h for the lanes, kernels.c for the copies.
+ *
+ * Each conversion is exact (a quantised value is the product of a number of at most 8 bits and a scale of 11), so a
+ * kernel gives for every format the bits that it gives for a float32 row with the same values. */
+
+/* 4-bit numbers. A register of AVX-512 holds all 16 values of a block, ready scaled, and one instruction looks them up;
+ * elsewhere the unscaled value is looked up. V(nibbles) are VEC_LANES of them. */
+#if VECTOR_ISA == 2
+typedef __m512i V(nibbles); /* in the low 4 bits of each 32, whatever the others are */
+INLINE TARGET V(nibbles) V(load_nibbles)(const uint8_t *bytes, const int part) {
+    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
+    return part ? _mm512_srli_epi32(wide, 4) : wide;
+}
+INLINE TARGET V(vec) V(scale_values)(const int8_t values[16], V(vec) scale) {
+    return V(mul)(V(load_int8)(values), scale);
+}
+INLINE TARGET V(vec) V(look_up)(const int8_t values[16], V(vec) scaled_values, V(nibbles) nibbles) {
+    (void)values;
+    return _mm512_permutexvar_ps(nibbles, scaled_values);
+}
+#elif VECTOR_ISA == 1
+typedef __m128i V(nibbles); /* in the low 8 bytes */
+INLINE TARGET V(nibbles) V(load_nibbles)(const uint8_t *bytes, const int part) {
+    __m128i eight = _mm_loadl_epi64((const __m128i *)(bytes + part % 2 * 8));
+    return _mm_and_si128(part >= 2 ? _mm_srli_epi16(eight, 4) : eight, _mm_set1_epi8(15));
+}
+INLINE TARGET V(vec) V(scale_values)(const int8_t values[16], V(vec) scale) { return (void)values, scale; }
+INLINE TARGET V(vec) V(look_up)(const int8_t values[16], V(vec) scale, V(nibbles) nibbles) {
+    __m128i eight = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)values), nibbles);
+    return V(mul)(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), scale);
+}
+#else
+typedef struct { uint8_t lane[16]; } V(nibbles);
+INLINE V(nibbles) V(load_nibbles)(const uint8_t *bytes, const int part) {
+    V(nibbles) nibbles;
+    for (int l = 0; l < 16; l++) nibbles.lane[l] = part ? bytes[l] >> 4 : bytes[l] & 15;
+    return nibbles;
+}
+INLINE V(vec) V(scale_values)(const int8_t values[16], V(vec) scale) { return (void)values, scale; }
+INLINE V(vec) V(look_up)(const int8_t values[16], V(vec) scale, V(nibbles) nibbles) {
+    V(vec) x;
+    for (int l = 0; l < 16; l++) x.lane[l] = values[nibbles.lane[l]];
+    return V(mul)(x, scale);
+}
+#endif
+
+#define BLOCK_PARTS (BLOCK_VALUES / VEC_LANES)
+
+/* What load_part has to know of a block of 32 values of a row besides the values; nothing for single values. */
+INLINE TARGET V(vec) V(load_scale)(enum weight_format format, const uint8_t *row, size_t block) {
+    if (format != FORMAT_Q8_0 && format != FORMAT_Q4_0) return V(zero)();
+    V(vec) scale = V(splat_f16)(row + block * format_block_nbytes(format));
+    return format == FORMAT_Q4_0 ? V(scale_values)(Q4_0_VALUES, scale) : scale;
+}
+
+/* The values block * 32 + part * VEC_LANES ... of a row. `part` is a constant. */
+INLINE TARGET V(vec) V(load_part)(enum weight_format format, const uint8_t *row, size_t block, const int part,
+                                  V(vec) scale) {
+    size_t i = block * BLOCK_VALUES + part * VEC_LANES;
+    switch (format) {
+    case FORMAT_FLOAT32: return V(load)((const float *)row + i);
+    case FORMAT_FLOAT16: return V(load_f16)((const uint16_t *)row + i);
+    case FORMAT_BFLOAT16: return V(load_bf16)((const uint16_t *)row + i);
+    default: break;
+    }
+    const uint8_t *values = row + block * format_block_nbytes(format) + BLOCK_SCALE_NBYTES;
+    if (format == FORMAT_Q8_0) return V(mul)(V(load_int8)((const int8_t *)values + part * VEC_LANES), scale);
+    return V(look_up)(Q4_0_VALUES, scale, V(load_nibbles)(values, part));
+}
