@@ -188,6 +188,7 @@ class _Planner:
         config, model = self.config, self.model
         row = 8 * model.hidden_size + 3 * (model.num_heads + model.num_kv_heads) * model.head_dim + model.num_experts
         row += model.experts_per_token * (model.hidden_size + 2 * model.intermediate_size)
+        row += 3 * model.widest_feed_forward
         logits = 3 * config.max_num_seqs * model.vocab_size  # as computed, scaled and sorted
         activations = 4 * (config.max_num_batched_tokens * row + logits)
         return (config.workers + 3) * PROCESS_NBYTES + config.workers * activations

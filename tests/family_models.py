@@ -30,6 +30,15 @@ LLAMA3 = {
 
 # By the name of the test. Every feature of a family is in one of its models.
 FAMILY_MODELS: dict[str, dict[str, Any]] = {
+    "olmoe with biases": {"family": "olmoe", "attention_bias": True},
+    "qwen2_moe": {"family": "qwen2_moe", "num_kv_heads": 2},
+    "qwen2_moe without biases": {
+        "family": "qwen2_moe",
+        "num_layers": 3,
+        "qkv_bias": False,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
     "qwen3_moe": {"family": "qwen3_moe", "num_kv_heads": 2, "experts_per_token": 3},
     "qwen3_moe with layers without experts": {
         "family": "qwen3_moe",

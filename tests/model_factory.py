@@ -31,6 +31,15 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "max_window_layers": 2,
     },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 1,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 2,
+    },
 }
 
 
@@ -112,6 +121,14 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield f"{prefix}.self_attn.k_proj.weight", (kv_heads * head_dim, hidden)
         yield f"{prefix}.self_attn.v_proj.weight", (kv_heads * head_dim, hidden)
         yield f"{prefix}.self_attn.o_proj.weight", (hidden, heads * head_dim)
+        if config["model_type"] == "qwen2_moe" and config.get("qkv_bias", True):
+            yield f"{prefix}.self_attn.q_proj.bias", (heads * head_dim,)
+            yield f"{prefix}.self_attn.k_proj.bias", (kv_heads * head_dim,)
+            yield f"{prefix}.self_attn.v_proj.bias", (kv_heads * head_dim,)
+        if config.get("attention_bias"):
+            for matrix, width in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+                yield f"{prefix}.self_attn.{matrix}_proj.bias", (width * head_dim,)
+            yield f"{prefix}.self_attn.o_proj.bias", (hidden,)
         if config["model_type"] == "olmoe":
             yield f"{prefix}.self_attn.q_norm.weight", (heads * head_dim,)
             yield f"{prefix}.self_attn.k_norm.weight", (kv_heads * head_dim,)
@@ -123,6 +140,10 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
             yield from feed_forward_shapes(f"{prefix}.mlp", hidden, config["intermediate_size"])
             continue
         yield f"{prefix}.mlp.gate.weight", (config["num_experts"], hidden)
+        if config["model_type"] == "qwen2_moe":
+            yield f"{prefix}.mlp.shared_expert_gate.weight", (1, hidden)
+            inner = config["shared_expert_intermediate_size"]
+            yield from feed_forward_shapes(f"{prefix}.mlp.shared_expert", hidden, inner)
         inner = config.get("moe_intermediate_size", config["intermediate_size"])
         for expert in range(config["num_experts"]):
             yield from feed_forward_shapes(f"{prefix}.mlp.experts.{expert}", hidden, inner)
@@ -138,7 +159,10 @@ def feed_forward_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[
 
 
 def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> None:
-    """Normal weights of standard deviation 1 / sqrt(inputs), norms around 1; one tensor in memory at a time."""
+    """Normal weights of standard deviation 1 / sqrt(inputs), biases of 1/4, norms around 1.
+
+    One tensor is in memory at a time.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -154,9 +178,14 @@ def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str
     random = np.random.default_rng(seed)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for shape in shapes.values():
+        for name, shape in shapes.items():
             values = random.standard_normal(shape, dtype=np.float32)
-            values = 1 + values / 10 if len(shape) == 1 else values / np.sqrt(np.float32(shape[1]))
+            if name.endswith("bias"):
+                values /= 4
+            elif len(shape) == 1:
+                values = 1 + values / 10
+            else:
+                values /= np.sqrt(np.float32(shape[1]))
             file.write(stored(values, dtype).tobytes())
 
 

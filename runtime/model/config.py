@@ -23,6 +23,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         intermediate_size: inner size of one expert.
         dense_layers: layers with an ordinary feed-forward block of `dense_intermediate_size` in the place of experts.
+        shared_intermediate_size: inner size of the expert that every row goes through; 0 if there is none.
+        biased: the projections of the attention that have a bias.
         normalize_top_k: the mixing weights of the chosen experts are divided by their sum.
         clip_qkv: queries, keys and values are clipped to plus or minus this value.
         dtype: what config.json declares; each tensor has its own.
@@ -34,6 +36,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     intermediate_size: int
     dense_layers: frozenset[int]
     dense_intermediate_size: int
+    shared_intermediate_size: int
+    biased: tuple[str, ...]
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -64,7 +68,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelNotFound(folder, f"{folder} is not a model folder: it has no config.json.")
         file = ConfigFile.read(path)
         family = _family(file)
-        _refuse_unsupported(file)
+        _refuse_unsupported(file, family)
         rope = Rope.of(file, family.rope_theta)
 
         num_layers = file.count("num_hidden_layers")
@@ -87,6 +91,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             intermediate_size=file.count(family.expert_size_option),
             dense_layers=dense_layers,
             dense_intermediate_size=file.count("intermediate_size") if dense_layers else 0,
+            shared_intermediate_size=file.count("shared_expert_intermediate_size") if family.shared_expert else 0,
+            biased=family.biased if _has_bias(file, family) else (),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -103,6 +109,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             clip_qkv=file.optional_number("clip_qkv"),
             dtype=_dtype(file),
         )
+
+    @property
+    def widest_feed_forward(self) -> int:
+        """The largest inner size of a block with dense weights; 0 if all feed-forward blocks are experts."""
+        return max(self.dense_intermediate_size, self.shared_intermediate_size)
 
     @property
     def num_experts_in_all(self) -> int:
@@ -137,14 +148,20 @@ def _dtype(file: ConfigFile) -> str:
     return str(file.get("dtype", file.get("torch_dtype", "float32")))
 
 
-def _refuse_unsupported(file: ConfigFile) -> None:
+def _has_bias(file: ConfigFile, family: Family) -> bool:
+    return family.bias_option is not None and file.flag(family.bias_option, default=family.bias_default)
+
+
+def _refuse_unsupported(file: ConfigFile, family: Family) -> None:
     for option, value, supported in (
         ("dtype", _dtype(file), DTYPES),
         ("hidden_act", file.get("hidden_act", "silu"), ("silu",)),
-        ("attention_bias", file.get("attention_bias", False), (False,)),
         ("quantization_config", file.get("quantization_config"), (None,)),
     ):
         file.refuse_unless(option, value, supported)
+    for option in ("attention_bias", "qkv_bias", "mlp_bias"):
+        if option != family.bias_option:
+            file.refuse_unless(option, file.flag(option), (False,))
     if file.flag("use_sliding_window", default=True):
         file.refuse_unless("sliding_window", file.get("sliding_window"), (None,))
 

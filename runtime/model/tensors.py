@@ -56,6 +56,9 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Tensor]:
         "output": Tensor(f"{attention}.o_proj.weight", (hidden, queries)),
         "feed_forward_norm": Tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
     }
+    for part in config.biased:
+        weight = parts[part]
+        parts[f"{part}_bias"] = Tensor(weight.name.removesuffix("weight") + "bias", weight.shape[:1])
     if config.family.query_key_norm != "none":
         whole = config.family.query_key_norm == "row"
         parts["query_norm"] = Tensor(f"{attention}.q_norm.weight", (queries if whole else config.head_dim,))
@@ -64,6 +67,9 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Tensor]:
         parts |= _feed_forward("dense", mlp, hidden, config.dense_intermediate_size)
     else:
         parts["router"] = Tensor(f"{mlp}.gate.weight", (config.num_experts, hidden))
+        if config.family.shared_expert:
+            parts |= _feed_forward("shared", f"{mlp}.shared_expert", hidden, config.shared_intermediate_size)
+            parts["shared_router"] = Tensor(f"{mlp}.shared_expert_gate.weight", (1, hidden))
     return parts
 
 

@@ -123,7 +123,10 @@ class Transformer:
     def _feed_forward(self, index: int, layer: LayerWeights, normed: Floats) -> Floats:
         if layer.dense is not None:
             return layer.dense(normed)
-        return self._experts(index, normed, layer.router(normed))
+        mixture = self._experts(index, normed, layer.router(normed))
+        if layer.shared is not None:
+            mixture += layer.shared(normed)
+        return mixture
 
     def _attention(self, index: int, layer: LayerWeights, normed: Floats, rows: _Rows) -> Floats:
         config, count = self.config, len(normed)

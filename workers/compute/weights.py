@@ -19,13 +19,19 @@ Floats = NDArray[np.float32]
 
 
 class Projection(msgspec.Struct, frozen=True):
-    """y = x . weight transposed. weight is [outputs, inputs]: float32, float16, or uint16 with the bits of bfloat16."""
+    """y = x . weight transposed + bias.
+
+    weight is [outputs, inputs]: float32, float16, or uint16 with the bits of bfloat16.
+    """
 
     weight: NDArray[Any]
+    bias: Floats | None = None
 
     def __call__(self, x: Floats) -> Floats:
         out = np.empty((len(x), len(self.weight)), np.float32)
         _kernels.linear(x, self.weight, out)
+        if self.bias is not None:
+            out += self.bias
         return out
 
 
@@ -41,6 +47,16 @@ class FeedForward(msgspec.Struct, frozen=True):
         return self.down(gate * sigmoid(gate) * self.up(x))
 
 
+class SharedExpert(msgspec.Struct, frozen=True):
+    """What every row goes through besides the experts that the router chooses, weighted by a gate of its own."""
+
+    router: Projection
+    feed_forward: FeedForward
+
+    def __call__(self, x: Floats) -> Floats:
+        return sigmoid(self.router(x)) * self.feed_forward(x)
+
+
 class LayerWeights(msgspec.Struct, frozen=True):
     """One layer without its experts. What it does not have is None; it has either `router` or `dense`."""
 
@@ -53,6 +69,7 @@ class LayerWeights(msgspec.Struct, frozen=True):
     key_norm: Floats | None
     feed_forward_norm: Floats
     router: Projection | None
+    shared: SharedExpert | None
     dense: FeedForward | None
 
     @classmethod
@@ -63,11 +80,9 @@ class LayerWeights(msgspec.Struct, frozen=True):
             return as_float32(checkpoint.dense(tensors[part].name)) if part in tensors else None
 
         def projection(part: str) -> Projection:
-            return Projection(checkpoint.dense(tensors[part].name))
+            return Projection(checkpoint.dense(tensors[part].name), vector(f"{part}_bias"))
 
-        def feed_forward(part: str) -> FeedForward | None:
-            if f"{part}_gate" not in tensors:
-                return None
+        def feed_forward(part: str) -> FeedForward:
             return FeedForward(*(projection(f"{part}_{matrix}") for matrix in ("gate", "up", "down")))
 
         return cls(
@@ -80,7 +95,10 @@ class LayerWeights(msgspec.Struct, frozen=True):
             key_norm=vector("key_norm"),
             feed_forward_norm=as_float32(checkpoint.dense(tensors["feed_forward_norm"].name)),
             router=projection("router") if "router" in tensors else None,
-            dense=feed_forward("dense"),
+            shared=SharedExpert(projection("shared_router"), feed_forward("shared"))
+            if "shared_router" in tensors
+            else None,
+            dense=feed_forward("dense") if "dense_gate" in tensors else None,
         )
 
 
