@@ -14,6 +14,7 @@ from hotset.shm.layout import WeightFormat
 Floats = NDArray[np.float32]
 SINGLE_VALUES = (WeightFormat.FLOAT32, WeightFormat.FLOAT16, WeightFormat.BFLOAT16)
 FORMATS = tuple(WeightFormat)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _GGML = {WeightFormat.Q8_0: KvFormat.Q8_0, WeightFormat.Q4_0: KvFormat.Q4_0}
 
 
@@ -29,6 +30,8 @@ class StoredWeights(NamedTuple):
         if format in _GGML:
             rows = encode(values, _GGML[format])
             return cls(rows, decode(rows, _GGML[format], values.shape[1]))
+        if format == WeightFormat.MXFP4:
+            return cls(*_mxfp4(values))
         array = stored(values, format.name.lower())
         if format == WeightFormat.BFLOAT16:
             return cls(array, (array.astype(np.uint32) << np.uint32(16)).view(np.float32))
@@ -38,3 +41,15 @@ class StoredWeights(NamedTuple):
     def bytes(self) -> NDArray[np.uint8]:
         """As they lie in an expert's slot."""
         return np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
+
+
+def _mxfp4(values: Floats) -> tuple[NDArray[np.uint8], Floats]:
+    """Numbers [outputs, inputs / 2] and behind them scales [outputs, inputs / 32], and what they stand for."""
+    outputs, inputs = values.shape
+    blocks = values.reshape(-1, 32)
+    exponents = np.floor(np.log2(np.abs(blocks).max(axis=1, keepdims=True))) - 2
+    codes = np.abs(blocks[:, :, None] / np.exp2(exponents)[:, :, None] - E2M1).argmin(axis=2).astype(np.uint8)
+    numbers = codes[:, 0::2] | codes[:, 1::2] << 4
+    scales = (exponents + 127).astype(np.uint8)
+    array = np.concatenate([numbers.reshape(-1), scales.reshape(-1)]).reshape(outputs, -1)
+    return array, (E2M1[codes] * np.exp2(exponents)).astype(np.float32).reshape(outputs, inputs)

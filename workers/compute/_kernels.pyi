@@ -17,6 +17,9 @@ FLOAT16: int
 BFLOAT16: int
 Q8_0: int
 Q4_0: int
+MXFP4: int
+GATE_UP_DOWN: int
+INTERLEAVED_WITH_BIASES: int
 KV_FLOAT32: int
 KV_FLOAT16: int
 KV_BFLOAT16: int
@@ -27,7 +30,8 @@ def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32
     """out [n, outputs] = x [n, inputs] . weight [outputs, inputs] transposed.
 
     weight is float32, float16, or uint16 with the bits of bfloat16; or uint8 [outputs, bytes of a row] and `format` is
-    Q8_0 or Q4_0, inputs then a multiple of 32. A format that contradicts the element type is refused.
+    Q8_0, Q4_0 or MXFP4 (the numbers of all rows, then their scales), inputs then a multiple of 32. A format that
+    contradicts the element type is refused.
     """
 
 def expert(
@@ -37,10 +41,18 @@ def expert(
     format: int,
     intermediate_size: int,
     outputs: NDArray[np.float32],
+    layout: int = ...,
+    swiglu_limit: float = ...,
+    /,
 ) -> None:
-    """outputs [n, k, width] at (row, rank) = down(silu(gate(x)) * up(x)) of x = hidden [n, width][row], for
-    each row * k + rank of assignments. slot holds gate, up and down one after another in `format`; for quantised
-    ones width and intermediate_size are multiples of 32.
+    """outputs [n, k, width] at (row, rank) = one expert's result for hidden [n, width][row], for each row * k + rank of
+    assignments.
+
+    slot holds the weights in `format`; for quantised ones width and intermediate_size are multiples of 32. `layout`:
+    GATE_UP_DOWN (if left out): the three matrices one after another; INTERLEAVED_WITH_BIASES (gpt-oss): one matrix
+    whose rows are gate and up in turn, its biases, down, its biases; bfloat16 biases where the weights are quantised.
+    `swiglu_limit`: 0 (if left out) is silu(gate) * up; otherwise, as gpt-oss has it, gate is at most the limit, up
+    within plus or minus it, and between them is gate * sigmoid(1.702 * gate) * (up + 1).
     """
 
 def combine(outputs: NDArray[np.float32], weights: NDArray[np.float32], out: NDArray[np.float32]) -> None:
@@ -89,10 +101,13 @@ def attention(
     positions: NDArray[np.int32],
     window: int,
     out: NDArray[np.float32],
+    sinks: NDArray[np.float32] | None = ...,
+    /,
 ) -> None:
     """out [n, heads, head_dim]: causal attention of each row over the last `window` positions up to its own, all of
-    them if window is 0, scaled by 1 / sqrt(head_dim); consecutive query heads share a key-value head. Pages of
-    positions before the window are not read. The bits are those of float32 pages with the same values."""
+    them if window is 0, scaled by 1 / sqrt(head_dim); consecutive query heads share a key-value head. With `sinks`
+    [heads] each head sees one more key, with this logit and a value of zero. Pages of positions before the window are
+    not read. The bits are those of float32 pages with the same values."""
 
 def set_num_threads(threads: int) -> None:
     """Threads that a kernel may use, the caller included (1 at first). Small calls stay in the calling

@@ -70,11 +70,13 @@ class Pages:
     def write(self) -> int:
         return _kernels.write_kv(self.keys, self.values, self.array, *self.format_and_places)
 
-    def attention(self, queries: Floats, rows: slice = slice(None), window: int = 0) -> Floats:
+    def attention(
+        self, queries: Floats, rows: slice = slice(None), window: int = 0, sinks: Floats | None = None
+    ) -> Floats:
         format, layer, tables, starts, positions = self.format_and_places
         some = np.ascontiguousarray(queries[rows])
         out = np.full_like(some, np.nan)
-        _kernels.attention(some, self.array, format, layer, tables, starts[rows], positions[rows], window, out)
+        _kernels.attention(some, self.array, format, layer, tables, starts[rows], positions[rows], window, out, sinks)
         return out
 
     def stored(self) -> tuple[Floats, Floats]:
@@ -85,7 +87,7 @@ class Pages:
 
 
 def plain_attention(
-    pages: Pages, keys: Floats, values: Floats, queries: Floats, window: int = 0
+    pages: Pages, keys: Floats, values: Floats, queries: Floats, window: int = 0, sinks: Floats | None = None
 ) -> NDArray[np.float64]:
     """float64, sequence by sequence, without pages, tiles or running sums."""
     group = queries.shape[1] // keys.shape[1]
@@ -99,8 +101,11 @@ def plain_attention(
         if window:
             seen &= ~np.tri(length, k=-window, dtype=bool)
         scores[:, ~seen] = -np.inf
+        if sinks is not None:  # as transformers has it: one more key, whose weight is dropped
+            column = np.broadcast_to(sinks.astype(np.float64)[:, None, None], (len(sinks), length, 1))
+            scores = np.concatenate([scores, column], axis=-1)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
+        weights = (weights / weights.sum(axis=-1, keepdims=True))[..., :length]
         results.append(np.einsum("hqk,khd->qhd", weights, v))
         start += length
     return np.concatenate(results)
@@ -158,6 +163,26 @@ def test_pages_before_the_window_are_not_read() -> None:
     np.testing.assert_array_equal(pages.attention(queries, slice(95, 96), window=32), expected)
 
 
+@FORMATS
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("size", [0.0, 3.0, 60.0])
+def test_a_sink_takes_its_share_of_every_row(format: KvFormat, window: int, size: float) -> None:
+    """From none to nearly all of it."""
+    pages = Pages([1, 90, 40], block_size=8, format=format)
+    assert pages.write() == -1
+    queries, sinks = normal(131, 4, 32), normal(4) * np.float32(size)
+    expected = plain_attention(pages, *pages.stored(), queries, window, sinks)
+    np.testing.assert_allclose(pages.attention(queries, window=window, sinks=sinks), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sink_of_minus_infinity_is_none() -> None:
+    pages = Pages([50])
+    pages.write()
+    queries = normal(50, 4, 32)
+    sinks = np.full(4, -np.inf, np.float32)
+    np.testing.assert_allclose(pages.attention(queries, sinks=sinks), pages.attention(queries), rtol=1e-6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     format=st.sampled_from(KvFormat),
@@ -167,16 +192,26 @@ def test_pages_before_the_window_are_not_read() -> None:
     head_dim=st.sampled_from([8, 20, 32, 64]),
     block_size=st.sampled_from([1, 5, 16]),
     window=st.sampled_from([0, 0, 7, 40]),
+    has_sinks=st.booleans(),
 )
 def test_a_row_alone_gives_the_bits_of_the_row_in_a_batch(
-    format: KvFormat, lengths: list[int], kv_heads: int, group: int, head_dim: int, block_size: int, window: int
+    format: KvFormat,
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    window: int,
+    has_sinks: bool,
 ) -> None:
     pages = Pages(lengths, block_size, kv_heads, head_dim, format)
     assert pages.write() == -1
     queries = normal(sum(lengths), kv_heads * group, head_dim)
-    together = pages.attention(queries, window=window)
+    sinks = normal(kv_heads * group) if has_sinks else None
+    together = pages.attention(queries, window=window, sinks=sinks)
     for row in range(0, len(queries), 3):
-        np.testing.assert_array_equal(pages.attention(queries, slice(row, row + 1), window), together[row : row + 1])
+        alone = pages.attention(queries, slice(row, row + 1), window, sinks)
+        np.testing.assert_array_equal(alone, together[row : row + 1])
 
 
 @pytest.mark.usefixtures("threads")
@@ -245,6 +280,8 @@ def test_arguments_outside_are_refused() -> None:
         _kernels.attention(queries, pages.array, format, layer, tables, starts, positions - 1, 0, out)
     with pytest.raises(ValueError, match="the window is -1, expected at least 0"):
         _kernels.attention(queries, pages.array, format, layer, tables, starts, positions, -1, out)
+    with pytest.raises(ValueError, match=r"the length of sinks \(query heads\) is 3, expected 2"):
+        _kernels.attention(queries, pages.array, format, layer, tables, starts, positions, 0, out, normal(3))
     with pytest.raises(ValueError, match=r"the last dimension of kv_pages \(bytes of a head\) is 32, expected 34"):
         _kernels.attention(queries, pages.array, _kernels.KV_Q8_0, layer, tables, starts, positions, 0, out)
     with pytest.raises(ValueError, match="unknown KV page format 5"):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from stored_weights import FORMATS, SINGLE_VALUES, StoredWeights
+from stored_weights import E2M1, FORMATS, SINGLE_VALUES, StoredWeights
 
 from hotset.shm.kv_page_format import KvFormat, decode
 from hotset.shm.layout import WeightFormat
@@ -128,6 +128,20 @@ def test_every_stored_value_is_taken_as_it_is(dtype: str) -> None:
         np.testing.assert_array_equal(out[0], values[:, 0].astype(np.float32))
 
 
+def test_every_number_and_scale_of_mxfp4_is_taken_as_it_is() -> None:
+    scales = np.array([0, 1, 2, 100, 127, 200, 250], np.uint8)
+    numbers = np.arange(256, dtype=np.uint8)[:, None].repeat(16, axis=1)
+    weight = np.concatenate([np.tile(numbers, (len(scales), 1)).reshape(-1), scales.repeat(256)]).reshape(-1, 17)
+    units = np.exp2(scales.astype(np.float64) - 127).repeat(256).astype(np.float32)
+    for place in range(32):
+        x = np.zeros((1, 32), np.float32)
+        x[0, place] = 1
+        out = np.empty((1, len(weight)), np.float32)
+        _kernels.linear(x, weight, out, int(WeightFormat.MXFP4))
+        codes = np.tile(numbers[:, 0], len(scales)) >> 4 * (place % 2) & 15
+        np.testing.assert_array_equal(out[0], E2M1[codes] * units)
+
+
 @pytest.mark.parametrize("format", [WeightFormat.Q8_0, WeightFormat.Q4_0], ids=lambda format: format.name)
 def test_every_number_of_a_block_is_taken_as_it_is(format: WeightFormat) -> None:
     """Every byte at every place, and scales that are negative, subnormal and the largest of float16."""
@@ -165,6 +179,35 @@ def test_expert_fills_the_assigned_places_and_no_others(format: WeightFormat, wi
                 assert_close(outputs[row, rank], down @ (silu(gate @ x) * (up @ x)), width * inner)
             else:
                 assert np.isnan(outputs[row, rank]).all()
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize(("width", "inner"), [(128, 64), (20, 33)])
+@pytest.mark.parametrize("limit", [7.0, 0.5, 0.0])
+def test_expert_of_gpt_oss(format: WeightFormat, width: int, inner: int, limit: float) -> None:
+    """Rows of gate and up in turn, biases, and its own activation."""
+    width, inner = width_in(format, width), width_in(format, inner)
+    hidden = normal(3, width) * 2
+    bias_format = format if format in SINGLE_VALUES else WeightFormat.BFLOAT16
+    parts = [
+        StoredWeights.of(normal(2 * inner, width) / 4, format),
+        StoredWeights.of(normal(1, 2 * inner), bias_format),
+        StoredWeights.of(normal(width, inner) / 4, format),
+        StoredWeights.of(normal(1, width), bias_format),
+    ]
+    slot = np.concatenate([part.bytes for part in parts])
+    gate_up, gate_up_bias, down, down_bias = (part.values.astype(np.float64) for part in parts)
+    outputs = np.full((3, 1, width), np.nan, np.float32)
+    layout = _kernels.INTERLEAVED_WITH_BIASES
+    _kernels.expert(hidden, np.arange(3), slot, int(format), inner, outputs, layout, limit)
+    both = hidden.astype(np.float64) @ gate_up.T + gate_up_bias
+    gate, up = both[:, 0::2], both[:, 1::2]
+    if limit:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        middle = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    else:
+        middle = silu(gate) * up
+    assert_close(outputs[:, 0], middle @ down.T + down_bias, width * inner)
 
 
 def test_silu_of_extreme_gates() -> None:
@@ -267,6 +310,23 @@ def test_wrong_quantised_weights_are_refused() -> None:
         _kernels.expert(x, np.zeros(1, np.int64), rows.reshape(-1), int(WeightFormat.Q4_0), 40, outputs)
     with pytest.raises(ValueError, match="slot has 204 bytes, expected at least 3456"):
         _kernels.expert(x, np.zeros(1, np.int64), rows.reshape(-1), int(WeightFormat.Q4_0), 32, outputs)
+
+
+def test_wrong_expert_options_are_refused() -> None:
+    x, slot, outputs = normal(1, 32), np.zeros(10000, np.uint8), np.empty((1, 1, 32), np.float32)
+    row = np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match="unknown expert layout 2"):
+        _kernels.expert(x, row, slot, 0, 4, outputs, 2)
+    with pytest.raises(ValueError, match=r"swiglu_limit is -1.0, expected a number of at least 0"):
+        _kernels.expert(x, row, slot, 0, 4, outputs, 0, -1.0)
+    with pytest.raises(ValueError, match=r"swiglu_limit is nan, expected a number of at least 0"):
+        _kernels.expert(x, row, slot, 0, 4, outputs, 0, float("nan"))
+    nbytes = 3 * 4 * 32 * 4 + (8 + 32) * 4
+    with pytest.raises(ValueError, match=f"slot has {nbytes - 1} bytes, expected at least {nbytes}"):
+        _kernels.expert(x, row, slot[: nbytes - 1], 0, 4, outputs, _kernels.INTERLEAVED_WITH_BIASES)
+    nbytes = 3 * 32 * 17 + (64 + 32) * 2
+    with pytest.raises(ValueError, match=f"slot has {nbytes - 1} bytes, expected at least {nbytes}"):
+        _kernels.expert(x, row, slot[: nbytes - 1], int(WeightFormat.MXFP4), 32, outputs, 1)
 
 
 def test_formats_are_numbered_as_in_the_arena() -> None:

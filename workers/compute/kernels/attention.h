@@ -39,7 +39,7 @@ INLINE TARGET void V(load_half)(enum kv_format kv_format, const uint8_t *row, si
         V(copy_last)(format, row, block * BLOCK_VALUES, width, last);
         row = last, block = 0;
     }
-    V(vec) scale = V(load_scale)(format, row, block);
+    V(vec) scale = V(load_scale)(format, row, NULL, block);
     for (int p = 0; p < VEC_PARTS; p++) x[p] = V(load_part)(format, row, block, half * VEC_PARTS + p, scale);
 }
 
@@ -100,6 +100,13 @@ struct V(softmax) {
     float highest;
     V(vec) sum[VEC_PARTS];
 };
+
+/* With a sink: its weight relative to itself, which is 1, is summed already. */
+static TARGET void V(start_softmax)(struct V(softmax) *state, const float *sink) {
+    float sum[16] = {sink ? 1.0f : 0.0f};
+    state->highest = sink ? *sink : -INFINITY;
+    for (int p = 0; p < VEC_PARTS; p++) state->sum[p] = V(load)(sum + p * VEC_LANES);
+}
 
 /* Scores in [first, end) become weights relative to the highest score so far, others 0; what was mixed before shrinks
  * with it. */
@@ -203,8 +210,7 @@ static TARGET void V(attend)(const struct attention *op, size_t row, size_t head
     for (size_t h = 0; h < count; h++) {
         const float *from = op->queries + (row * op->num_heads + head + h) * dim;
         for (size_t d = 0; d < dim; d++) query[h * blocks * 32 + d] = from[d] * op->scale;
-        state[h].highest = -INFINITY;
-        for (int p = 0; p < VEC_PARTS; p++) state[h].sum[p] = V(zero)();
+        V(start_softmax)(state + h, op->sinks ? op->sinks + head + h : NULL);
     }
     for (size_t from = start / ATTENTION_TILE * ATTENTION_TILE; from < end; from += ATTENTION_TILE) {
         size_t tile_first = start > from ? start - from : 0;

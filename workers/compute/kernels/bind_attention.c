@@ -122,8 +122,8 @@ PyObject *py_attention(PyObject *self, PyObject *const *args, Py_ssize_t count) 
     (void)self;
     struct arrays arrays = {.count = 0};
     struct attention op;
-    Py_buffer *queries, *out;
-    if (!count_is(count, 9)) return NULL;
+    Py_buffer *queries, *out, *sinks = NULL;
+    if (!count_is_between(count, 9, 10)) return NULL;
     Py_ssize_t window = PyLong_AsSsize_t(args[7]);
     if (PyErr_Occurred()) return NULL;
     if (window < 0) return PyErr_Format(PyExc_ValueError, "the window is %zd, expected at least 0 (none)", window);
@@ -133,6 +133,9 @@ PyObject *py_attention(PyObject *self, PyObject *const *args, Py_ssize_t count) 
         !expect(out->shape[0], queries->shape[0], "the number of rows of out") ||
         !expect(out->shape[1], queries->shape[1], "the number of heads of out") ||
         !expect(out->shape[2], queries->shape[2], "the head size of out") ||
+        (count > 9 && args[9] != Py_None &&
+         (!(sinks = take(&arrays, args[9], "sinks", KIND_FLOAT32, 1, 0)) ||
+          !expect(sinks->shape[0], queries->shape[1], "the length of sinks (query heads)"))) ||
         !expect(queries->shape[1] % (Py_ssize_t)op.pages.num_kv_heads, 0, "num_heads modulo num_kv_heads")) {
         release(&arrays);
         return NULL;
@@ -140,6 +143,7 @@ PyObject *py_attention(PyObject *self, PyObject *const *args, Py_ssize_t count) 
     op.queries = queries->buf;
     op.out = out->buf;
     op.num_heads = (size_t)queries->shape[1];
+    op.sinks = sinks ? sinks->buf : NULL;
     op.window = (size_t)window;
     op.scale = 1.0f / sqrtf((float)op.pages.head_dim);
     Py_BEGIN_ALLOW_THREADS

@@ -40,7 +40,7 @@ PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         goto failed;
     int format = format_of(&arrays.held[1], count > 3 ? args[3] : NULL);
     if (format < 0 || !fills_blocks((enum weight_format)format, x->shape[1], "the width of x")) goto failed;
-    size_t inputs = (size_t)x->shape[1], row_nbytes = format_row_nbytes((enum weight_format)format, inputs);
+    size_t inputs = (size_t)x->shape[1], row_nbytes = matrix_nbytes((enum weight_format)format, 1, inputs);
     if (format_values_per_block((enum weight_format)format) == 1
             ? !expect(weight->shape[1], x->shape[1], "the width of weight")
             : !expect(weight->shape[1], (Py_ssize_t)row_nbytes, "the number of bytes in a row of weight"))
@@ -50,7 +50,7 @@ PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         goto failed;
     struct linear op = {
         .x = x->buf,
-        .weight = {(enum weight_format)format, weight->buf, row_nbytes},
+        .weight = matrix_at((enum weight_format)format, weight->buf, (size_t)weight->shape[0], inputs),
         .out = out->buf,
         .rows = (size_t)x->shape[0],
         .inputs = inputs,

@@ -11,12 +11,6 @@
 #define MAX_HEAD_DIM 512
 #define LINEAR_GRAIN 4 /* outputs; parts of a multiple of it waste no tile */
 
-struct matrix { /* rows of stored values, row_stride bytes from one to the next */
-    enum weight_format format;
-    const uint8_t *bytes;
-    size_t row_stride;
-};
-
 struct linear { /* out[rows][outputs] = x[rows][inputs] . weight[outputs][inputs]; parts are outputs */
     const float *x;
     struct matrix weight;
@@ -48,14 +42,23 @@ struct attention { /* parts are (row, query head) pairs */
     float *out;           /* [rows][num_heads][head_dim] */
     struct kv_pages pages;
     size_t num_heads;
+    const float *sinks; /* [num_heads]: the logit of a key that every row sees and whose value is zero; NULL: none */
     size_t window; /* a row sees so many positions, its own the last of them; 0: all from 0 on */
     float scale;
 };
 
-struct gated { /* gate[rows][width] = silu(gate) * up; parts are columns */
+struct gated { /* gate[rows][width] becomes silu(gate) * up or what gpt-oss has instead; parts are columns */
     float *gate;
     const float *up;
     size_t rows, width;
+    const float *gate_bias, *up_bias; /* [width], added first; NULL: none */
+    float swiglu_limit;               /* of gpt-oss; 0: silu(gate) * up */
+};
+
+/* What lies one after another in an expert's slot. */
+enum expert_layout {
+    EXPERT_GATE_UP_DOWN,
+    EXPERT_INTERLEAVED_WITH_BIASES /* as gpt-oss: rows of gate and up in turn, their biases, down, its biases */
 };
 
 /* The first position that a row sees. */

@@ -3,14 +3,16 @@
 
 /* Adds to each of rows x outs sums the products of one block of 32 elements, 16 lanes at a time. */
 INLINE TARGET void V(dot_block)(const int rows, const int outs, enum weight_format format, const float *x,
-                                size_t x_stride, const uint8_t *weight, size_t weight_stride, size_t block,
+                                size_t x_stride, struct matrix weight, size_t block,
                                 V(vec) sum[MAX_TILE_ROWS * MAX_TILE_OUTS][VEC_PARTS]) {
     V(vec) scale[MAX_TILE_OUTS];
-    for (int o = 0; o < outs; o++) scale[o] = V(load_scale)(format, weight + o * weight_stride, block);
+    for (int o = 0; o < outs; o++)
+        scale[o] = V(load_scale)(format, weight.bytes + o * weight.row_stride, weight.scales + o * weight.scale_stride,
+                                 block);
     for (int part = 0; part < BLOCK_PARTS; part++) {
         V(vec) w[MAX_TILE_OUTS];
         for (int o = 0; o < outs; o++)
-            w[o] = V(load_part)(format, weight + o * weight_stride, block, part, scale[o]);
+            w[o] = V(load_part)(format, weight.bytes + o * weight.row_stride, block, part, scale[o]);
         for (int r = 0; r < rows; r++) {
             V(vec) a = V(load)(x + r * x_stride + part * VEC_LANES);
             for (int o = 0; o < outs; o++) {
@@ -22,23 +24,24 @@ INLINE TARGET void V(dot_block)(const int rows, const int outs, enum weight_form
 }
 
 /* rows x outs dot products of length n. `rows` and `outs` are constants at every call, so that the accumulators are
- * registers; strides are in floats for x and out, in bytes for the weights. */
+ * registers; the strides of x and out are in floats. `format` is weight.format as a constant. */
 INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_format format, const float *x,
-                               size_t x_stride, const uint8_t *weight, size_t weight_stride, size_t n, float *out,
-                               size_t out_stride) {
+                               size_t x_stride, struct matrix weight, size_t n, float *out, size_t out_stride) {
     V(vec) sum[MAX_TILE_ROWS * MAX_TILE_OUTS][VEC_PARTS]; /* of row r and output o: r * outs + o */
     for (int t = 0; t < rows * outs; t++)
         for (int p = 0; p < VEC_PARTS; p++) sum[t][p] = V(zero)();
     size_t block = 0, rest = n % BLOCK_VALUES;
     for (; block < n / BLOCK_VALUES; block++)
-        V(dot_block)(rows, outs, format, x + block * BLOCK_VALUES, x_stride, weight, weight_stride, block, sum);
+        V(dot_block)(rows, outs, format, x + block * BLOCK_VALUES, x_stride, weight, block, sum);
     if (rest) { /* single values: the last ones, filled up with zeros to a block */
         _Alignas(64) float last_x[MAX_TILE_ROWS][BLOCK_VALUES] = {{0}};
         _Alignas(64) uint8_t last_weight[MAX_TILE_OUTS][BLOCK_VALUES * MAX_VALUE_NBYTES] = {{0}};
         size_t size = format_block_nbytes(format), done = n - rest;
         for (int r = 0; r < rows; r++) memcpy(last_x[r], x + r * x_stride + done, rest * sizeof *x);
-        for (int o = 0; o < outs; o++) memcpy(last_weight[o], weight + o * weight_stride + done * size, rest * size);
-        V(dot_block)(rows, outs, format, last_x[0], BLOCK_VALUES, last_weight[0], sizeof *last_weight, 0, sum);
+        for (int o = 0; o < outs; o++)
+            memcpy(last_weight[o], weight.bytes + o * weight.row_stride + done * size, rest * size);
+        struct matrix last = {format, last_weight[0], sizeof *last_weight, NULL, 0};
+        V(dot_block)(rows, outs, format, last_x[0], BLOCK_VALUES, last, 0, sum);
     }
     int t = 0;
     for (; t + 4 <= rows * outs; t += 4) {
@@ -53,13 +56,13 @@ INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_forma
 INLINE TARGET void V(dot_rows)(const int rows, const int tile_outs, enum weight_format format, const struct linear *op,
                                size_t row, size_t begin, size_t end) {
     const float *x = op->x + row * op->inputs;
-    const uint8_t *weight = op->weight.bytes;
-    size_t stride = op->weight.row_stride, o = begin;
     float *out = op->out + row * op->outputs;
+    size_t o = begin;
     for (; o + tile_outs <= end; o += tile_outs)
-        V(dot_tile)(rows, tile_outs, format, x, op->inputs, weight + o * stride, stride, op->inputs, out + o, op->outputs);
+        V(dot_tile)(rows, tile_outs, format, x, op->inputs, matrix_from_row(op->weight, o), op->inputs, out + o,
+                    op->outputs);
     for (; o < end; o++)
-        V(dot_tile)(rows, 1, format, x, op->inputs, weight + o * stride, stride, op->inputs, out + o, op->outputs);
+        V(dot_tile)(rows, 1, format, x, op->inputs, matrix_from_row(op->weight, o), op->inputs, out + o, op->outputs);
 }
 
 /* out[r, o] = x[r] . weight[o] for o in [begin, end). Weights are taken in blocks that stay in the second-level cache
@@ -84,6 +87,7 @@ LINEAR_FUNCTION(FORMAT_FLOAT16)
 LINEAR_FUNCTION(FORMAT_BFLOAT16)
 LINEAR_FUNCTION(FORMAT_Q8_0)
 LINEAR_FUNCTION(FORMAT_Q4_0)
+LINEAR_FUNCTION(FORMAT_MXFP4)
 #undef LINEAR_FUNCTION
 
 static void V(linear)(const struct linear *op, size_t begin, size_t end) {
@@ -93,6 +97,7 @@ static void V(linear)(const struct linear *op, size_t begin, size_t end) {
     case FORMAT_BFLOAT16: V(linear_FORMAT_BFLOAT16)(op, begin, end); break;
     case FORMAT_Q8_0: V(linear_FORMAT_Q8_0)(op, begin, end); break;
     case FORMAT_Q4_0: V(linear_FORMAT_Q4_0)(op, begin, end); break;
+    case FORMAT_MXFP4: V(linear_FORMAT_MXFP4)(op, begin, end); break;
     case FORMAT_COUNT: break;
     }
 }

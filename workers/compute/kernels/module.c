@@ -50,7 +50,8 @@ static PyObject *py_use_instruction_set(PyObject *self, PyObject *argument) {
 
 static PyMethodDef methods[] = {
     {"linear", FASTCALL(py_linear), "linear(x, weight, out[, format])"},
-    {"expert", FASTCALL(py_expert), "expert(hidden, assignments, slot, format, intermediate_size, outputs)"},
+    {"expert", FASTCALL(py_expert),
+     "expert(hidden, assignments, slot, format, intermediate_size, outputs[, layout[, swiglu_limit]])"},
     {"combine", FASTCALL(py_combine), "combine(outputs, weights, out)"},
     {"rms_norm", FASTCALL(py_rms_norm), "rms_norm(x, weight, eps, out)"},
     {"rotary_angles", FASTCALL(py_rotary_angles), "rotary_angles(positions, inverse_frequencies, cos, sin)"},
@@ -58,7 +59,7 @@ static PyMethodDef methods[] = {
     {"write_kv", FASTCALL(py_write_kv),
      "write_kv(keys, values, kv_pages, format, layer, block_tables, table_starts, positions)"},
     {"attention", FASTCALL(py_attention),
-     "attention(queries, kv_pages, format, layer, block_tables, table_starts, positions, window, out)"},
+     "attention(queries, kv_pages, format, layer, block_tables, table_starts, positions, window, out[, sinks])"},
     {"set_num_threads", py_set_num_threads, METH_O, "set_num_threads(threads)"},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, "instruction_sets()"},
     {"use_instruction_set", py_use_instruction_set, METH_O, "use_instruction_set(name)"},
@@ -78,7 +79,8 @@ PyMODINIT_FUNC PyInit__kernels(void) {
     if (!module) return NULL;
     static const struct { const char *name; int value; } constants[] = {
         {"FLOAT32", FORMAT_FLOAT32}, {"FLOAT16", FORMAT_FLOAT16}, {"BFLOAT16", FORMAT_BFLOAT16},
-        {"Q8_0", FORMAT_Q8_0}, {"Q4_0", FORMAT_Q4_0},
+        {"Q8_0", FORMAT_Q8_0}, {"Q4_0", FORMAT_Q4_0}, {"MXFP4", FORMAT_MXFP4},
+        {"GATE_UP_DOWN", EXPERT_GATE_UP_DOWN}, {"INTERLEAVED_WITH_BIASES", EXPERT_INTERLEAVED_WITH_BIASES},
         {"KV_FLOAT32", KV_FLOAT32}, {"KV_FLOAT16", KV_FLOAT16}, {"KV_BFLOAT16", KV_BFLOAT16},
         {"KV_Q8_0", KV_Q8_0}, {"KV_Q4_0", KV_Q4_0},
     };

@@ -11,6 +11,10 @@ INLINE TARGET V(nibbles) V(load_nibbles)(const uint8_t *bytes, const int part) {
     __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
     return part ? _mm512_srli_epi32(wide, 4) : wide;
 }
+INLINE TARGET V(nibbles) V(load_paired_nibbles)(const uint8_t *bytes, const int part) {
+    __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(bytes + part * 8)));
+    return _mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)); /* the high half of the byte begins the upper 32 */
+}
 INLINE TARGET V(vec) V(scale_values)(const int8_t values[16], V(vec) scale) {
     return V(mul)(V(load_int8)(values), scale);
 }
@@ -24,6 +28,12 @@ INLINE TARGET V(nibbles) V(load_nibbles)(const uint8_t *bytes, const int part) {
     __m128i eight = _mm_loadl_epi64((const __m128i *)(bytes + part % 2 * 8));
     return _mm_and_si128(part >= 2 ? _mm_srli_epi16(eight, 4) : eight, _mm_set1_epi8(15));
 }
+INLINE TARGET V(nibbles) V(load_paired_nibbles)(const uint8_t *bytes, const int part) {
+    int32_t four;
+    memcpy(&four, bytes + part * 4, sizeof four);
+    __m128i low = _mm_cvtsi32_si128(four), high = _mm_srli_epi16(low, 4);
+    return _mm_and_si128(_mm_unpacklo_epi8(low, high), _mm_set1_epi8(15));
+}
 INLINE TARGET V(vec) V(scale_values)(const int8_t values[16], V(vec) scale) { return (void)values, scale; }
 INLINE TARGET V(vec) V(look_up)(const int8_t values[16], V(vec) scale, V(nibbles) nibbles) {
     __m128i eight = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)values), nibbles);
@@ -34,6 +44,11 @@ typedef struct { uint8_t lane[16]; } V(nibbles);
 INLINE V(nibbles) V(load_nibbles)(const uint8_t *bytes, const int part) {
     V(nibbles) nibbles;
     for (int l = 0; l < 16; l++) nibbles.lane[l] = part ? bytes[l] >> 4 : bytes[l] & 15;
+    return nibbles;
+}
+INLINE V(nibbles) V(load_paired_nibbles)(const uint8_t *bytes, const int part) {
+    V(nibbles) nibbles;
+    for (int l = 0; l < 16; l++) nibbles.lane[l] = bytes[part * 8 + l / 2] >> l % 2 * 4 & 15;
     return nibbles;
 }
 INLINE V(vec) V(scale_values)(const int8_t values[16], V(vec) scale) { return (void)values, scale; }
@@ -47,23 +62,27 @@ INLINE V(vec) V(look_up)(const int8_t values[16], V(vec) scale, V(nibbles) nibbl
 #define BLOCK_PARTS (BLOCK_VALUES / VEC_LANES)
 
 /* What load_part has to know of a block of 32 values of a row besides the values; nothing for single values. */
-INLINE TARGET V(vec) V(load_scale)(enum weight_format format, const uint8_t *row, size_t block) {
-    if (format != FORMAT_Q8_0 && format != FORMAT_Q4_0) return V(zero)();
-    V(vec) scale = V(splat_f16)(row + block * format_block_nbytes(format));
-    return format == FORMAT_Q4_0 ? V(scale_values)(Q4_0_VALUES, scale) : scale;
+INLINE TARGET V(vec) V(load_scale)(enum weight_format format, const uint8_t *row, const uint8_t *scales, size_t block) {
+    const uint8_t *at = row + block * format_block_nbytes(format);
+    switch (format) {
+    case FORMAT_Q8_0: return V(splat_f16)(at);
+    case FORMAT_Q4_0: return V(scale_values)(Q4_0_VALUES, V(splat_f16)(at));
+    case FORMAT_MXFP4: return V(scale_values)(MXFP4_VALUES, V(splat)(half_float_from_e8m0(scales[block])));
+    default: return V(zero)();
+    }
 }
 
 /* The values block * 32 + part * VEC_LANES ... of a row. `part` is a constant. */
 INLINE TARGET V(vec) V(load_part)(enum weight_format format, const uint8_t *row, size_t block, const int part,
                                   V(vec) scale) {
     size_t i = block * BLOCK_VALUES + part * VEC_LANES;
+    const uint8_t *at = row + block * format_block_nbytes(format), *values = at + BLOCK_SCALE_NBYTES;
     switch (format) {
-    case FORMAT_FLOAT32: return V(load)((const float *)row + i);
     case FORMAT_FLOAT16: return V(load_f16)((const uint16_t *)row + i);
     case FORMAT_BFLOAT16: return V(load_bf16)((const uint16_t *)row + i);
-    default: break;
+    case FORMAT_Q8_0: return V(mul)(V(load_int8)((const int8_t *)values + part * VEC_LANES), scale);
+    case FORMAT_Q4_0: return V(look_up)(Q4_0_VALUES, scale, V(load_nibbles)(values, part));
+    case FORMAT_MXFP4: return V(look_up)(MXFP4_VALUES, scale, V(load_paired_nibbles)(at, part));
+    default: return V(load)((const float *)row + i);
     }
-    const uint8_t *values = row + block * format_block_nbytes(format) + BLOCK_SCALE_NBYTES;
-    if (format == FORMAT_Q8_0) return V(mul)(V(load_int8)((const int8_t *)values + part * VEC_LANES), scale);
-    return V(look_up)(Q4_0_VALUES, scale, V(load_nibbles)(values, part));
 }
