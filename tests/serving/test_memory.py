@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+import serving_run
 from memory_cgroup import MemoryCgroup
 from model_factory import make_model
+from serving_run import Report, Request
 
 from hotset.runtime import Backend, SamplingParams
 
@@ -60,23 +62,25 @@ def test_experts_in_memory_never_exceed_the_budget(large_model: Path) -> None:
 
 def test_all_processes_together_stay_within_memory_under_a_hard_limit(large_model: Path) -> None:
     limit = 320 * MEBIBYTE
-    script = Path(__file__).parent / "generate_and_weigh.py"
+    settings = {"memory": limit, "workers": 2, "max_num_seqs": 4}
+    request = Request(model=str(large_model), settings=settings, prompts=4, prompt_tokens=200, max_tokens=32)
     try:
         group = MemoryCgroup(limit)
     except OSError as error:
         pytest.skip(f"control groups cannot be made here: {error}")
     with group:
-        command = group.command(sys.executable, "-P", str(script), str(large_model), str(limit), "2")
+        command = group.command(sys.executable, "-P", serving_run.__file__, msgspec.json.encode(request).decode())
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         assert group.oom_kills == 0
-    report = json.loads(done.stdout)
-    assert report["restarts"] == 0
-    assert report["evictions"] > 0  # the experts did not all fit: there was something to hold
-    assert report["largest"] <= limit
-    assert report["planned"] <= limit
-    assert report["planned"] > 0.95 * limit  # what was given is used
-    assert [len(tokens) for tokens in report["tokens"]] == [32] * 4
+    report = msgspec.json.decode(done.stdout, type=Report)
+    assert report.restarts == 0
+    assert report.evictions > 0  # the experts did not all fit: there was something to hold
+    assert report.largest_pss <= limit
+    assert 0.95 * limit < report.planned_nbytes <= limit  # what was given is used
+    assert report.io_nbytes <= 1.01 * report.page_ins * report.expert_nbytes  # nothing is read that was not missed
+    assert report.disk_nbytes <= report.io_nbytes
+    assert [len(tokens) for tokens in report.token_ids] == [32] * 4
 
 
 def test_what_experts_leave_over_goes_to_kv_pages() -> None:

@@ -1,0 +1,120 @@
+"""How fast a model is served with a part of its experts in memory, and what that reads from the disk.
+
+usage: scripts/bench serving --model FOLDER [--budgets 12.5,25,50,100] [--memory 2GiB] [--routing off,range] [--json]
+
+Each row is an instance of its own, with the model's files dropped from the page cache before it starts. `--memory`
+adds a row with that budget for everything, in a control group that allows no byte more (where one can be made), the
+page cache of its reads included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from memory_cgroup import MemoryCgroup
+from serving_run import Report, Request
+
+from hotset.runtime.config import TRAINED_MODEL, format_nbytes, parse_nbytes
+
+CHILD = Path(__file__).with_name("serving_run.py")
+
+
+def drop_from_page_cache(model: Path) -> None:
+    for file in model.glob("*.safetensors"):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def measure(request: Request, limit: int | None = None) -> Report:
+    drop_from_page_cache(Path(request.model))
+    command = [sys.executable, "-P", str(CHILD), msgspec.json.encode(request).decode()]
+    if limit is None:
+        return _report(command)
+    with MemoryCgroup(limit) as group:
+        report = _report(group.command(*command))
+        if group.oom_kills:
+            raise SystemExit(f"{group.oom_kills} processes were killed for memory")
+        return report
+
+
+def _report(command: list[str]) -> Report:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"a run ended with status {done.returncode}")
+    return msgspec.json.decode(done.stdout, type=Report)
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    settings = {"workers": options.workers, "max_num_seqs": max(4, options.prompts), "max_model_len": 2048}
+    common = {
+        "model": str(options.model.absolute()),
+        "prompts": options.prompts,
+        "max_tokens": options.tokens,
+        "warm_up_tokens": options.warm_up,
+        "temperature": 1.0,
+    }
+    for routing in options.routing.split(","):
+        for budget in filter(None, options.budgets.split(",")):
+            request = Request(settings=settings | {"routing": routing, "expert_budget": f"{budget}%"}, **common)
+            found.append({"routing": routing, "memory": f"{budget}% of experts"} | as_row(measure(request)))
+        if options.memory:
+            request = Request(settings=settings | {"routing": routing, "memory": options.memory}, **common)
+            report = measure(request, parse_nbytes(options.memory))
+            found.append({"routing": routing, "memory": f"{options.memory} in all"} | as_row(report))
+    return found
+
+
+def as_row(report: Report) -> dict[str, Any]:
+    row = msgspec.to_builtins(report)
+    del row["token_ids"]
+    row["missed_nbytes"] = report.page_ins * report.expert_nbytes
+    return row
+
+
+def print_table(found: list[dict[str, Any]]) -> None:
+    print("routing memory            tokens/s (slowest to fastest quarter)   hits  loads  disk/loads   page-in p50/p99")
+    for row in found:
+        loaded = max(1, row["missed_nbytes"])
+        print(
+            f"{row['routing']:7} {row['memory']:16} {row['tokens_per_second']:8.1f}"
+            f" ({min(row['quarters']):6.1f} to {max(row['quarters']):6.1f})        {row['hit_rate']:15.1%}"
+            f" {row['page_ins']:6} {row['disk_nbytes'] / loaded:8.2f}"
+            f"  {row['paging_p50_us'] / 1000:8.2f} / {row['paging_p99_us'] / 1000:.2f} ms"
+            f"   PSS {format_nbytes(row['largest_pss'])} of {format_nbytes(row['planned_nbytes'])} planned"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench serving", description="Serving with few experts in memory.")
+    parser.add_argument("--model", type=Path, default=TRAINED_MODEL)
+    parser.add_argument("--budgets", default="12.5,25,50,100", help="percentages of experts resident")
+    parser.add_argument("--memory", help="a budget for everything, held by a control group, as one more row")
+    parser.add_argument("--routing", default="off,range")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--warm-up", type=int, default=64, help="tokens generated before the measured ones")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = rows(options)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_table(found)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
