@@ -31,6 +31,16 @@ LLAMA3 = {
 # By the name of the test. Every feature of a family is in one of its models.
 FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "olmoe with biases": {"family": "olmoe", "attention_bias": True},
+    "mixtral": {"family": "mixtral", "num_kv_heads": 2},
+    "mixtral with a window": {"family": "mixtral", "sliding_window": 20, "experts_per_token": 1},
+    "qwen2_moe with windows in some layers": {
+        "family": "qwen2_moe",
+        "num_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen3_moe with a window": {"family": "qwen3_moe", "use_sliding_window": True, "sliding_window": 17},
     "qwen2_moe": {"family": "qwen2_moe", "num_kv_heads": 2},
     "qwen2_moe without biases": {
         "family": "qwen2_moe",

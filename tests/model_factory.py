@@ -31,6 +31,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "max_window_layers": 2,
     },
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "sliding_window": None},
     "qwen2_moe": {
         "architectures": ["Qwen2MoeForCausalLM"],
         "norm_topk_prob": False,
@@ -86,7 +87,9 @@ def make_model(
         "torch_dtype": dtype,
         **FAMILY_OPTIONS[family],
     }
-    if family == "olmoe":
+    if family == "mixtral":
+        config["num_local_experts"] = config.pop("num_experts")
+    if family in ("olmoe", "mixtral"):
         config["intermediate_size"] = intermediate_size
     else:  # there, intermediate_size is that of layers without experts
         config |= {"moe_intermediate_size": intermediate_size, "intermediate_size": 2 * intermediate_size}
@@ -138,6 +141,13 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
         if layer in config.get("mlp_only_layers", []) or (layer + 1) % config.get("decoder_sparse_step", 1):
             yield from feed_forward_shapes(f"{prefix}.mlp", hidden, config["intermediate_size"])
+            continue
+        if config["model_type"] == "mixtral":
+            yield f"{prefix}.block_sparse_moe.gate.weight", (config["num_local_experts"], hidden)
+            inner = config["intermediate_size"]
+            for expert in range(config["num_local_experts"]):
+                for matrix, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                    yield f"{prefix}.block_sparse_moe.experts.{expert}.{matrix}.weight", shape
             continue
         yield f"{prefix}.mlp.gate.weight", (config["num_experts"], hidden)
         if config["model_type"] == "qwen2_moe":

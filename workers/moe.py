@@ -27,6 +27,7 @@ def router_config(model: ModelConfig, **policy: Any) -> RouterConfig:
     return RouterConfig(
         num_experts=model.num_experts,
         top_k=model.experts_per_token,
+        gating=model.family.gating,
         renormalize=model.normalize_top_k,
         **policy,
     )

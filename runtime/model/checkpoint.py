@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from hotset.runtime.model.tensors import Tensor, dense_tensors, expert_tensors
+from hotset.runtime.model.tensors import Tensor, dense_tensors, expert_tensors, stacked_expert_tensors
 
 # numpy has no bfloat16: its bits are kept as uint16, and nothing else here is uint16.
 STORED_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
@@ -42,6 +42,12 @@ class TensorLocation(msgspec.Struct, frozen=True):
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+
+    def rows(self, first: int, count: int) -> TensorLocation:
+        """`count` rows from `first` on, of all rows that the tensor has when its leading axes are joined."""
+        width = self.shape[-1]
+        nbytes = self.nbytes * width // prod(self.shape)
+        return TensorLocation(self.file, self.offset + first * nbytes, count * nbytes, self.dtype, (count, width))
 
 
 class ExpertLocation(msgspec.Struct, frozen=True):
@@ -72,6 +78,9 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.tensors = tensors
+        self._stacked = any(
+            stacked_expert_tensors(config, layer)[0].name in tensors for layer in range(config.num_layers)
+        )
         self._mappings: dict[Path, mmap.mmap] = {}
 
     @classmethod
@@ -82,7 +91,10 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = config or ModelConfig.load(folder)
-        checkpoint = cls(folder, config, _read_index(folder))
+        # transformers 5 has one name for all families and may save under it.
+        block = f".{config.family.expert_block}."
+        tensors = {name.replace(".mlp.", block): location for name, location in _read_index(folder).items()}
+        checkpoint = cls(folder, config, tensors)
         checkpoint._check_tensors()
         return checkpoint
 
@@ -98,6 +110,14 @@ class Checkpoint:
 
     def expert(self, layer: int, expert: int) -> ExpertLocation:
         """`layer` is one that has experts."""
+        if self._stacked:
+            both, down = (self.tensors[tensor.name] for tensor in stacked_expert_tensors(self.config, layer))
+            inner, hidden = self.config.intermediate_size, self.config.hidden_size
+            return ExpertLocation(
+                both.rows(2 * expert * inner, inner),
+                both.rows((2 * expert + 1) * inner, inner),
+                down.rows(expert * hidden, hidden),
+            )
         return ExpertLocation(*(self.tensors[part.name] for part in expert_tensors(self.config, layer, expert).parts))
 
     @property
@@ -127,16 +147,21 @@ class Checkpoint:
         for layer in range(config.num_layers):
             if layer in config.dense_layers:
                 continue
-            for expert in range(config.num_experts):
-                for tensor in expert_tensors(config, layer, expert).parts:
-                    location = self._check(tensor)
-                    expert_dtype = expert_dtype or location.dtype
-                    if location.dtype != expert_dtype:
-                        raise CorruptCheckpoint(
-                            location.file,
-                            f"{location.file}: {tensor.name} is {location.dtype}, other experts {expert_dtype}.",
-                            tensor.name,
-                        )
+            for tensor in self._expert_tensors(layer):
+                location = self._check(tensor)
+                expert_dtype = expert_dtype or location.dtype
+                if location.dtype != expert_dtype:
+                    raise CorruptCheckpoint(
+                        location.file,
+                        f"{location.file}: {tensor.name} is {location.dtype}, other experts {expert_dtype}.",
+                        tensor.name,
+                    )
+
+    def _expert_tensors(self, layer: int) -> Iterable[Tensor]:
+        if self._stacked:
+            return stacked_expert_tensors(self.config, layer)
+        experts = (expert_tensors(self.config, layer, expert) for expert in range(self.config.num_experts))
+        return (tensor for expert in experts for tensor in expert.parts)
 
     def _check(self, tensor: Tensor) -> TensorLocation:
         name, shape = tensor.name, tensor.shape

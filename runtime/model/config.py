@@ -25,6 +25,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         dense_layers: layers with an ordinary feed-forward block of `dense_intermediate_size` in the place of experts.
         shared_intermediate_size: inner size of the expert that every row goes through; 0 if there is none.
         biased: the projections of the attention that have a bias.
+        windows: per layer, how many positions a row sees, its own included; 0: all from the first on.
         normalize_top_k: the mixing weights of the chosen experts are divided by their sum.
         clip_qkv: queries, keys and values are clipped to plus or minus this value.
         dtype: what config.json declares; each tensor has its own.
@@ -38,6 +39,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     dense_intermediate_size: int
     shared_intermediate_size: int
     biased: tuple[str, ...]
+    windows: tuple[int, ...]
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -93,6 +95,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             dense_intermediate_size=file.count("intermediate_size") if dense_layers else 0,
             shared_intermediate_size=file.count("shared_expert_intermediate_size") if family.shared_expert else 0,
             biased=family.biased if _has_bias(file, family) else (),
+            windows=_windows(file, family, num_layers),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -162,8 +165,23 @@ def _refuse_unsupported(file: ConfigFile, family: Family) -> None:
     for option in ("attention_bias", "qkv_bias", "mlp_bias"):
         if option != family.bias_option:
             file.refuse_unless(option, file.flag(option), (False,))
-    if file.flag("use_sliding_window", default=True):
+
+
+def _windows(file: ConfigFile, family: Family, num_layers: int) -> tuple[int, ...]:
+    everything = (0,) * num_layers
+    if file.get("sliding_window") is None or (family.window_switch and not file.flag("use_sliding_window")):
+        return everything
+    if family.windows == "none":
         file.refuse_unless("sliding_window", file.get("sliding_window"), (None,))
+    window = file.count("sliding_window")
+    if family.windows == "all":
+        return (window,) * num_layers
+    kinds = file.strings("layer_types")
+    if len(kinds) != num_layers:
+        raise file.corrupt(f"layer_types names {len(kinds)} of {num_layers} layers, sliding_window needs all")
+    for kind in kinds:
+        file.refuse_unless("layer_types", kind, ("full_attention", "sliding_attention"))
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def _heads(file: ConfigFile) -> tuple[int, int, int]:

@@ -18,6 +18,12 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
         name: for people.
         architecture: the first of `architectures` in config.json.
         expert_size_option: the key of config.json with the inner size of an expert.
+        expert_block: where a layer keeps its router and experts.
+        expert_matrices: the names of an expert's gate, up and down projection.
+        gating: how logits become mixing weights; with "softmax_top_k" config.json says whether they are normalised.
+        windows: which layers see only the last `sliding_window` positions: "all", "given" in layer_types, or none, and
+            then the option is refused.
+        window_switch: the window counts only if config.json says use_sliding_window.
         query_key_norm: queries and keys are normalised before they are rotated: "row" over all heads at once, "head"
             each head by itself.
         bias_option: the key of config.json that gives `biased` projections of the attention a bias, if there is one;
@@ -29,6 +35,11 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     architecture: str
     expert_size_option: str = "moe_intermediate_size"
+    expert_block: str = "mlp"
+    expert_matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    gating: Literal["softmax_top_k", "top_k_softmax"] = "softmax_top_k"
+    windows: Literal["none", "all", "given"] = "none"
+    window_switch: bool = False
     query_key_norm: Literal["none", "row", "head"] = "none"
     bias_option: str | None = "attention_bias"
     bias_default: bool = False
@@ -49,6 +60,8 @@ QWEN3_MOE: Final = Family(
     name="Qwen3-MoE",
     architecture="Qwen3MoeForCausalLM",
     query_key_norm="head",
+    windows="all",
+    window_switch=True,
 )
 QWEN2_MOE: Final = Family(
     name="Qwen2-MoE",
@@ -57,6 +70,20 @@ QWEN2_MOE: Final = Family(
     bias_default=True,
     biased=("query", "key", "value"),
     shared_expert=True,
+    windows="given",
+    window_switch=True,
+)
+MIXTRAL: Final = Family(
+    name="Mixtral",
+    architecture="MixtralForCausalLM",
+    expert_size_option="intermediate_size",
+    expert_block="block_sparse_moe",
+    expert_matrices=("w1", "w3", "w2"),
+    gating="top_k_softmax",
+    windows="all",
+    bias_option=None,
+    rope_theta=1e6,
+    rms_norm_eps=1e-5,
 )
 
-FAMILIES: Final = {family.architecture: family for family in (OLMOE, QWEN2_MOE, QWEN3_MOE)}
+FAMILIES: Final = {family.architecture: family for family in (OLMOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}

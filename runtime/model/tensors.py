@@ -47,7 +47,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Tensor]:
         config.num_kv_heads * config.head_dim,
     )
     prefix = f"model.layers.{layer}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    attention, experts = f"{prefix}.self_attn", f"{prefix}.{config.family.expert_block}"
     parts = {
         "input_norm": Tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
         "query": Tensor(f"{attention}.q_proj.weight", (queries, hidden)),
@@ -64,22 +64,33 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Tensor]:
         parts["query_norm"] = Tensor(f"{attention}.q_norm.weight", (queries if whole else config.head_dim,))
         parts["key_norm"] = Tensor(f"{attention}.k_norm.weight", (keys if whole else config.head_dim,))
     if layer in config.dense_layers:
-        parts |= _feed_forward("dense", mlp, hidden, config.dense_intermediate_size)
+        parts |= _feed_forward("dense", f"{prefix}.mlp", hidden, config.dense_intermediate_size)
     else:
-        parts["router"] = Tensor(f"{mlp}.gate.weight", (config.num_experts, hidden))
+        parts["router"] = Tensor(f"{experts}.gate.weight", (config.num_experts, hidden))
         if config.family.shared_expert:
-            parts |= _feed_forward("shared", f"{mlp}.shared_expert", hidden, config.shared_intermediate_size)
-            parts["shared_router"] = Tensor(f"{mlp}.shared_expert_gate.weight", (1, hidden))
+            parts |= _feed_forward("shared", f"{experts}.shared_expert", hidden, config.shared_intermediate_size)
+            parts["shared_router"] = Tensor(f"{experts}.shared_expert_gate.weight", (1, hidden))
     return parts
 
 
 def expert_tensors(config: ModelConfig, layer: int, expert: int) -> ExpertTensors:
-    prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+    prefix = f"model.layers.{layer}.{config.family.expert_block}.experts.{expert}"
     inner, hidden = config.intermediate_size, config.hidden_size
+    gate, up, down = config.family.expert_matrices
     return ExpertTensors(
-        Tensor(f"{prefix}.gate_proj.weight", (inner, hidden)),
-        Tensor(f"{prefix}.up_proj.weight", (inner, hidden)),
-        Tensor(f"{prefix}.down_proj.weight", (hidden, inner)),
+        Tensor(f"{prefix}.{gate}.weight", (inner, hidden)),
+        Tensor(f"{prefix}.{up}.weight", (inner, hidden)),
+        Tensor(f"{prefix}.{down}.weight", (hidden, inner)),
+    )
+
+
+def stacked_expert_tensors(config: ModelConfig, layer: int) -> tuple[Tensor, Tensor]:
+    """All experts of a layer in two tensors, as transformers 5 keeps them: gate above up, and down."""
+    prefix = f"model.layers.{layer}.{config.family.expert_block}.experts"
+    experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
+    return (
+        Tensor(f"{prefix}.gate_up_proj", (experts, 2 * inner, hidden)),
+        Tensor(f"{prefix}.down_proj", (experts, hidden, inner)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from model_factory import make_model, tensor_shapes
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
@@ -73,6 +75,34 @@ def test_an_expert_is_gate_up_down_and_a_slot_holds_all_three(folder: Path) -> N
         assert part == checkpoint.tensors[f"model.layers.1.mlp.experts.5.{name}.weight"]
     assert checkpoint.expert_nbytes == expert.nbytes == 3 * 24 * 32 * 4
     assert checkpoint.expert_dtype == "float32"
+
+
+def test_an_expert_is_found_in_stacked_tensors_too(folder: Path, tmp_path: Path) -> None:
+    """gate above up and all experts behind one another, as transformers 5 keeps them."""
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        gates, ups, downs = (
+            np.stack([tensors.pop(f"{prefix}.{expert}.{matrix}_proj.weight") for expert in range(8)])
+            for matrix in ("gate", "up", "down")
+        )
+        tensors |= {f"{prefix}.gate_up_proj": np.concatenate([gates, ups], 1), f"{prefix}.down_proj": downs}
+    stacked = tmp_path / "stacked"
+    stacked.mkdir()
+    save_file(tensors, stacked / "model.safetensors")
+    shutil.copy(folder / "config.json", stacked)
+
+    def content(of: Path) -> list[bytes]:
+        checkpoint = Checkpoint.open(of)
+        parts = [part for layer in range(2) for expert in range(8) for part in checkpoint.expert(layer, expert).parts]
+        assert [part.shape for part in parts[:3]] == [(24, 32), (24, 32), (32, 24)]
+        return [part.file.read_bytes()[part.offset : part.offset + part.nbytes] for part in parts]
+
+    assert content(stacked) == content(folder)
+    del tensors["model.layers.1.mlp.experts.down_proj"]
+    save_file(tensors, stacked / "model.safetensors")
+    with pytest.raises(CorruptCheckpoint, match=r"has no tensor model\.layers\.1\.mlp\.experts\.down_proj"):
+        Checkpoint.open(stacked)
 
 
 def test_dense_weights_are_a_shared_read_only_mapping(folder: Path) -> None:

@@ -73,6 +73,19 @@ def test_layers_without_experts(tmp_path: Path, changes: dict[str, Any], dense: 
     assert config.num_experts_in_all == (4 - len(dense)) * 8
 
 
+def test_windows_of_layers(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family="qwen2_moe", sliding_window=9, use_sliding_window=False)
+    assert ModelConfig.load(folder).windows == (0, 0)
+    edit_config(folder, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])
+    assert ModelConfig.load(folder).windows == (0, 9)
+    edit_config(folder, layer_types=["full_attention"])
+    with pytest.raises(CorruptCheckpoint, match="layer_types names 1 of 2 layers"):
+        ModelConfig.load(folder)
+    edit_config(folder, layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(UnsupportedModel, match="layer_types is 'chunked_attention'"):
+        ModelConfig.load(folder)
+
+
 def test_end_of_text_ids_of_the_generation_config_are_added(folder: Path) -> None:
     edit_config(folder, eos_token_id=[5, 3])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))

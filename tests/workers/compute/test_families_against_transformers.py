@@ -10,6 +10,8 @@ import pytest
 from family_models import prompts
 from in_process_model import InProcessModel
 
+from hotset.runtime.model.checkpoint import Checkpoint
+
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: reference)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: reference)")
 
@@ -25,6 +27,7 @@ SIZES = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 32, "num_experts": NUM_EXPERTS},
+    "mixtral": {"intermediate_size": 32, "num_local_experts": NUM_EXPERTS, "sliding_window": 30},
     "qwen2_moe": {
         "moe_intermediate_size": 32,
         "intermediate_size": 96,
@@ -71,6 +74,15 @@ def our_logits(folder: Path) -> np.ndarray:
 def test_logits_computed_in_float32(model_type: str, stored: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", model_type, getattr(torch, stored))
     assert np.abs(our_logits(folder) - expected_logits(folder, torch.float32)).max() <= 2e-3
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_experts_stacked_as_transformers_keeps_them(model_type: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", model_type, torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert any(name.endswith("gate_up_proj") for name in Checkpoint.open(tmp_path / "stacked").tensors)
+    np.testing.assert_array_equal(our_logits(tmp_path / "stacked"), our_logits(folder))
 
 
 @pytest.mark.parametrize("model_type", MODELS)
