@@ -8,7 +8,7 @@
  * Selection works on adjusted scores, mixing weights always come from the unmodified gate logits. Ties go to the
  * lowest id; NaN ranks last; +inf is an ordinary largest value.
  *
- * Arithmetic is canonical: float32 without fused operations, sums in eight partial sums folded as a tree. Scalar and
+ * Arithmetic is canonical: float32 without fused operations, sums in sixteen partial sums folded as a tree. Scalar and
  * vector code therefore agree bit for bit, on every instruction set and for every batch size. */
 #ifndef HOTSET_ROUTE_H
 #define HOTSET_ROUTE_H

@@ -15,15 +15,18 @@ struct route_kernel {
 
 extern const struct route_kernel route_kernel_plain;
 #if defined(__x86_64__)
-extern const struct route_kernel route_kernel_sse2, route_kernel_avx2;
+extern const struct route_kernel route_kernel_sse2, route_kernel_avx2, route_kernel_avx512;
 #endif
 
-#define ROUTE_MAX_KERNELS 3
+#define ROUTE_MAX_KERNELS 4
 
 /* Those that run here, best first; how many. */
 static inline uint32_t route_kernels(const struct route_kernel **kernels) {
     uint32_t count = 0;
 #if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        kernels[count++] = &route_kernel_avx512;
     if (__builtin_cpu_supports("avx2")) kernels[count++] = &route_kernel_avx2;
     kernels[count++] = &route_kernel_sse2;
 #endif

@@ -5,12 +5,18 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#define BLOCK_LANES 8u
 #define KEY_LANES 4u
 
-typedef __m256 block;
+typedef __m256 block, lane_mask;
 typedef __m256d keys;
 
 static inline block block_load(const float *from) { return _mm256_loadu_ps(from); }
+/* The first `count` floats, then `fill`. */
+static inline block block_load_padded(const float *from, uint32_t count, float fill) {
+    __m256i given = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(from, given), _mm256_castsi256_ps(given));
+}
 static inline void block_store(float *to, block a) { _mm256_storeu_ps(to, a); }
 static inline block block_all(float value) { return _mm256_set1_ps(value); }
 static inline block block_add(block a, block b) { return _mm256_add_ps(a, b); }
@@ -20,27 +26,23 @@ static inline block block_max(block a, block b) { return _mm256_max_ps(a, b); }
 static inline block block_min(block a, block b) { return _mm256_min_ps(a, b); }
 static inline block block_and(block a, block b) { return _mm256_and_ps(a, b); }
 static inline block block_or(block a, block b) { return _mm256_or_ps(a, b); }
-static inline block block_at_least(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
-static inline block block_equal(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
-static inline block block_above(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
-/* A bit per lane that is set in a mask. */
-static inline uint32_t block_bits(block mask) { return (uint32_t)_mm256_movemask_ps(mask); }
-/* A mask added up: how often each lane was set; and the sum of all lanes. */
-typedef __m256i counts;
-static inline counts counts_none(void) { return _mm256_setzero_si256(); }
-static inline counts counts_add(counts a, block mask) { return _mm256_sub_epi32(a, _mm256_castps_si256(mask)); }
-static inline uint32_t counts_sum(counts a) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    return (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
-}
 static inline int block_is_zero(block a) { return _mm256_testz_si256(_mm256_castps_si256(a), _mm256_castps_si256(a)); }
 
-/* The eight low bits, as a mask. */
-static inline block block_from_bits(uint32_t bits) {
+static inline lane_mask block_at_least(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+static inline lane_mask block_equal(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+static inline lane_mask block_above(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+static inline lane_mask mask_or(lane_mask a, lane_mask b) { return block_or(a, b); }
+static inline lane_mask mask_and(lane_mask a, lane_mask b) { return block_and(a, b); }
+/* A bit per lane. */
+static inline uint32_t mask_bits(lane_mask mask) { return (uint32_t)_mm256_movemask_ps(mask); }
+static inline lane_mask mask_from_bits(uint32_t bits) {
     const __m256i weight = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), weight), weight));
 }
+/* `a` where the mask is set, zero elsewhere. */
+static inline block block_where(lane_mask mask, block a) { return block_and(mask, a); }
+/* All ones where the mask is set, zero elsewhere. */
+static inline block block_from_mask(lane_mask mask) { return mask; }
 
 /* a * 2^n, n in the low bits of `rounded` */
 static inline block block_scale(block a, block rounded) {
@@ -56,18 +58,6 @@ static inline block block_scale(block a, block rounded) {
 static inline float block_fold_sum(block a) { BLOCK_FOLD(a, _mm_add_ps) }
 static inline float block_fold_max(block a) { BLOCK_FOLD(a, _mm_max_ps) }
 static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
-
-/* Lanes `distance` apart, exchanged. */
-static inline block block_exchange(block a, uint32_t distance) {
-    return distance == 4 ? _mm256_permute2f128_ps(a, a, 1)
-                         : distance == 2 ? _mm256_permute_ps(a, 0x4E) : _mm256_permute_ps(a, 0xB1);
-}
-/* Lanes 0 and 1 of four blocks. */
-static inline block block_gather_pairs(const block *r) {
-    __m128 low = _mm_movelh_ps(_mm256_castps256_ps128(r[0]), _mm256_castps256_ps128(r[1]));
-    __m128 high = _mm_movelh_ps(_mm256_castps256_ps128(r[2]), _mm256_castps256_ps128(r[3]));
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
-}
 
 static inline keys keys_max(keys a, keys b) { return _mm256_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm256_min_pd(a, b); }

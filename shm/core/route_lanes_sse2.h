@@ -6,16 +6,23 @@
 #include <emmintrin.h>
 #include <stdint.h>
 
+#define BLOCK_LANES 8u
 #define KEY_LANES 2u
 
 typedef struct {
     __m128 low, high;
-} block;
+} block, lane_mask;
 typedef __m128d keys;
 
 #define BLOCK_EACH(op, a, b) (block){op((a).low, (b).low), op((a).high, (b).high)}
 
 static inline block block_load(const float *from) { return (block){_mm_loadu_ps(from), _mm_loadu_ps(from + 4)}; }
+/* The first `count` floats, then `fill`. */
+static inline block block_load_padded(const float *from, uint32_t count, float fill) {
+    float padded[BLOCK_LANES];
+    for (uint32_t i = 0; i < BLOCK_LANES; i++) padded[i] = i < count ? from[i] : fill;
+    return block_load(padded);
+}
 static inline void block_store(float *to, block a) { _mm_storeu_ps(to, a.low), _mm_storeu_ps(to + 4, a.high); }
 static inline block block_all(float value) { return (block){_mm_set1_ps(value), _mm_set1_ps(value)}; }
 static inline block block_add(block a, block b) { return BLOCK_EACH(_mm_add_ps, a, b); }
@@ -25,35 +32,30 @@ static inline block block_max(block a, block b) { return BLOCK_EACH(_mm_max_ps, 
 static inline block block_min(block a, block b) { return BLOCK_EACH(_mm_min_ps, a, b); }
 static inline block block_and(block a, block b) { return BLOCK_EACH(_mm_and_ps, a, b); }
 static inline block block_or(block a, block b) { return BLOCK_EACH(_mm_or_ps, a, b); }
-static inline block block_at_least(block a, block b) { return BLOCK_EACH(_mm_cmpge_ps, a, b); }
-static inline block block_equal(block a, block b) { return BLOCK_EACH(_mm_cmpeq_ps, a, b); }
-static inline block block_above(block a, block b) { return BLOCK_EACH(_mm_cmpgt_ps, a, b); }
-/* A bit per lane that is set in a mask. */
-static inline uint32_t block_bits(block mask) {
-    return (uint32_t)(_mm_movemask_ps(mask.low) | _mm_movemask_ps(mask.high) << 4);
-}
-/* A mask added up: how often each lane was set; and the sum of all lanes. */
-typedef __m128i counts;
-static inline counts counts_none(void) { return _mm_setzero_si128(); }
-static inline counts counts_add(counts a, block mask) {
-    return _mm_sub_epi32(_mm_sub_epi32(a, _mm_castps_si128(mask.low)), _mm_castps_si128(mask.high));
-}
-static inline uint32_t counts_sum(counts a) {
-    a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4E));
-    return (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xB1)));
-}
 static inline int block_is_zero(block a) {
     __m128i any = _mm_castps_si128(_mm_or_ps(a.low, a.high));
     return _mm_movemask_epi8(_mm_cmpeq_epi32(any, _mm_setzero_si128())) == 0xFFFF;
 }
 
-/* The eight low bits, as a mask. */
-static inline block block_from_bits(uint32_t bits) {
+static inline lane_mask block_at_least(block a, block b) { return BLOCK_EACH(_mm_cmpge_ps, a, b); }
+static inline lane_mask block_equal(block a, block b) { return BLOCK_EACH(_mm_cmpeq_ps, a, b); }
+static inline lane_mask block_above(block a, block b) { return BLOCK_EACH(_mm_cmpgt_ps, a, b); }
+static inline lane_mask mask_or(lane_mask a, lane_mask b) { return block_or(a, b); }
+static inline lane_mask mask_and(lane_mask a, lane_mask b) { return block_and(a, b); }
+/* A bit per lane. */
+static inline uint32_t mask_bits(lane_mask mask) {
+    return (uint32_t)(_mm_movemask_ps(mask.low) | _mm_movemask_ps(mask.high) << 4);
+}
+static inline lane_mask mask_from_bits(uint32_t bits) {
     const __m128i low = _mm_setr_epi32(1, 2, 4, 8), high = _mm_setr_epi32(16, 32, 64, 128);
     __m128i all = _mm_set1_epi32((int)bits);
-    return (block){_mm_castsi128_ps(_mm_cmpeq_epi32(_mm_and_si128(all, low), low)),
-                   _mm_castsi128_ps(_mm_cmpeq_epi32(_mm_and_si128(all, high), high))};
+    return (lane_mask){_mm_castsi128_ps(_mm_cmpeq_epi32(_mm_and_si128(all, low), low)),
+                       _mm_castsi128_ps(_mm_cmpeq_epi32(_mm_and_si128(all, high), high))};
 }
+/* `a` where the mask is set, zero elsewhere. */
+static inline block block_where(lane_mask mask, block a) { return block_and(mask, a); }
+/* All ones where the mask is set, zero elsewhere. */
+static inline block block_from_mask(lane_mask mask) { return mask; }
 
 static inline __m128 half_scale(__m128 a, __m128 rounded) {
     return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_slli_epi32(_mm_castps_si128(rounded), 23)));
@@ -69,17 +71,6 @@ static inline block block_scale(block a, block rounded) { return BLOCK_EACH(half
 static inline float block_fold_sum(block a) { BLOCK_FOLD(a, _mm_add_ps) }
 static inline float block_fold_max(block a) { BLOCK_FOLD(a, _mm_max_ps) }
 static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
-
-/* Lanes `distance` apart, exchanged. */
-static inline block block_exchange(block a, uint32_t distance) {
-    if (distance == 4) return (block){a.high, a.low};
-    return distance == 2 ? (block){_mm_shuffle_ps(a.low, a.low, 0x4E), _mm_shuffle_ps(a.high, a.high, 0x4E)}
-                         : (block){_mm_shuffle_ps(a.low, a.low, 0xB1), _mm_shuffle_ps(a.high, a.high, 0xB1)};
-}
-/* Lanes 0 and 1 of four blocks. */
-static inline block block_gather_pairs(const block *r) {
-    return (block){_mm_movelh_ps(r[0].low, r[1].low), _mm_movelh_ps(r[2].low, r[3].low)};
-}
 
 static inline keys keys_max(keys a, keys b) { return _mm_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm_min_pd(a, b); }

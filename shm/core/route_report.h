@@ -84,18 +84,18 @@ static inline float least_logit(const struct route_row *row, uint32_t k) {
 }
 
 /* Only experts that reach the selection's least logit may belong in it. */
-static inline void report_vector(struct route_tile *tile, struct route_row *row, float least, uint32_t outside,
-                                 struct route_tally *tally) {
-    uint32_t experts = tile->rule->num_experts, count = 0;
+static inline void report_vector(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
+    uint32_t experts = tile->rule->num_experts, k = tile->rule->top_k, count = 0;
     uint64_t bits[ROUTE_WORDS];
     int32_t outsiders[REPORT_OUTSIDERS];
+    uint32_t outside = vector_reaching(row->logits, experts, least_logit(row, k), bits) - k;
+    if (!outside) return;
     if (outside > REPORT_OUTSIDERS) { /* a bonus far beyond the logits */
         report_plain(tile, row, tally);
         return;
     }
     row_shares(tile->rule, row);
-    vector_reaching(row->logits, experts, least, bits);
-    for (uint32_t i = 0; i < tile->rule->top_k; i++) bits[row->ids[i] / 64] &= ~(UINT64_C(1) << (row->ids[i] % 64));
+    for (uint32_t i = 0; i < k; i++) bits[row->ids[i] / 64] &= ~(UINT64_C(1) << (row->ids[i] % 64));
     for (uint32_t word = 0; word * 64 < experts; word++)
         for (uint64_t left = bits[word]; left; left &= left - 1)
             outsiders[count++] = (int32_t)(word * 64 + (uint32_t)__builtin_ctzll(left));
@@ -104,22 +104,15 @@ static inline void report_vector(struct route_tile *tile, struct route_row *row,
 #endif
 
 static inline void tile_report(struct route_tile *tile, struct route_tally *tally) {
-#if ROUTE_VECTOR
-    uint32_t k = tile->rule->top_k, changed[TILE_ROWS], outside[TILE_ROWS], count = 0;
-    float least[TILE_ROWS];
     for (uint32_t r = 0; r < tile->rows; r++) {
-        struct route_row *row = &tile->row[r];
-        if (!row->vector) continue;
-        least[r] = least_logit(row, k);
-        outside[r] = vector_count_reaching(row->logits, tile->rule->num_experts, least[r]) - k;
-        changed[count] = r;
-        count += outside[r] != 0; /* no branch: it would be mispredicted as often as not */
-    }
-    for (uint32_t i = 0; i < count; i++)
-        report_vector(tile, &tile->row[changed[i]], least[changed[i]], outside[changed[i]], tally);
+#if ROUTE_VECTOR
+        if (tile->row[r].vector) {
+            report_vector(tile, &tile->row[r], tally);
+            continue;
+        }
 #endif
-    for (uint32_t r = 0; r < tile->rows; r++)
-        if (!tile->row[r].vector && tile->row[r].statistics.finite) report_plain(tile, &tile->row[r], tally);
+        if (tile->row[r].statistics.finite) report_plain(tile, &tile->row[r], tally);
+    }
 }
 
 #endif

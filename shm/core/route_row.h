@@ -25,9 +25,6 @@ struct route_row {
     struct row_statistics statistics;
     int32_t ids[ROUTE_MAX_TOP_K];   /* the selection, best first */
     int32_t truth[ROUTE_MAX_TOP_K]; /* the true top k, where the policy needs it */
-#if ROUTE_VECTOR
-    block largest;
-#endif
 };
 
 /* On the caller's stack, so that nothing is allocated. */
@@ -51,7 +48,7 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
     tile->rule = rule;
     tile->snapshot = snapshot;
 #if ROUTE_VECTOR
-    tile->stride = round_up(experts, experts <= 8 ? 8 : experts <= NETWORK_KEYS ? EXP_BLOCKS * 8 : NETWORK_SCORES);
+    tile->stride = experts <= 8 ? BLOCK_LANES : round_up(experts, EXP_BLOCKS * BLOCK_LANES);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);
     if (call->policy == POLICY_MASS) {
         uint64_t others[ROUTE_WORDS];
@@ -77,10 +74,8 @@ static inline void row_begin(struct route_tile *tile, uint32_t index, const floa
     if (tile->rule->gating != GATING_SIGMOID && vector_statistics(logits, experts, &row->statistics)) {
         row->vector = 1;
         if (experts == tile->stride) return;
-        float *padded = tile->padded + index * tile->stride;
-        memcpy(padded, logits, experts * sizeof *logits);
-        for (uint32_t e = experts; e < tile->stride; e++) padded[e] = -INFINITY;
-        row->logits = padded;
+        row->logits = tile->padded + index * tile->stride;
+        vector_pad(logits, experts, tile->padded + index * tile->stride, tile->stride);
         return;
     }
 #endif

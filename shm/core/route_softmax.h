@@ -1,4 +1,4 @@
-/* The exponential of the gate and its canonical sum; the vector kernels do the same operations on eight lanes. */
+/* The exponential of the gate and its canonical sum; the vector kernels do the same operations on many lanes. */
 #ifndef HOTSET_ROUTE_SOFTMAX_H
 #define HOTSET_ROUTE_SOFTMAX_H
 
@@ -26,11 +26,13 @@ static inline float softmax_exp(float x) {
     return bits_float(float_bits(p) + (float_bits(rounded) << 23));
 }
 
-/* Lane i sums the values i, i + 8, i + 16, ...; then the lanes are folded 4 apart, 2 apart, 1 apart. */
+#define SUM_LANES 16u
+
+/* Lane i sums the values i, i + 16, i + 32, ...; then the lanes are folded 8 apart, 4 apart, 2 apart, 1 apart. */
 static inline float canonical_sum(const float *values, uint32_t count) {
-    float lanes[8] = {0};
-    for (uint32_t i = 0; i < count; i++) lanes[i % 8] += values[i];
-    for (uint32_t step = 4; step > 0; step /= 2)
+    float lanes[SUM_LANES] = {0};
+    for (uint32_t i = 0; i < count; i++) lanes[i % SUM_LANES] += values[i];
+    for (uint32_t step = SUM_LANES / 2; step > 0; step /= 2)
         for (uint32_t i = 0; i < step; i++) lanes[i] += lanes[i + step];
     return lanes[0];
 }

@@ -41,26 +41,16 @@ static inline void tile_restrict(struct route_tile *tile) {
 /* Selects from row->adjusted: into row->truth, or into row->ids. */
 static inline void tile_select(struct route_tile *tile, int into_truth) {
     const struct route_rule *rule = tile->rule;
-    uint32_t experts = rule->num_experts;
-#if ROUTE_VECTOR
-    int network = rule->top_k <= NETWORK_ROWS, values = network && experts > NETWORK_KEYS;
-    for (uint32_t r = 0; r < tile->rows && values; r++)
-        if (tile->row[r].vector) tile->row[r].largest = vector_largest(tile->row[r].adjusted, experts);
-    for (uint32_t r = 0; r < tile->rows && !rule->renormalize; r++)
-        if (tile->row[r].vector) row_shares(rule, &tile->row[r]);
-#endif
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
         int32_t *ids = into_truth ? row->truth : row->ids;
 #if ROUTE_VECTOR
-        if (row->vector && network) {
-            if (experts <= 8) rank_eight(row->adjusted, rule->top_k, ids);
-            else if (!values || !network_find_ids(row->adjusted, experts, row->largest, ids))
-                network_select_keys(row->adjusted, experts, ids);
+        if (row->vector && rule->top_k <= NETWORK_ROWS) {
+            vector_select(row->adjusted, rule->num_experts, rule->top_k, ids);
             continue;
         }
 #endif
-        select_top_k(row->adjusted, experts, rule->top_k, ids);
+        select_top_k(row->adjusted, rule->num_experts, rule->top_k, ids);
     }
 }
 

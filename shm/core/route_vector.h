@@ -1,4 +1,4 @@
-/* The steps of one row on blocks of eight floats; included after the lanes of an instruction set. The same operations
+/* The steps of one row on blocks of floats; included after the lanes of an instruction set. The same operations
  * in the same order as route_plain.h, so the results are the same bits. Logits are finite; arrays that a block may
  * overrun are padded with -inf. */
 #ifndef HOTSET_ROUTE_VECTOR_H
@@ -10,22 +10,26 @@
 /* max and min of the logits; 0 if one of them is not finite, and then nothing is known. Does not overrun. */
 static inline int vector_statistics(const float *logits, uint32_t count, struct row_statistics *s) {
     block max = block_all(-INFINITY), min = block_all(INFINITY), odd = block_all(0);
-    uint32_t e = 0;
-    for (; e + 8 <= count; e += 8) {
-        block z = block_load(logits + e);
+    for (uint32_t e = 0; e < count; e += BLOCK_LANES) {
+        uint32_t left = count - e;
+        block z = left >= BLOCK_LANES ? block_load(logits + e) : block_load_padded(logits + e, left, logits[e]);
         max = block_max(z, max);
         min = block_min(z, min);
         odd = block_or(odd, block_sub(z, z)); /* +0 if finite, else NaN */
     }
     *s = (struct row_statistics){block_fold_max(max), block_fold_min(min), count, 0, 0};
-    for (; e < count; e++) {
-        if (!isfinite(logits[e])) return 0;
-        s->max = logits[e] > s->max ? logits[e] : s->max;
-        s->min = logits[e] < s->min ? logits[e] : s->min;
-    }
     return block_is_zero(odd);
 }
 
+/* Copies `count` logits and pads them with -inf to `padded` floats. */
+static inline void vector_pad(const float *logits, uint32_t count, float *to, uint32_t padded) {
+    for (uint32_t e = 0; e < padded; e += BLOCK_LANES)
+        block_store(to + e, e + BLOCK_LANES <= count ? block_load(logits + e)
+                            : e < count              ? block_load_padded(logits + e, count - e, -INFINITY)
+                                                     : block_all(-INFINITY));
+}
+
+#define SUM_BLOCKS (SUM_LANES / BLOCK_LANES)
 #define EXP_BLOCKS 4u /* taken side by side: one alone waits for its own results most of the time */
 
 /* softmax_exp() on each lane. */
@@ -41,52 +45,45 @@ static inline block block_exp(block x) {
     return block_scale(p, rounded);
 }
 
-/* e^(logit - top) of EXP_BLOCKS blocks of logits from `first` on into `share`; added to `sum`. */
-static inline block vector_exps(const float *logits, uint32_t first, block top, float *share, block sum) {
+/* e^(logit - top) of EXP_BLOCKS blocks of logits from `first` on into `share`; added to `sums`. */
+static inline void vector_exps(const float *logits, uint32_t first, block top, float *share, block *sums) {
     block x[EXP_BLOCKS];
-    for (uint32_t i = 0; i < EXP_BLOCKS; i++) x[i] = block_sub(block_load(logits + first + i * 8), top);
+    for (uint32_t i = 0; i < EXP_BLOCKS; i++) x[i] = block_sub(block_load(logits + first + i * BLOCK_LANES), top);
     for (uint32_t i = 0; i < EXP_BLOCKS; i++) x[i] = block_exp(x[i]);
     for (uint32_t i = 0; i < EXP_BLOCKS; i++) {
-        block_store(share + first + i * 8, x[i]);
-        sum = block_add(sum, x[i]);
+        block_store(share + first + i * BLOCK_LANES, x[i]);
+        sums[i % SUM_BLOCKS] = block_add(sums[i % SUM_BLOCKS], x[i]);
     }
-    return sum;
 }
 
 /* Padding adds 2^-126 each, which does not reach the sum: that is at least 1. */
 static inline float vector_shares(const float *logits, uint32_t count, float max, float *share) {
-    block sum = block_all(0), top = block_all(max);
+    block sums[SUM_BLOCKS], top = block_all(max);
     if (count <= 8) {
-        sum = block_exp(block_sub(block_load(logits), top));
-        block_store(share, sum);
-        return 1.0f / block_fold_sum(sum);
+        sums[0] = block_exp(block_sub(block_load(logits), top));
+        block_store(share, sums[0]);
+        return 1.0f / block_fold_sum(sums[0]);
     }
-    for (uint32_t e = 0; e < count; e += EXP_BLOCKS * 8) sum = vector_exps(logits, e, top, share, sum);
-    return 1.0f / block_fold_sum(sum);
+    for (uint32_t i = 0; i < SUM_BLOCKS; i++) sums[i] = block_all(0);
+    for (uint32_t e = 0; e < count; e += EXP_BLOCKS * BLOCK_LANES) vector_exps(logits, e, top, share, sums);
+    return 1.0f / block_fold_sum(SUM_BLOCKS == 2 ? block_add(sums[0], sums[SUM_BLOCKS - 1]) : sums[0]);
 }
 
 /* The scores to select from: the logits, `amount` added where a lane of `lanes` is set. Adding +0 elsewhere turns -0 into
  * +0, so that they tie as they should. */
 static inline void vector_adjust(const float *logits, const float *lanes, float amount, uint32_t count, float *adjusted) {
     block added = block_all(amount);
-    for (uint32_t e = 0; e < count; e += 8)
+    for (uint32_t e = 0; e < count; e += BLOCK_LANES)
         block_store(adjusted + e, block_add(block_load(logits + e), block_and(block_load(lanes + e), added)));
 }
 
-/* The eight largest of `count` scores, in any order. */
-static inline block vector_largest(const float *scores, uint32_t count) {
-    block best[NETWORK_ROWS], other[NETWORK_ROWS];
-    for (uint32_t i = 0; i < NETWORK_ROWS; i++) best[i] = block_load(scores + i * 8);
-    block_sort(best);
-    for (uint32_t first = NETWORK_SCORES; first < count; first += NETWORK_SCORES) {
-        for (uint32_t i = 0; i < NETWORK_ROWS; i++) other[i] = block_load(scores + first + i * 8);
-        block_sort(other);
-        block_merge(best, other);
-    }
-    return block_largest(best);
+/* The `k` <= 8 best of `count` scores, best first. */
+static inline void vector_select(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
+    if (count <= 8) rank_eight(scores, k, ids);
+    else network_select(scores, count, k, ids);
 }
 
-/* softmax over eight logits, in place; -inf where there are fewer. The factor that makes the results sum to 1. */
+/* softmax over a block of logits, in place; -inf where there are fewer. The factor that makes the results sum to 1. */
 static inline float vector_softmax(float *logits) {
     block z = block_load(logits), p = block_exp(block_sub(z, block_all(block_fold_max(z))));
     block_store(logits, p);
@@ -95,24 +92,21 @@ static inline float vector_softmax(float *logits) {
 
 /* A float of all ones where `mask` has a bit, of zeros elsewhere. */
 static inline void vector_lanes(const uint64_t *mask, uint32_t count, float *lanes) {
-    for (uint32_t e = 0; e < count; e += 8) block_store(lanes + e, block_from_bits((uint32_t)(mask[e / 64] >> (e % 64))));
+    for (uint32_t e = 0; e < count; e += BLOCK_LANES)
+        block_store(lanes + e, block_from_mask(mask_from_bits((uint32_t)(mask[e / 64] >> (e % 64)))));
 }
 
-/* How many logits reach `bound`, which is finite. */
-static inline uint32_t vector_count_reaching(const float *logits, uint32_t count, float bound) {
+/* Which logits reach `bound`, which is finite: sets bits up to the next multiple of 64. Returns how many. */
+static inline uint32_t vector_reaching(const float *logits, uint32_t count, float bound, uint64_t *bits) {
     block least = block_all(bound);
-    counts found = counts_none();
-    for (uint32_t e = 0; e < count; e += 8) found = counts_add(found, block_at_least(block_load(logits + e), least));
-    return counts_sum(found);
-}
-
-/* Which: sets bits up to the next multiple of 64. */
-static inline void vector_reaching(const float *logits, uint32_t count, float bound, uint64_t *bits) {
-    block least = block_all(bound);
-    for (uint32_t e = 0; e < count; e += 8) {
-        if (e % 64 == 0) bits[e / 64] = 0;
-        bits[e / 64] |= (uint64_t)block_bits(block_at_least(block_load(logits + e), least)) << (e % 64);
+    uint32_t found = 0;
+    for (uint32_t e = 0; e < count; e += 64) {
+        bits[e / 64] = 0;
+        for (uint32_t i = 0; i < 64 && e + i < count; i += BLOCK_LANES)
+            bits[e / 64] |= (uint64_t)mask_bits(block_at_least(block_load(logits + e + i), least)) << i;
+        found += (uint32_t)__builtin_popcountll(bits[e / 64]);
     }
+    return found;
 }
 
 #endif

@@ -4,8 +4,6 @@
 
 #include "route_row.h"
 
-#define WEIGHT_LANES 8u
-
 /* A row without any finite logit: the order still holds (+inf first), but there is nothing to weigh. */
 static inline void row_without_finite(const struct route_rule *rule, struct route_row *row, float *weights) {
     int ordered = row->statistics.positive_infinite > 0;
@@ -43,8 +41,8 @@ static inline void tile_finish(struct route_tile *tile, int32_t *ids, float *wei
     const struct route_rule *rule = tile->rule;
     uint32_t k = rule->top_k;
 #if ROUTE_VECTOR
-    _Alignas(32) float selected[TILE_ROWS][WEIGHT_LANES];
-    int renormalize = rule->renormalize && k <= WEIGHT_LANES;
+    _Alignas(64) float selected[TILE_ROWS][BLOCK_LANES];
+    int renormalize = rule->renormalize && k <= BLOCK_LANES;
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
         if (!row->vector) continue;
