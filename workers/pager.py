@@ -29,7 +29,7 @@ from hotset.shm.counters import Counter, Histogram
 from hotset.shm.layout import Section, SlotState
 from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment, SegmentError
-from hotset.workers.eviction import make_eviction
+from hotset.workers.eviction.policy import make_eviction
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
 
 RESCAN_SECONDS = 0.1

@@ -1,0 +1,195 @@
+"""Hit rates of eviction policies on recorded expert demands, beside Belady's MIN.
+
+    scripts/hitrate --trace FILE [--budgets 12.5,25,37.5,50] [--policies lru,affinity,td,min] [--batch 1,4,8]
+
+Replay is event-atomic: a layer's whole set is looked up against one snapshot of the cache. An expert that several
+tokens of a step want counts once. Caches start empty, and policies learn on the way, from zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from laboratory.traces import Trace, load_trace
+from rich.console import Console
+from rich.table import Table
+
+from hotset.workers.eviction.replay import MIN, check_pool, replay
+
+Number = TypeVar("Number", int, float)
+
+POLICIES = "lru,lfu,adaptive,affinity@always,affinity@bypass,td,min"
+BUDGETS = "12.5,25,37.5,50"
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One replay."""
+
+    batch: int
+    policy: str
+    budget: float  # percent of the experts
+    slots: int  # per layer
+    hits: int
+    misses: int
+    hit_rate: float  # percent
+
+
+def measure(
+    trace: Trace, policies: list[str], budgets: list[float], batches: list[int], floor: int | None
+) -> list[Row]:
+    """Every combination; `floor` is None for slots of each layer's own, else that of a shared pool."""
+    rows: list[Row] = []
+    with ThreadPoolExecutor(2) as threads:  # replay lets go of the interpreter's lock
+        for batch in batches:
+            records = trace.records(batch)
+
+            def one(policy: str, budget: float, batch: int = batch, records: Any = records) -> Row:
+                slots = slots_per_layer(budget, trace.num_experts)
+                result = replay(
+                    records,
+                    policy,
+                    num_layers=trace.num_layers,
+                    num_experts=trace.num_experts,
+                    slots=slots,
+                    num_streams=batch,
+                    shared=floor is not None,
+                    floor=min(floor or 0, slots),
+                )
+                return Row(batch, policy, budget, slots, result.hits, result.misses, round(100 * result.hit_rate, 2))
+
+            rows += threads.map(lambda pair: one(*pair), [(p, b) for p in policies for b in budgets])
+    return rows
+
+
+def slots_per_layer(budget: float, num_experts: int) -> int:
+    slots = int(num_experts * budget / 100)
+    if not 1 <= slots <= num_experts:
+        raise ValueError(
+            f"a budget of {budget:g} % of {num_experts} experts is {slots} slots, expected 1 to {num_experts}"
+        )
+    return slots
+
+
+def tables(rows: list[Row]) -> Iterator[Table]:
+    for batch in dict.fromkeys(row.batch for row in rows):
+        table = Table(title=f"hit rate in %, batch {batch}", title_justify="left", box=None)
+        own = [row for row in rows if row.batch == batch]
+        budgets = list(dict.fromkeys(row.budget for row in own))
+        table.add_column("policy")
+        for budget in budgets:
+            table.add_column(f"{budget:g} %", justify="right")
+        for policy in dict.fromkeys(row.policy for row in own):
+            found = {row.budget: f"{row.hit_rate:.2f}" for row in own if row.policy == policy}
+            table.add_row(policy, *(found[budget] for budget in budgets))
+        yield table
+
+
+def plot(rows: list[Row], name: str, path: Path) -> None:
+    """Hit rate against budget, one panel per batch size."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: scripts/setup plots") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batches = list(dict.fromkeys(row.batch for row in rows))
+    figure, panels = plt.subplots(1, len(batches), figsize=(1.2 + 3.6 * len(batches), 4.2), sharey=True, squeeze=False)
+    for panel, batch in zip(panels[0], batches, strict=True):
+        for policy in dict.fromkeys(row.policy for row in rows):
+            own = sorted((row.budget, row.hit_rate) for row in rows if (row.batch, row.policy) == (batch, policy))
+            ceiling = policy == MIN
+            panel.plot(
+                *zip(*own, strict=True),
+                label="Belady's MIN" if ceiling else policy,
+                color="black" if ceiling else None,
+                linestyle="--" if ceiling else "-",
+                linewidth=2.2 if policy == "td" else 1.3,
+                marker="o",
+                markersize=3.5,
+            )
+        panel.set_title(f"batch {batch}")
+        panel.set_xlabel("experts in memory, %")
+        panel.set_xticks(sorted({row.budget for row in rows}))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("hit rate, %")
+    panels[0][-1].legend(fontsize=8, loc="lower right")
+    figure.suptitle(name, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/hitrate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--trace", type=Path, required=True, help=".npz, or a folder with events.csv")
+    parser.add_argument("--budgets", default=BUDGETS, help=f"percent of the experts that are resident ({BUDGETS})")
+    parser.add_argument("--policies", default=POLICIES, help=f"what serving takes, and min ({POLICIES})")
+    parser.add_argument("--batch", default="1", help="tokens per step (1)")
+    parser.add_argument("--experts", type=int, help="per layer, if the trace does not say (the largest id + 1)")
+    parser.add_argument(
+        "--pool", choices=("layer", "shared"), default="layer", help="slots of each layer's own, or one pool"
+    )
+    parser.add_argument("--floor", type=int, default=None, help="experts that each layer keeps in a shared pool (0)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--plot", type=Path, help="draw it into this .png")
+    return parser.parse_args(arguments)
+
+
+def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}, expected numbers with commas between them") from None
+
+
+def run(options: argparse.Namespace) -> None:
+    budgets = numbers("--budgets", options.budgets, float)
+    batches = numbers("--batch", options.batch, int)
+    policies = options.policies.split(",")
+    if options.floor is not None and options.pool != "shared":
+        raise ValueError("--floor is for --pool shared")
+    if min(batches) < 1:
+        raise ValueError(f"--batch is {options.batch}, expected numbers of at least 1")
+    trace = load_trace(options.trace, num_experts=options.experts)
+    floor = (options.floor or 0) if options.pool == "shared" else None
+    if floor is not None and trace.ids is not None:
+        cycle = trace.num_layers * trace.ids.shape[2]
+        for policy in policies:
+            for budget in budgets:
+                if policy != MIN:
+                    check_pool(policy, slots=slots_per_layer(budget, trace.num_experts) * trace.num_layers, cycle=cycle)
+    began = time.monotonic()
+    rows = measure(trace, policies, budgets, batches, floor)
+    seconds = time.monotonic() - began
+    if options.plot:
+        plot(rows, trace.name, options.plot)
+    if options.json:
+        report = {"trace": trace.name, "pool": options.pool, "seconds": round(seconds, 2), "rows": rows}
+        print(json.dumps(msgspec.to_builtins(report)))
+        return
+    console = Console(highlight=False)
+    for table in tables(rows):
+        console.print(table)
+        console.print()
+    console.print(f"{len(rows)} replays of {trace.name} in {seconds:.1f} s")
+
+
+def main() -> int:
+    try:
+        run(parse_arguments(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"hitrate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

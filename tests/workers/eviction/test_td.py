@@ -1,0 +1,181 @@
+"""The learned eviction against plain numpy, and what it must be able to learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from hotset.runtime.eviction import parse_eviction
+from hotset.shm.demands import Records, demands_of_steps
+from hotset.workers.eviction import _core
+from hotset.workers.eviction.replay import make_policy, replay
+
+RATES = np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256])
+SETS = 6
+Ids = npt.NDArray[np.int64]
+
+
+class PlainTd:
+    """workers/eviction/core/td.h for one model, as formulas."""
+
+    def __init__(self, layers: int, experts: int, streams: int) -> None:
+        self.set_weights = np.zeros((layers, SETS, experts, experts))
+        self.trait_weights = np.zeros((layers, 6, experts))
+        self.averages = np.zeros((streams, layers, 4, experts))
+        self.features: dict[tuple[int, int], tuple[list[tuple[int, int]], npt.NDArray[np.float64]]] = {}
+        self.estimates = np.zeros((streams, layers, experts))
+        self.latest: dict[tuple[int, int], list[int]] = {}
+        self.layers, self.experts = layers, experts
+
+    def observe(self, stream: int, layer: int, used: list[int], batch: int) -> None:
+        neighbours = [(layer - 1) % self.layers, (layer - 2) % self.layers, (layer - 3) % self.layers]
+        sets = [used, self.latest.get((stream, layer), [])]
+        sets += [self.latest.get((stream, near), []) for near in (*neighbours, (layer + 1) % self.layers)]
+        rows = [(number, expert) for number, members in enumerate(sets) for expert in members]
+        now = np.isin(np.arange(self.experts), used).astype(float)
+        averages = self.averages[stream, layer]
+        averages += RATES[:, None] * (now - averages)
+        traits = np.vstack([np.ones(self.experts), now, averages])
+        y = (self.trait_weights[layer] * traits).sum(0)
+        y += sum(self.set_weights[layer, number, expert] for number, expert in rows)
+        if (stream, layer) in self.features:
+            old_rows, old_traits = self.features[stream, layer]
+            gamma = 2 / 3 if batch >= 4 else 7 / 8 - (7 / 8 - 2 / 3) * (batch - 1) / 3
+            eta = min(0.005, 0.5 / (batch * (len(old_rows) + 3)))
+            target = np.where(now > 0, 1, gamma * y.clip(0, 1))
+            change = eta * (target - self.estimates[stream, layer])
+            for number, expert in old_rows:
+                self.set_weights[layer, number, expert] += change
+            self.trait_weights[layer] += change * old_traits
+        self.features[stream, layer] = (rows, traits)
+        self.estimates[stream, layer] = y
+        self.latest[stream, layer] = used
+
+    def value(self, layer: int) -> npt.NDArray[np.float64]:
+        return 1 - np.prod(1 - np.minimum(self.estimates[:, layer], 1), axis=0)
+
+
+def random_ids(seed: int, steps: int, streams: int, layers: int, experts: int, top_k: int) -> Ids:
+    random = np.random.default_rng(seed)
+    return random.permuted(np.tile(np.arange(experts), (steps, streams, layers, 1)), axis=-1)[..., :top_k]
+
+
+def td_policy(layers: int, experts: int, streams: int, slots: float = 4) -> _core.Policy:
+    return make_policy(
+        parse_eviction("td"), num_layers=layers, num_experts=experts, num_streams=streams, slots_per_layer=slots
+    )
+
+
+def records_of(ids: Ids) -> Records:
+    return demands_of_steps(ids)
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "streams", "top_k"),
+    [(1, 8, 1, 2), (2, 13, 1, 3), (5, 32, 1, 4), (4, 32, 2, 4), (3, 64, 5, 6), (6, 128, 1, 8), (2, 16, 6, 16)],
+)
+def test_estimates_agree_with_numpy(layers: int, experts: int, streams: int, top_k: int) -> None:
+    ids = random_ids(1, 60, streams, layers, experts, top_k)
+    policy, plain = td_policy(layers, experts, streams), PlainTd(layers, experts, streams)
+    policy.observe(records_of(ids))
+    for step in ids:
+        for layer in range(layers):
+            for stream in range(streams):
+                plain.observe(stream, layer, step[stream, layer].tolist(), streams)
+    estimates = np.empty(experts, np.float32)
+    for stream in range(streams):
+        for layer in range(layers):
+            policy.estimates(stream, layer, estimates)
+            np.testing.assert_allclose(estimates, plain.estimates[stream, layer], atol=1e-5)
+    assert np.abs(plain.estimates).max() > 0.1  # there was something to agree about
+
+
+def test_a_batch_wants_an_expert_when_one_of_its_streams_does() -> None:
+    ids = np.concatenate([follows(seed, 4000, 12) for seed in range(3)], axis=1)
+    ids[:, 0] = 11  # the first stream always uses expert 11
+    policy, plain = td_policy(2, 12, 3), PlainTd(2, 12, 3)
+    policy.observe(records_of(ids))
+    for step in ids:
+        for layer in range(2):
+            for stream in range(3):
+                plain.observe(stream, layer, step[stream, layer].tolist(), 3)
+    assert policy.td_leads
+    values = np.empty((2, 12))
+    policy.values(values)
+    np.testing.assert_allclose(values, [plain.value(0), plain.value(1)], atol=1e-4)
+    assert values.argmax(1).tolist() == [11, 11]
+
+
+def test_a_stream_that_ended_wants_nothing_any_more() -> None:
+    ids = np.concatenate([follows(seed, 4000, 12) for seed in range(2)], axis=1)
+    ids[:, 1] = 11
+    policy = td_policy(2, 12, 2)
+    policy.observe(records_of(ids))
+    values, alone = np.empty((2, 12)), np.empty(12, np.float32)
+    policy.values(values)
+    assert policy.td_leads and values[:, 11].min() > 0.5
+    policy.observe(records_of(ids[:20, :1]))  # the first stream goes on alone
+    policy.values(values)
+    policy.estimates(0, 1, alone)
+    np.testing.assert_allclose(values[1], alone, atol=1e-5)
+
+
+def follows(seed: int, steps: int, experts: int) -> Ids:
+    """Two layers; what layer 1 uses follows from what layer 0 used, and layer 0 walks through a fixed permutation."""
+    random = np.random.default_rng(seed)
+    successor, image = random.permutation(experts), random.permutation(experts)
+    expert, ids = 0, np.empty((steps, 1, 2, 1), np.int64)
+    for step in range(steps):
+        ids[step, 0, 0, 0], ids[step, 0, 1, 0] = expert, image[expert]
+        # Mostly on along the cycle, sometimes anywhere: no policy knows where.
+        expert = int(successor[expert]) if random.random() < 0.9 else int(random.integers(experts))
+    return ids
+
+
+def test_it_learns_what_follows_what() -> None:
+    ids = follows(4, 20_000, 24)
+    hit_rate = {
+        policy: replay(records_of(ids), policy, num_layers=2, num_experts=24, slots=6).hit_rate
+        for policy in ("lru", "lfu", "affinity", "td", "min")
+    }
+    best_other = max(hit_rate["lru"], hit_rate["lfu"], hit_rate["affinity"])
+    assert hit_rate["td"] > best_other + 0.25 * (hit_rate["min"] - best_other)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_nothing_can_be_learned_the_guard_keeps_it_at_affinity(seed: int) -> None:
+    """Popularity that jumps every 300 steps: estimates are always late."""
+    random = np.random.default_rng(seed)
+    ids = np.concatenate([
+        random.choice(64, 8, replace=False)[random_ids(seed + phase, 300, 1, 4, 8, 4)] for phase in range(40)
+    ])  # fmt: skip
+    result = {
+        policy: replay(records_of(ids), policy, num_layers=4, num_experts=64, slots=10).hit_rate
+        for policy in ("affinity", "td")
+    }
+    assert result["td"] > result["affinity"] - 0.01
+
+
+def test_affinity_decides_until_learning_pays() -> None:
+    policy = td_policy(2, 24, 1, slots=6)
+    assert not policy.td_leads
+    policy.observe(records_of(follows(4, 20_000, 24)))
+    assert policy.td_leads
+
+
+def test_forgotten_streams_do_not_teach_what_never_happened() -> None:
+    ids = random_ids(5, 50, 1, 2, 12, 3)
+    policy, plain = td_policy(2, 12, 1), PlainTd(2, 12, 1)
+    policy.observe(records_of(ids[:25]))
+    policy.forget_streams()
+    policy.observe(records_of(ids[25:]))
+    for number, step in enumerate(ids):
+        if number == 25:
+            plain.features.clear()
+            plain.latest.clear()
+        for layer in range(2):
+            plain.observe(0, layer, step[0, layer].tolist(), 1)
+    estimates = np.empty(12, np.float32)
+    policy.estimates(0, 1, estimates)
+    np.testing.assert_allclose(estimates, plain.estimates[0, 1], atol=1e-5)

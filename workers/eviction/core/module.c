@@ -1,0 +1,268 @@
+/* hotset.workers.eviction._core: the type Policy over policy.h and replay.h; see _core.pyi. */
+#include "bind_arrays.h"
+#include "replay.h"
+
+typedef struct {
+    PyObject_HEAD
+    int ready;
+    struct policy policy;
+} PolicyObject;
+
+static const struct array_kind WORDS = {"uint16", "H", 2};
+static const struct array_kind FLOAT64 = {"float64", "d", 8};
+
+static struct policy *policy_of(PyObject *self) {
+    PolicyObject *object = (PolicyObject *)self;
+    if (object->ready) return &object->policy;
+    PyErr_SetString(PyExc_ValueError, "__init__ has not been called");
+    return NULL;
+}
+
+static int in_range(const char *name, unsigned value, unsigned low, unsigned high) {
+    if (value >= low && value <= high) return 1;
+    PyErr_Format(PyExc_ValueError, "%s is %u, expected %u to %u", name, value, low, high);
+    return 0;
+}
+
+static int policy_type_init(PyObject *self, PyObject *args, PyObject *kwargs) {
+    PolicyObject *object = (PolicyObject *)self;
+    static char *names[] = {"num_layers", "num_experts", "num_streams", "base", "affinity_weight", "admission",
+                            "slots_per_layer", NULL};
+    unsigned layers, experts, streams, base, admission;
+    double weight, slots;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IIIIdId", names, &layers, &experts, &streams, &base, &weight,
+                                     &admission, &slots))
+        return -1;
+    if (object->ready) {
+        PyErr_SetString(PyExc_ValueError, "the policy exists already");
+        return -1;
+    }
+    if (!in_range("num_layers", layers, 1, 0xFFFF) || !in_range("num_experts", experts, 1, TD_MAX_EXPERTS) ||
+        !in_range("num_streams", streams, 1, DEMAND_NO_STREAM - 1) || !in_range("base", base, 0, POLICY_BASES - 1) ||
+        !in_range("admission", admission, 0, ADMISSIONS - 1))
+        return -1;
+    if (!(weight >= 0 && weight <= 1 && slots > 0)) {
+        PyErr_SetString(PyExc_ValueError, "expected 0 <= affinity_weight <= 1 and slots_per_layer > 0");
+        return -1;
+    }
+    object->policy = (struct policy){.num_layers = layers, .num_experts = experts, .num_streams = streams,
+                                     .base = base, .admission = admission, .affinity_weight = weight,
+                                     .slots_per_layer = slots};
+    if (!policy_init(&object->policy)) {
+        policy_free(&object->policy);
+        PyErr_NoMemory();
+        return -1;
+    }
+    object->ready = 1;
+    return 0;
+}
+
+static void policy_type_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    if (((PolicyObject *)self)->ready) policy_free(&((PolicyObject *)self)->policy);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+/* Opens `object` as records that fit the policy's model; 0 with an exception. */
+static int take_records(PyObject *object, const struct policy *policy, Py_buffer *view) {
+    if (!take_array(object, "records", &WORDS, 0, 1, (Py_ssize_t[]){ANY_LENGTH}, view)) return 0;
+    const uint16_t *words = view->buf;
+    size_t count = (size_t)view->shape[0];
+    for (size_t at = 0; at < count; at += words[at + DEMAND_LENGTH]) {
+        const char *problem = demand_problem(words + at, count - at, policy->num_layers, policy->num_experts);
+        if (!problem) continue;
+        PyErr_Format(PyExc_ValueError, "the array of records %s, at word %zu", problem, at);
+        PyBuffer_Release(view);
+        return 0;
+    }
+    return 1;
+}
+
+static PyObject *policy_type_observe(PyObject *self, PyObject *argument) {
+    struct policy *policy = policy_of(self);
+    Py_buffer view;
+    if (!policy || !take_records(argument, policy, &view)) return NULL;
+    const uint16_t *words = view.buf;
+    for (Py_ssize_t at = 0; at < view.shape[0]; at += words[at + DEMAND_LENGTH]) policy_observe(policy, words + at);
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+/* Copies [layers, experts] doubles out, or in. */
+static PyObject *copy_table(PyObject *argument, const char *name, const struct policy *policy, double *table, int out) {
+    Py_buffer view;
+    Py_ssize_t shape[2] = {policy->num_layers, policy->num_experts};
+    if (!take_array(argument, name, &FLOAT64, out, 2, shape, &view)) return NULL;
+    memcpy(out ? view.buf : table, out ? table : view.buf, (size_t)view.len);
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *policy_type_values(PyObject *self, PyObject *argument) {
+    struct policy *policy = policy_of(self);
+    return policy ? copy_table(argument, "values", policy, policy->value, 1) : NULL;
+}
+
+static PyObject *policy_type_seed(PyObject *self, PyObject *argument) {
+    struct policy *policy = policy_of(self);
+    if (!policy) return NULL;
+    PyObject *done = copy_table(argument, "scores", policy, policy->affinity, 0);
+    if (done)
+        for (uint32_t layer = 0; policy->steps && layer < policy->num_layers; layer++) policy_value(policy, layer);
+    return done;
+}
+
+static PyObject *policy_type_last_used(PyObject *self, PyObject *argument) {
+    struct policy *policy = policy_of(self);
+    Py_buffer view;
+    if (!policy) return NULL;
+    Py_ssize_t shape[2] = {policy->num_layers, policy->num_experts};
+    if (!take_array(argument, "out", &UINT64, 1, 2, shape, &view)) return NULL;
+    memcpy(view.buf, policy->last_used, (size_t)view.len);
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *policy_type_estimates(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct policy *policy = policy_of(self);
+    uint64_t place[2];
+    Py_buffer view;
+    if (!policy) return NULL;
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
+    if (policy->base != POLICY_TD) return PyErr_Format(PyExc_ValueError, "only a td policy estimates");
+    if (!parse_indices(args, 2, 2, (const char *[]){"stream", "layer"},
+                       (uint64_t[]){policy->num_streams, policy->num_layers}, place))
+        return NULL;
+    if (!take_array(args[2], "out", &FLOAT32, 1, 1, (Py_ssize_t[]){policy->num_experts}, &view)) return NULL;
+    memcpy(view.buf, policy->td.estimate + (place[0] * policy->num_layers + place[1]) * policy->td.stride,
+           (size_t)view.len);
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *policy_type_kept(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct policy *policy = policy_of(self);
+    if (!policy) return NULL;
+    int keeps = policy->count && policy_kept(policy, policy_td_leads(policy));
+    PyObject *kept = PyList_New(0);
+    for (uint32_t i = 0; kept && keeps && i < policy->count; i++) {
+        PyObject *id = PyLong_FromUnsignedLong(policy->layer * policy->num_experts + policy->experts[i]);
+        if (!id || PyList_Append(kept, id) < 0) Py_CLEAR(kept);
+        Py_XDECREF(id);
+    }
+    return kept;
+}
+
+static PyObject *policy_type_forget_streams(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct policy *policy = policy_of(self);
+    if (!policy) return NULL;
+    if (policy->base == POLICY_TD) td_forget_streams(&policy->td);
+    Py_RETURN_NONE;
+}
+
+static PyObject *replay(PyObject *self, PyObject *args, PyObject *kwargs, int clairvoyant) {
+    struct policy *policy = policy_of(self);
+    static char *names[] = {"records", "slots", "shared", "floor", NULL};
+    PyObject *records;
+    unsigned slots, floor = 0;
+    int shared = 0;
+    if (!policy) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OI|pI", names, &records, &slots, &shared, &floor)) return NULL;
+    if (!in_range("slots", slots, 1, policy->num_experts) || !in_range("floor", floor, 0, slots)) return NULL;
+    Py_buffer view;
+    if (!take_records(records, policy, &view)) return NULL;
+    struct replay_pools pools;
+    struct replay_result result = {0, 0};
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = replay_pools_init(&pools, policy, slots, shared, floor);
+    if (done && clairvoyant) done = replay_min(policy, view.buf, (size_t)view.shape[0], &pools, &result);
+    else if (done) replay_policy(policy, view.buf, (size_t)view.shape[0], &pools, &result);
+    replay_pools_free(&pools);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    if (!done) return PyErr_NoMemory();
+    return Py_BuildValue("KK", (unsigned long long)result.hits, (unsigned long long)result.misses);
+}
+
+static PyObject *policy_type_replay(PyObject *self, PyObject *args, PyObject *kwargs) {
+    return replay(self, args, kwargs, 0);
+}
+
+static PyObject *policy_type_replay_min(PyObject *self, PyObject *args, PyObject *kwargs) {
+    return replay(self, args, kwargs, 1);
+}
+
+static PyObject *policy_get_crowd(PyObject *self, void *closure) {
+    (void)closure;
+    struct policy *policy = policy_of(self);
+    return policy ? PyFloat_FromDouble(policy_crowd(policy)) : NULL;
+}
+
+static PyObject *policy_get_td_leads(PyObject *self, void *closure) {
+    (void)closure;
+    struct policy *policy = policy_of(self);
+    return policy ? PyBool_FromLong(policy_td_leads(policy)) : NULL;
+}
+
+static PyObject *policy_get_divergences(PyObject *self, void *closure) {
+    (void)closure;
+    struct policy *policy = policy_of(self);
+    return policy ? PyLong_FromUnsignedLongLong(policy->td.divergences) : NULL;
+}
+
+#define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
+#define POSITIONAL(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
+
+static PyMethodDef policy_methods[] = {
+    {"observe", policy_type_observe, METH_O, "observe(records u16[n]): what the steps used."},
+    {"values", policy_type_values, METH_O, "values(out f64[layers, experts]): the least goes first."},
+    {"last_used", policy_type_last_used, METH_O, "last_used(out u64[layers, experts]): demand numbers, 0 is never."},
+    {"kept", policy_type_kept, METH_NOARGS, "kept(): ids that the latest demand does not let go, because it is admitted."},
+    {"seed_affinity", policy_type_seed, METH_O, "seed_affinity(scores f64[layers, experts]): from an earlier run."},
+    {"forget_streams", policy_type_forget_streams, METH_NOARGS, "forget_streams(): after a gap in the demands."},
+    {"estimates", POSITIONAL(policy_type_estimates), "estimates(stream, layer, out f32[experts]) of a td policy."},
+    {"replay", KEYWORDS(policy_type_replay), "replay(records, slots, shared=False, floor=0) -> (hits, misses)."},
+    {"replay_min", KEYWORDS(policy_type_replay_min), "replay_min(records, slots, shared=False, floor=0): Belady's MIN."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef policy_getset[] = {
+    {"crowd", policy_get_crowd, NULL, "r: distinct experts per step / slots per layer, lately.", NULL},
+    {"td_leads", policy_get_td_leads, NULL, "Whether the learned values decide, and not the guard's affinity.", NULL},
+    {"divergences", policy_get_divergences, NULL, "How often a layer's weights were thrown away.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot policy_slots[] = {
+    {Py_tp_doc, "Policy(num_layers, num_experts, num_streams, base, affinity_weight, admission, slots_per_layer)."},
+    {Py_tp_init, policy_type_init},
+    {Py_tp_dealloc, policy_type_dealloc},
+    {Py_tp_methods, policy_methods},
+    {Py_tp_getset, policy_getset},
+    {0, NULL},
+};
+
+static PyType_Spec policy_spec = {"hotset.workers.eviction._core.Policy", sizeof(PolicyObject), 0, Py_TPFLAGS_DEFAULT,
+                                  policy_slots};
+
+static int core_exec(PyObject *module) {
+    PyObject *type = PyType_FromSpec(&policy_spec);
+    if (!type || PyModule_AddObjectRef(module, "Policy", type) < 0) return -1;
+    Py_DECREF(type);
+    return 0;
+}
+
+static PyModuleDef_Slot core_slots[] = {{Py_mod_exec, core_exec}, {0, NULL}};
+
+static struct PyModuleDef core_module = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "hotset.workers.eviction._core",
+    .m_doc = "Eviction policies and their replay.",
+    .m_slots = core_slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&core_module); }

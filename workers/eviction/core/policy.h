@@ -1,0 +1,268 @@
+/* Eviction policies: how much each expert is worth keeping, from the demands that the policy has been shown.
+ *
+ * A policy is fed demand records (shm/core/demands.h) and keeps `value` current: whoever needs a slot takes it from
+ * the resident expert of least value. The pager and the replay use the same policies.
+ *
+ *   LRU       when it was used last
+ *   LFU       how often it was used
+ *   ADAPTIVE  LFU while the most used expert of a layer has 3 times the uses of the least, else LRU
+ *   AFFINITY  an exponential moving average of its use, 1/32 per step of the layer
+ *   TD        a learned estimate of how soon it is used again (td.h), with the affinity as a guard
+ *
+ * The first three can be blended with affinity: (1 - weight) * base + weight * affinity, each from 0 to 1.
+ *
+ * Admission. A missed expert has to be read for its step in any case. ALWAYS keeps it and evicts another; BYPASS
+ * lets it go at once when it is worth less than every resident one. AUTO bypasses for calibrated values (TD), and
+ * for the others when a layer's steps need more than POLICY_CROWDED of its share of the slots. */
+#ifndef HOTSET_POLICY_H
+#define HOTSET_POLICY_H
+
+#include "demands.h"
+#include "pool.h"
+#include "td.h"
+
+#define POLICY_DECAY (31 / 32.)
+#define POLICY_ADAPTIVE_RATIO 3
+#define POLICY_CROWDED 0.55     /* distinct experts per step / slots per layer */
+#define POLICY_CROWD_RATE 256.  /* steps over which that is averaged */
+#define POLICY_IDLE_STEPS 8u    /* a stream that a layer has not seen for so many steps wants nothing any more */
+#define GUARD_LAYERS 4u         /* that are simulated; all of them would cost as much as learning */
+#define GUARD_RATE (1 / 4096.)  /* of the simulated hit rates, per step of a guarded layer */
+#define GUARD_MARGIN 0.002      /* by which the other must be ahead to take over */
+
+enum policy_base { POLICY_LRU, POLICY_LFU, POLICY_ADAPTIVE, POLICY_AFFINITY, POLICY_TD, POLICY_BASES };
+enum policy_admission { ADMIT_AUTO, ADMIT_ALWAYS, ADMIT_BYPASS, ADMISSIONS };
+
+/* Two caches of a layer's share of the slots, one kept by TD and one by affinity: which of the two hits more? */
+struct guard {
+    uint32_t every; /* layers 0, every, 2 * every ... are simulated */
+    uint32_t count;
+    struct pool td[GUARD_LAYERS], affinity[GUARD_LAYERS];
+    double td_rate, affinity_rate;
+    int td_leads;
+};
+
+struct policy {
+    uint32_t num_layers, num_experts, num_streams;
+    enum policy_base base;
+    enum policy_admission admission;
+    double affinity_weight;
+    double slots_per_layer;
+    uint64_t steps;       /* demands seen, of all layers */
+    double distinct;      /* running mean of the experts per demand */
+    uint64_t *layer_steps;/* [layers] */
+    double *value;        /* [layers][experts]; what the resident experts are compared by */
+    uint64_t *last_used;  /* [layers][experts]: `steps` then */
+    double *uses;         /* [layers][experts] */
+    double *affinity;     /* [layers][experts] */
+    uint64_t *stream_seen;/* [streams][layers]: layer_steps then */
+    /* The latest demand. */
+    uint32_t layer, count;
+    uint16_t experts[TD_MAX_EXPERTS]; /* distinct */
+    uint8_t *member;                  /* [experts] */
+    struct td td;                     /* if base is TD */
+    double *td_value;                 /* [layers][experts] */
+    struct guard guard;
+};
+
+static inline void policy_free(struct policy *policy) {
+    free(policy->layer_steps);
+    free(policy->value);
+    free(policy->last_used);
+    free(policy->uses);
+    free(policy->affinity);
+    free(policy->stream_seen);
+    free(policy->member);
+    free(policy->td_value);
+    td_free(&policy->td);
+    for (uint32_t i = 0; i < GUARD_LAYERS; i++) {
+        pool_free(&policy->guard.td[i]);
+        pool_free(&policy->guard.affinity[i]);
+    }
+}
+
+static inline int guard_init(struct guard *guard, uint32_t num_layers, uint32_t num_experts, double slots_per_layer) {
+    uint32_t slots = slots_per_layer < 1 ? 1 : (uint32_t)(slots_per_layer + 0.5);
+    guard->every = (num_layers + GUARD_LAYERS - 1) / GUARD_LAYERS;
+    guard->count = (num_layers + guard->every - 1) / guard->every;
+    for (uint32_t i = 0; i < guard->count; i++)
+        if (!pool_init(&guard->td[i], 1, num_experts, slots, 0) ||
+            !pool_init(&guard->affinity[i], 1, num_experts, slots, 0))
+            return 0;
+    return 1;
+}
+
+/* 0 when there is not enough memory. The caller has set the numbers and the choices; everything else is zero. */
+static inline int policy_init(struct policy *policy) {
+    size_t places = (size_t)policy->num_layers * policy->num_experts;
+    policy->layer_steps = calloc(policy->num_layers, sizeof(uint64_t));
+    policy->value = calloc(places, sizeof(double));
+    policy->last_used = calloc(places, sizeof(uint64_t));
+    policy->uses = calloc(places, sizeof(double));
+    policy->affinity = calloc(places, sizeof(double));
+    policy->stream_seen = calloc((size_t)policy->num_streams * policy->num_layers, sizeof(uint64_t));
+    policy->member = calloc(policy->num_experts, 1);
+    policy->td_value = calloc(places, sizeof(double));
+    if (!(policy->layer_steps && policy->value && policy->last_used && policy->uses && policy->affinity &&
+          policy->stream_seen && policy->member && policy->td_value))
+        return 0;
+    if (policy->base != POLICY_TD) return 1;
+    return td_init(&policy->td, policy->num_layers, policy->num_experts, policy->num_streams) &&
+           guard_init(&policy->guard, policy->num_layers, policy->num_experts, policy->slots_per_layer);
+}
+
+/* Distinct experts per step, as a share of a layer's slots. */
+static inline double policy_crowd(const struct policy *policy) { return policy->distinct / policy->slots_per_layer; }
+
+static inline int policy_td_leads(const struct policy *policy) {
+    return policy->base == POLICY_TD && policy->guard.td_leads;
+}
+
+static inline int policy_bypasses(const struct policy *policy, int calibrated) {
+    if (policy->admission != ADMIT_AUTO) return policy->admission == ADMIT_BYPASS;
+    return calibrated || policy_crowd(policy) > POLICY_CROWDED;
+}
+
+/* The members of the latest demand, which stay while others go; NULL when they may be bypassed. */
+static inline const uint8_t *policy_kept(const struct policy *policy, int calibrated) {
+    return policy_bypasses(policy, calibrated) ? NULL : policy->member;
+}
+
+/* ---- the distinct experts of a record */
+
+static inline void policy_collect(struct policy *policy, const uint16_t *record) {
+    for (uint32_t i = 0; i < policy->count; i++) policy->member[policy->experts[i]] = 0;
+    policy->count = 0;
+    policy->layer = record[DEMAND_LAYER];
+    uint32_t width = record[DEMAND_EXPERTS] + 1u;
+    const uint16_t *row = record + DEMAND_HEADER_WORDS;
+    for (uint32_t i = 0; i < record[DEMAND_ROWS]; i++, row += width)
+        for (uint32_t j = 1; j < width; j++)
+            if (!policy->member[row[j]]) {
+                policy->member[row[j]] = 1;
+                policy->experts[policy->count++] = row[j];
+            }
+}
+
+/* ---- values of one layer */
+
+static inline int policy_prefers_frequency(const struct policy *policy, const double *uses) {
+    if (policy->base != POLICY_ADAPTIVE) return policy->base == POLICY_LFU;
+    double least = uses[0], most = uses[0];
+    for (uint32_t e = 1; e < policy->num_experts; e++) {
+        least = uses[e] < least ? uses[e] : least;
+        most = uses[e] > most ? uses[e] : most;
+    }
+    return most >= POLICY_ADAPTIVE_RATIO * least;
+}
+
+/* Bases that are compared with each other, or blended, are brought to 0 ... 1 first. */
+static inline void policy_value_blend(struct policy *policy, uint32_t layer) {
+    size_t first = (size_t)layer * policy->num_experts;
+    const double *uses = policy->uses + first;
+    int frequency = policy_prefers_frequency(policy, uses);
+    const uint64_t *last_used = policy->last_used + first;
+    double most = 1, weight = policy->affinity_weight;
+    uint64_t oldest = policy->steps - 1;
+    for (uint32_t e = 0; e < policy->num_experts; e++) {
+        most = uses[e] > most ? uses[e] : most;
+        oldest = last_used[e] < oldest ? last_used[e] : oldest;
+    }
+    double longest = (double)(policy->steps - oldest);
+    for (uint32_t e = 0; e < policy->num_experts; e++) {
+        double base = frequency ? uses[e] / most : (double)(last_used[e] - oldest) / longest;
+        policy->value[first + e] = (1 - weight) * base + weight * policy->affinity[first + e];
+    }
+}
+
+/* 1 - product over the streams of (1 - y): that at least one of them wants the expert soon. */
+static inline void policy_value_td(struct policy *policy, uint32_t layer) {
+    double *value = policy->td_value + (size_t)layer * policy->num_experts;
+    float nobody[TD_MAX_EXPERTS];
+    for (uint32_t e = 0; e < policy->num_experts; e++) nobody[e] = 1;
+    for (uint32_t s = 0; s < policy->num_streams; s++) {
+        size_t place = (size_t)s * policy->num_layers + layer;
+        if (!policy->stream_seen[place] ||
+            policy->layer_steps[layer] - policy->stream_seen[place] >= POLICY_IDLE_STEPS)
+            continue;
+        const float *y = policy->td.estimate + place * policy->td.stride;
+        for (uint32_t e = 0; e < policy->num_experts; e++) nobody[e] *= 1 - (y[e] < 1 ? y[e] : 1);
+    }
+    for (uint32_t e = 0; e < policy->num_experts; e++) value[e] = 1 - (double)nobody[e];
+}
+
+static inline void policy_value(struct policy *policy, uint32_t layer) {
+    size_t first = (size_t)layer * policy->num_experts, nbytes = policy->num_experts * sizeof(double);
+    if (policy->base == POLICY_TD && policy_td_leads(policy)) {
+        memcpy(policy->value + first, policy->td_value + first, nbytes);
+    } else if (policy->base == POLICY_TD || policy->base == POLICY_AFFINITY) {
+        memcpy(policy->value + first, policy->affinity + first, nbytes);
+    } else if (policy->base == POLICY_ADAPTIVE || policy->affinity_weight > 0) {
+        policy_value_blend(policy, layer);
+    } else {
+        for (size_t id = first; id < first + policy->num_experts; id++)
+            policy->value[id] = policy->base == POLICY_LRU ? (double)policy->last_used[id] : policy->uses[id];
+    }
+}
+
+/* ---- the guard */
+
+static inline double guard_hit_rate(struct policy *policy, struct pool *pool, const double *value, int calibrated,
+                                    double rate) {
+    size_t first = (size_t)policy->layer * policy->num_experts;
+    uint32_t hits = pool_hits(pool, 0, policy->experts, policy->count);
+    pool_admit(pool, 0, policy->experts, policy->count, value + first, policy->last_used + first,
+               policy_kept(policy, calibrated));
+    return rate + GUARD_RATE * ((double)hits / policy->count - rate);
+}
+
+/* Before TD learns from the demand the shadows are asked whether they have its experts. */
+static inline void policy_guard(struct policy *policy) {
+    struct guard *guard = &policy->guard;
+    if (policy->layer % guard->every || !policy->count) return;
+    uint32_t index = policy->layer / guard->every;
+    guard->td_rate = guard_hit_rate(policy, &guard->td[index], policy->td_value, 1, guard->td_rate);
+    guard->affinity_rate = guard_hit_rate(policy, &guard->affinity[index], policy->affinity, 0, guard->affinity_rate);
+    double ahead = guard->td_rate - guard->affinity_rate;
+    int leads = guard->td_leads ? ahead > -GUARD_MARGIN : ahead > GUARD_MARGIN;
+    if (leads == guard->td_leads) return;
+    guard->td_leads = leads;
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
+}
+
+/* ---- what is fed */
+
+static inline void policy_learn(struct policy *policy, const uint16_t *record) {
+    uint32_t layer = policy->layer, count = record[DEMAND_EXPERTS];
+    const uint16_t *row = record + DEMAND_HEADER_WORDS;
+    for (uint32_t i = 0; i < record[DEMAND_ROWS]; i++, row += count + 1u) {
+        if (row[0] >= policy->num_streams || count > TD_MAX_TOP_K) continue; /* a set, not one token's choice */
+        policy->stream_seen[(size_t)row[0] * policy->num_layers + layer] = policy->layer_steps[layer];
+        td_observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
+    }
+    policy_value_td(policy, layer);
+    policy_guard(policy);
+}
+
+/* Shows the policy one record, which has been checked (demand_problem). */
+static inline void policy_observe(struct policy *policy, const uint16_t *record) {
+    policy_collect(policy, record);
+    uint32_t layer = policy->layer;
+    size_t first = (size_t)layer * policy->num_experts;
+    policy->steps++;
+    policy->layer_steps[layer]++;
+    double seen = policy->steps < POLICY_CROWD_RATE ? (double)policy->steps : POLICY_CROWD_RATE;
+    policy->distinct += ((double)policy->count - policy->distinct) / seen;
+    double *affinity = policy->affinity + first;
+    for (uint32_t e = 0; e < policy->num_experts; e++) affinity[e] *= POLICY_DECAY;
+    for (uint32_t i = 0; i < policy->count; i++) {
+        uint32_t expert = policy->experts[i];
+        affinity[expert] += 1 - POLICY_DECAY;
+        policy->uses[first + expert]++;
+        policy->last_used[first + expert] = policy->steps;
+    }
+    if (policy->base == POLICY_TD) policy_learn(policy, record);
+    policy_value(policy, layer);
+}
+
+#endif

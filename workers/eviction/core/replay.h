@@ -1,0 +1,93 @@
+/* Replays demand records through a cache, event by event: a layer's whole set is looked up against one snapshot, and
+ * only then does the cache change. One by one would count misses that no step ever has. */
+#ifndef HOTSET_REPLAY_H
+#define HOTSET_REPLAY_H
+
+#include "policy.h"
+
+struct replay_result {
+    uint64_t hits, misses;
+};
+
+/* The caches of a replay: one of all layers, or one each. */
+struct replay_pools {
+    uint32_t count;
+    struct pool *pools;
+};
+
+static inline int replay_pools_init(struct replay_pools *all, const struct policy *policy, uint32_t slots, int global,
+                                    uint32_t floor) {
+    all->count = global ? 1 : policy->num_layers;
+    all->pools = calloc(all->count, sizeof *all->pools);
+    if (!all->pools) return 0;
+    for (uint32_t i = 0; i < all->count; i++)
+        if (!pool_init(&all->pools[i], global ? policy->num_layers : 1, policy->num_experts,
+                       global ? slots * policy->num_layers : slots, floor))
+            return 0;
+    return 1;
+}
+
+static inline void replay_pools_free(struct replay_pools *all) {
+    for (uint32_t i = 0; all->pools && i < all->count; i++) pool_free(&all->pools[i]);
+    free(all->pools);
+}
+
+/* Counts the latest demand's hits and misses, then lets its experts in. */
+static inline void replay_step(struct replay_pools *all, const struct policy *policy, const double *value,
+                               const uint8_t *kept, struct replay_result *result) {
+    int global = all->count == 1 && all->pools->num_layers > 1;
+    struct pool *pool = &all->pools[all->count > 1 ? policy->layer : 0];
+    uint32_t layer = global ? policy->layer : 0;
+    size_t first = global ? 0 : (size_t)policy->layer * policy->num_experts;
+    uint32_t hits = pool_hits(pool, layer, policy->experts, policy->count);
+    result->hits += hits;
+    result->misses += policy->count - hits;
+    pool_admit(pool, layer, policy->experts, policy->count, value + first, policy->last_used + first, kept);
+}
+
+static inline void replay_policy(struct policy *policy, const uint16_t *records, size_t words,
+                                 struct replay_pools *pools, struct replay_result *result) {
+    for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH]) {
+        policy_observe(policy, records + at);
+        replay_step(pools, policy, policy->value, policy_kept(policy, policy_td_leads(policy)), result);
+    }
+}
+
+/* Belady's MIN: who is needed last goes first, and who is needed later than every resident one does not come in.
+ * `policy` only collects the sets. 0 when there is not enough memory. */
+static inline int replay_min(struct policy *policy, const uint16_t *records, size_t words, struct replay_pools *pools,
+                             struct replay_result *result) {
+    const size_t places = (size_t)policy->num_layers * policy->num_experts;
+    size_t num_records = 0, num_uses = 0;
+    for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH], num_records++)
+        num_uses += (size_t)records[at + DEMAND_ROWS] * records[at + DEMAND_EXPERTS];
+    size_t *starts = malloc((num_records + 1) * sizeof *starts);
+    double *next = malloc((num_uses + 1) * sizeof *next), *value = malloc(places * sizeof *value);
+    if (starts && next && value) {
+        size_t record = 0, use = num_uses;
+        for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH]) starts[record++] = at;
+        /* Backwards: at every use of an expert, minus the number of the record that uses it next. */
+        for (size_t id = 0; id < places; id++) value[id] = -(double)num_records;
+        while (record-- > 0) {
+            policy_collect(policy, records + starts[record]);
+            const double *row = value + (size_t)policy->layer * policy->num_experts;
+            for (uint32_t i = policy->count; i-- > 0;) next[--use] = row[policy->experts[i]];
+            for (uint32_t i = 0; i < policy->count; i++)
+                value[(size_t)policy->layer * policy->num_experts + policy->experts[i]] = -(double)record;
+        }
+        /* Forwards: between its uses an expert's next use does not change. */
+        for (record = 0; record < num_records; record++) {
+            policy_collect(policy, records + starts[record]);
+            for (uint32_t i = 0; i < policy->count; i++)
+                value[(size_t)policy->layer * policy->num_experts + policy->experts[i]] = next[use++];
+            replay_step(pools, policy, value, NULL, result);
+        }
+    }
+    int done = starts && next && value;
+    free(starts);
+    free(next);
+    free(value);
+    return done;
+}
+
+#endif

@@ -1,0 +1,78 @@
+"""What eviction policies, and Belady's MIN, would have hit on recorded demands."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+
+from hotset.runtime.eviction import Admission, EvictionBase, EvictionSettings, parse_eviction
+from hotset.shm.demands import Records
+from hotset.workers.eviction import _core
+
+MIN = "min"  # Belady's: knows the future; not a policy that one can serve with
+
+
+class ReplayResult(msgspec.Struct, frozen=True):
+    """Distinct experts per layer step, counted once each."""
+
+    hits: int
+    misses: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+
+
+def make_policy(
+    settings: EvictionSettings, *, num_layers: int, num_experts: int, num_streams: int, slots_per_layer: float
+) -> _core.Policy:
+    return _core.Policy(
+        num_layers,
+        num_experts,
+        num_streams,
+        get_args(EvictionBase).index(settings.base),
+        settings.affinity_weight,
+        get_args(Admission).index(settings.admission),
+        slots_per_layer,
+    )
+
+
+def check_pool(policy: str, *, slots: int, cycle: int) -> None:
+    """A shared pool that LRU keeps, smaller than what one token uses in all layers, never hits: refuse it."""
+    settings = parse_eviction(policy)
+    if settings.base == "lru" and not settings.affinity_weight and slots < cycle:
+        raise ValueError(
+            f"eviction is {policy!r} with {slots} expert slots, expected at least {cycle}: one token uses that many, "
+            "so least-recently-used would have evicted each expert just before it is used again"
+        )
+
+
+def replay(
+    records: Records,
+    policy: str,
+    *,
+    num_layers: int,
+    num_experts: int,
+    slots: int,
+    num_streams: int = 1,
+    shared: bool = False,
+    floor: int = 0,
+) -> ReplayResult:
+    """Replays records event by event, from an empty cache.
+
+    Args:
+        records: of steps in order; see shm/core/demands.h.
+        policy: "min", or what `parse_eviction` takes.
+        num_layers, num_experts: of the model.
+        slots: per layer.
+        num_streams: tokens per step.
+        shared: one pool of `slots * num_layers` instead of one of `slots` for each layer.
+        floor: experts that each layer keeps in a shared pool.
+    """
+    settings = EvictionSettings("lru") if policy == MIN else parse_eviction(policy)
+    core = make_policy(
+        settings, num_layers=num_layers, num_experts=num_experts, num_streams=num_streams, slots_per_layer=slots
+    )
+    run = core.replay_min if policy == MIN else core.replay
+    return ReplayResult(*run(records, slots, shared=shared, floor=floor))
