@@ -17,9 +17,10 @@ struct V(tile_rows) {
     const uint8_t *row[ATTENTION_TILE], *next[ATTENTION_TILE];
 };
 
+/* Into the second-level cache: the first has too few fill buffers to keep memory busy. */
 INLINE void V(fetch_next)(enum kv_format format, const struct V(tile_rows) *rows, size_t j, size_t width) {
     const uint8_t *next = rows->next[j];
-    for (size_t i = 0; i < kv_row_nbytes(format, width); i += 64) __builtin_prefetch(next + i, 0, 3);
+    for (size_t i = 0; i < kv_row_nbytes(format, width); i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
 /* A row's last values, of single ones, filled up with zeros to a block: what lies beyond may belong to nobody. */
