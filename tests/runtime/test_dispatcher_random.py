@@ -311,7 +311,7 @@ class RandomEvents:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_request_ends_with_its_tokens_and_all_pages_come_back(seed: int) -> None:
+def test_A13_every_request_ends_with_its_tokens_and_all_pages_come_back(seed: int) -> None:
     events = RandomEvents(seed)
     for _ in range(300):
         events.step()

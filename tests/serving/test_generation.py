@@ -85,7 +85,7 @@ def test_more_requests_than_rows_wait_and_are_all_served() -> None:
         assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in answers[:4]] * 3
 
 
-def test_running_out_of_pages_preempts_and_the_text_is_the_same(backend: Backend) -> None:
+def test_D6_running_out_of_pages_preempts_and_the_text_is_the_same(backend: Backend) -> None:
     params = SamplingParams(temperature=0, max_tokens=80, routing="off", ignore_eos=True)
     expected = [answer.token_ids for answer in backend.generate(PROMPTS, params)]
     page = backend.plan.geometry.page_nbytes
@@ -95,7 +95,7 @@ def test_running_out_of_pages_preempts_and_the_text_is_the_same(backend: Backend
         assert small.stats().kv_pages_used == 0
 
 
-def test_a_request_that_can_never_fit_is_refused_with_both_numbers(backend: Backend) -> None:
+def test_D7_a_request_that_can_never_fit_is_refused_with_both_numbers(backend: Backend) -> None:
     limit = backend.plan.max_model_len
     with pytest.raises(RequestFailed, match=rf"needs {limit + 1} tokens.* holds {limit}"):
         backend.generate([1] * limit, GREEDY)
@@ -125,7 +125,7 @@ def test_the_smallest_legal_budget_answers() -> None:
         assert backend.stats().evictions > 0
 
 
-def test_a_shared_beginning_is_computed_once() -> None:
+def test_C2_a_shared_beginning_is_computed_once() -> None:
     system = "import os\nimport sys\n\n\nclass Handler:\n    def __init__(self, name):\n        self.name = name\n" * 2
     prompts = [system + question for question in ("\n    def run(", "\n    def close(", "\ndef main():")]
     with Backend(workers=1, expert_budget="50%") as backend:
@@ -143,7 +143,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
             assert fresh.generate(prompts[2], GREEDY).token_ids == answer.token_ids
 
 
-def test_exact_requests_do_not_reuse_rows_of_a_cache_preference(backend: Backend) -> None:
+def test_C11_exact_requests_do_not_reuse_rows_of_a_cache_preference(backend: Backend) -> None:
     prompt = "def unlikely_to_be_asked_before(argument):\n    return argument\n" * 3
     preferring = SamplingParams(temperature=0, max_tokens=4)
     backend.generate(prompt, preferring)

@@ -206,7 +206,7 @@ def test_C2_prompts_that_run_at_the_same_time_share_pages_across_workers() -> No
         assert blocks < used <= blocks + 4 * 4  # and not 4 * blocks
 
 
-def test_F_pages_are_moved_while_sequences_are_served_and_their_text_is_the_same() -> None:
+def test_F1_pages_are_moved_while_sequences_are_served_and_their_text_is_the_same() -> None:
     params = SamplingParams(temperature=0, max_tokens=200, routing="off", ignore_eos=True)
     with Backend(workers=2) as backend:
         expected = [answer.token_ids for answer in backend.generate(PROMPTS, params)]
