@@ -135,6 +135,25 @@ def test_B8_the_last_owner_writes_in_place_and_all_keep_their_own(format: KvForm
     assert [key(cache, child, 7) for child in children] == [2.0, 2.0]
 
 
+def test_B9_sequences_that_are_left_alone_keep_their_bytes(format: KvFormat) -> None:
+    cache = make_cache(format)
+    generate = np.random.default_rng(1)
+    parent = cache.allocate(24)
+    cache.write(parent, 0, *generate.standard_normal((2, 24, HEADS, DIM), np.float32))
+    kept, first = cache.fork(parent), cache.fork(parent)
+    second = cache.fork(first)
+    before = cache.read(kept, 0, 24).tobytes()
+    put(cache, first, 3, 4.0)  # in a full page
+    put(cache, second, 20, 8.0, 4)  # in the tail page
+    for sequence in (parent, first):
+        cache.append(sequence)
+        put(cache, sequence, 24, 16.0)
+    assert cache.stats().copy_on_write_copies == 4
+    assert cache.read(kept, 0, 24).tobytes() == cache.read(parent, 0, 24).tobytes() == before
+    cache.free(parent)
+    assert cache.read(kept, 0, 24).tobytes() == before
+
+
 def test_rows_of_layers_do_not_mix(format: KvFormat) -> None:
     cache = make_cache(format, num_layers=3)
     sequence = cache.allocate(20)
