@@ -10,6 +10,7 @@ move between workers. Meanwhile reader processes look at pages from outside (G3)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -190,6 +191,17 @@ def _full_page(segment: Segment, row: int, block: int) -> int:
     return page if block < granted and (block + 1) * block_size <= committed else 0
 
 
+def change_full_pages(instance: str, geometry: Geometry, stopping: threading.Event) -> None:
+    """A planted violation: somebody writes into pages that are full."""
+    segment = Segment.attach(instance, geometry)
+    pages = segment.view(Section.KV_PAGES)
+    while not stopping.wait(0.02):
+        for row, block in itertools.product(range(geometry.max_sequences), range(geometry.max_blocks)):
+            if page := _full_page(segment, row, block):
+                pages[page, 0] = time.monotonic_ns() % 256
+    segment.close()
+
+
 def publish(name: str, rounds: int) -> None:
     """G2's writer: fills a page with a number and publishes it, when both readers have seen the one before."""
     segment = Segment.attach(name, SMALL)
@@ -278,7 +290,6 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
         page_nbytes = probe.plan.geometry.page_nbytes
     pages = max(PAGES_PER_WORKER * options.workers, MAX_MODEL_LEN // 16 + 2)
     kills: Counter[str] = Counter()
-    begin = time.monotonic()
     moves = defragmentations = 0
     with Backend(
         options.model,
@@ -301,7 +312,11 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
         load.start()
         murderer = threading.Thread(target=killer, args=(backend, load, chance, kills), daemon=True)
         murderer.start()
-        end, told = begin + options.seconds, begin
+        if options.plant:
+            planted = backend.instance, backend.plan.geometry, load.stopping
+            threading.Thread(target=change_full_pages, args=planted, daemon=True).start()
+        begin = told = time.monotonic()
+        end = begin + options.seconds
         while time.monotonic() < end and not load.stopping.is_set():
             time.sleep(chance.uniform(0.1, 0.6))
             moves += backend.defragment(chance.choice([None, 1, 4]))
@@ -364,6 +379,7 @@ def main() -> int:
     parser.add_argument("--model", default=None, help="folder of a checkpoint; default: the model that ships")
     parser.add_argument("--seed", type=int, default=None, help="of requests and kills; default: another every time")
     parser.add_argument("--publications", type=int, default=PUBLICATIONS)
+    parser.add_argument("--plant", action="store_true", help="violate an invariant on purpose; the run has to find it")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     if options.workers < 1 or options.seconds <= 0:

@@ -1,0 +1,46 @@
+"""The KV stress test: a short run with kills finds nothing, and finds a violation that is planted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# What scripts/stress kv runs once everything is set up.
+STRESS = [sys.executable, "-P", "-m", "stress_tests.kv"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "scripts")}
+SMALL = ["--workers", "2", "--publications", "2000", "--seed", "7", "--json"]
+CHECKS = {
+    "what is published is whole (G2)",
+    "every answer is the one a request gets alone",
+    "the bookkeeping is consistent (A13)",
+    "no request stands still",
+    "all pages come back",
+    "kept pages keep their bytes (G3)",
+    "readers learn of reuse (G3)",
+    "nothing is left behind",
+}
+
+
+def stress(*options: str) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run([*STRESS, *SMALL, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_workers_and_pager_are_killed_and_every_check_holds() -> None:
+    status, result = stress("--seconds", "6")
+    assert (status, result["violations"]) == (0, {})
+    assert result["checks"].keys() >= CHECKS
+    assert all(result["checks"][name] for name in CHECKS)
+    assert sum(result["kills"].values()) > 0
+    assert result["requests"] > 0 and result["tokens"] > 0
+
+
+def test_a_planted_write_into_a_full_page_is_found_and_ends_with_status_1() -> None:
+    status, result = stress("--seconds", "4", "--plant")
+    assert status == 1
+    assert result["violations"]["kept pages keep their bytes (G3)"] > 0
