@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.model.tensors import Tensor, dense_tensors, expert_tensors
+from hotset.runtime.model.expert_parts import expert_parts
+from hotset.runtime.model.tensors import Tensor, dense_tensors
 
 VOCAB_SIZE = 2048  # of the shipped tokenizer
 COMMON_SHARE = 0.5  # of an embedding's squared length lies along the common direction
@@ -98,7 +99,7 @@ def tensors_of(config: ModelConfig) -> Iterator[Tensor]:
     yield from dense_tensors(config).values()
     for layer in range(config.num_layers):
         for expert in range(config.num_experts):
-            yield from expert_tensors(config, layer, expert).parts
+            yield from (part.tensor for part in expert_parts(config, layer, expert))
 
 
 def shards_of(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -34,6 +34,7 @@ from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
 
 Floats = npt.NDArray[np.float32]
@@ -52,11 +53,7 @@ class Experts:
         self._format = WeightFormat[checkpoint.expert_dtype.upper()]
         self._slots: list[list[Bytes]] = []
         for layer in range(config.num_layers):
-            parts = [checkpoint.expert(layer, expert).parts for expert in range(config.num_experts)]
-            self._slots.append([
-                np.concatenate([np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in expert])
-                for expert in parts
-            ])  # fmt: skip
+            self._slots.append([read_expert(checkpoint, layer, expert) for expert in range(config.num_experts)])
 
     def __call__(self, layer: int, hidden: Floats, gate_logits: Floats) -> Floats:
         ids, weights, _ = self._router.route_batch(gate_logits, layer)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from model_factory import make_model
+from model_factory import MXFP4, make_model
 from numpy.typing import NDArray
 
 NUM_POSITIONS = 72
@@ -31,6 +31,15 @@ LLAMA3 = {
 # By the name of the test. Every feature of a family is in one of its models.
 FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "olmoe with biases": {"family": "olmoe", "attention_bias": True},
+    "gpt_oss": {"family": "gpt_oss", "num_kv_heads": 2},
+    "gpt_oss in mxfp4": {
+        "family": "gpt_oss",
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "experts_per_token": 4,
+        "quantization_config": MXFP4,
+        "dtype": "bfloat16",
+    },
     "mixtral": {"family": "mixtral", "num_kv_heads": 2},
     "mixtral with a window": {"family": "mixtral", "sliding_window": 20, "experts_per_token": 1},
     "qwen2_moe with windows in some layers": {
@@ -65,7 +74,7 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_family_model(folder: Path, name: str, dtype: str = "float32") -> Path:
-    return make_model(folder, dtype=dtype, vocab_size=VOCAB_SIZE, tokenizer=True, **FAMILY_MODELS[name])
+    return make_model(folder, vocab_size=VOCAB_SIZE, tokenizer=True, **{"dtype": dtype, **FAMILY_MODELS[name]})
 
 
 def prompts() -> list[NDArray[np.int32]]:

@@ -15,6 +15,7 @@ from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
 
 FloatRows = NDArray[np.float32]
@@ -74,7 +75,5 @@ class InProcessModel:
     def _slot(self, layer: int, expert: int) -> NDArray[np.uint8]:
         slot = self._slots.get((layer, expert))
         if slot is None:
-            parts = self.checkpoint.expert(layer, expert).parts
-            slot = np.concatenate([np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in parts])
-            self._slots[layer, expert] = slot
+            slot = self._slots[layer, expert] = read_expert(self.checkpoint, layer, expert)
         return slot

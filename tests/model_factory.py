@@ -41,7 +41,25 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "max_window_layers": 2,
     },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "head_dim": 12,
+        "attention_bias": True,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 1.0,  # instead of 7, so that small weights reach it
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
 }
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 
 
 def make_model(
@@ -87,9 +105,9 @@ def make_model(
         "torch_dtype": dtype,
         **FAMILY_OPTIONS[family],
     }
-    if family == "mixtral":
+    if family in ("mixtral", "gpt_oss"):
         config["num_local_experts"] = config.pop("num_experts")
-    if family in ("olmoe", "mixtral"):
+    if family in ("olmoe", "mixtral", "gpt_oss"):
         config["intermediate_size"] = intermediate_size
     else:  # there, intermediate_size is that of layers without experts
         config |= {"moe_intermediate_size": intermediate_size, "intermediate_size": 2 * intermediate_size}
@@ -142,6 +160,10 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         if layer in config.get("mlp_only_layers", []) or (layer + 1) % config.get("decoder_sparse_step", 1):
             yield from feed_forward_shapes(f"{prefix}.mlp", hidden, config["intermediate_size"])
             continue
+        if config["model_type"] == "gpt_oss":
+            yield f"{prefix}.self_attn.sinks", (heads,)
+            yield from gpt_oss_shapes(f"{prefix}.mlp", config)
+            continue
         if config["model_type"] == "mixtral":
             yield f"{prefix}.block_sparse_moe.gate.weight", (config["num_local_experts"], hidden)
             inner = config["intermediate_size"]
@@ -162,6 +184,19 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
+def gpt_oss_shapes(prefix: str, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    experts, hidden, inner = config["num_local_experts"], config["hidden_size"], config["intermediate_size"]
+    yield f"{prefix}.router.weight", (experts, hidden)
+    yield f"{prefix}.router.bias", (experts,)
+    for matrix, outputs, inputs in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        yield f"{prefix}.experts.{matrix}_bias", (experts, outputs)
+        if "quantization_config" in config:
+            yield f"{prefix}.experts.{matrix}_blocks", (experts, outputs, inputs // 32, 16)
+            yield f"{prefix}.experts.{matrix}_scales", (experts, outputs, inputs // 32)
+        else:
+            yield f"{prefix}.experts.{matrix}", (experts, inputs, outputs)
+
+
 def feed_forward_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{prefix}.down_proj.weight", (hidden, inner)
     yield f"{prefix}.gate_proj.weight", (inner, hidden)
@@ -176,9 +211,10 @@ def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        nbytes = prod(shape) * ITEM_SIZES[dtype]
+        packed = name.endswith(("_blocks", "_scales"))
+        nbytes = prod(shape) * (1 if packed else ITEM_SIZES[dtype])
         header[name] = {
-            "dtype": SAFETENSORS_NAMES[dtype],
+            "dtype": "U8" if packed else SAFETENSORS_NAMES[dtype],
             "shape": shape,
             "data_offsets": [offset, offset + nbytes],
         }
@@ -189,6 +225,10 @@ def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
+            if name.endswith(("_blocks", "_scales")):  # any 4-bit numbers; scales of 2 ** -6 to 2 ** -3
+                lowest, highest = (121, 125) if name.endswith("_scales") else (0, 256)
+                file.write(random.integers(lowest, highest, shape, dtype=np.uint8).tobytes())
+                continue
             values = random.standard_normal(shape, dtype=np.float32)
             if name.endswith("bias"):
                 values /= 4

@@ -9,12 +9,10 @@ import numpy.typing as npt
 import xxhash
 
 from hotset.runtime.errors import HotsetError
-from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.checkpoint import STORED_DTYPES, Checkpoint, ExpertLocation
 from hotset.shm.layout import WeightFormat
 
 CHUNK_NBYTES = 4 << 20  # one read of at most this much
-
-_FORMATS = {"float32": WeightFormat.FLOAT32, "float16": WeightFormat.FLOAT16, "bfloat16": WeightFormat.BFLOAT16}
 
 
 class ExpertReadError(HotsetError):
@@ -28,7 +26,7 @@ class ExpertReadError(HotsetError):
 
 
 class ExpertStore:
-    """Reads experts of an open checkpoint: gate, up and down projection, one behind the other.
+    """Reads experts of an open checkpoint, their parts one behind the other (runtime/model/expert_parts.py).
 
     The checksum of the first whole read is the store's checksum from then on (INV-1): weights that change under a
     running instance are refused instead of served.
@@ -40,6 +38,7 @@ class ExpertStore:
         self._checksums: list[int | None] = [None] * (num_layers * num_experts)
         self._files: dict[str, int] = {}
         self.nbytes = checkpoint.expert_nbytes
+        self._format = WeightFormat[checkpoint.expert_dtype.upper()]
 
     def read(self, expert_id: int, slot: npt.NDArray[np.uint8]) -> tuple[int, WeightFormat]:
         """Fills the first `nbytes` of `slot`; returns checksum and format, or raises `ExpertReadError`."""
@@ -47,24 +46,25 @@ class ExpertStore:
         location = self._checkpoint.expert(layer, expert)
         memory = memoryview(slot)
         filled = 0
-        for tensor in (location.gate, location.up, location.down):
+        for tensor in location.parts:
             path = str(tensor.file)
             for start in range(0, tensor.nbytes, CHUNK_NBYTES):
                 chunk = memory[filled : filled + min(CHUNK_NBYTES, tensor.nbytes - start)]
                 self._read_chunk(path, tensor.offset + start, chunk, layer, expert)
                 filled += len(chunk)
+        transpose_parts(location, slot)
         checksum = xxhash.xxh3_64_intdigest(memory[:filled])
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
             raise ExpertReadError(
-                str(location.gate.file),
+                str(location.parts[0].file),
                 layer,
                 expert,
-                location.gate.offset,
+                location.parts[0].offset,
                 f"its checksum is {checksum:#x}, it was {expected:#x} when it was first read",
             )
         self._checksums[expert_id] = checksum
-        return checksum, _FORMATS[location.gate.dtype]
+        return checksum, self._format
 
     def _read_chunk(self, path: str, offset: int, chunk: memoryview, layer: int, expert: int) -> None:
         done = 0
@@ -87,3 +87,22 @@ class ExpertStore:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
+
+
+def transpose_parts(location: ExpertLocation, slot: npt.NDArray[np.uint8]) -> None:
+    """Of an expert whose parts are in `slot` as the checkpoint has them: those that it has the other way round."""
+    start = 0
+    for index, part in enumerate(location.parts):
+        if index in location.transposed:
+            stored = slot[start : start + part.nbytes].view(STORED_DTYPES[part.dtype])
+            stored[:] = stored.reshape(part.shape).T.ravel()  # ravel copies first
+        start += part.nbytes
+
+
+def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> npt.NDArray[np.uint8]:
+    """The bytes of a slot with this expert."""
+    location = checkpoint.expert(layer, expert)
+    parts = [np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in location.parts]
+    slot = np.concatenate(parts)
+    transpose_parts(location, slot)
+    return slot

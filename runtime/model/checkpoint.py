@@ -20,20 +20,23 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from hotset.runtime.model.tensors import Tensor, dense_tensors, expert_tensors, stacked_expert_tensors
+from hotset.runtime.model.expert_parts import ExpertPart, are_stacked, expert_parts
+from hotset.runtime.model.tensors import Tensor, dense_tensors
 
 # numpy has no bfloat16: its bits are kept as uint16, and nothing else here is uint16.
 STORED_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "uint8": np.dtype("u1"),  # packed numbers
 }
-_SAFETENSORS_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT_DTYPES: Final = ("float32", "float16", "bfloat16")
+_SAFETENSORS_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors format
 
 
 class TensorLocation(msgspec.Struct, frozen=True):
-    """`nbytes` bytes at `offset` of `file`: `shape` values of `dtype` (float32, float16 or bfloat16), row by
+    """`nbytes` bytes at `offset` of `file`: `shape` values of `dtype` (float32, float16, bfloat16 or uint8), row by
     row.
     """
 
@@ -43,30 +46,25 @@ class TensorLocation(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
 
-    def rows(self, first: int, count: int) -> TensorLocation:
-        """`count` rows from `first` on, of all rows that the tensor has when its leading axes are joined."""
-        width = self.shape[-1]
-        nbytes = self.nbytes * width // prod(self.shape)
-        return TensorLocation(self.file, self.offset + first * nbytes, count * nbytes, self.dtype, (count, width))
+    def share(self, index: int, of: int) -> TensorLocation:
+        """The `index`th of `of` equal shares along the leading axes, as a matrix of rows."""
+        nbytes = self.nbytes // of
+        shape = (prod(self.shape[:-1]) // of, self.shape[-1])
+        return TensorLocation(self.file, self.offset + index * nbytes, nbytes, self.dtype, shape)
 
 
 class ExpertLocation(msgspec.Struct, frozen=True):
-    """The matrices of one expert, in the order in which they follow one another in a slot.
+    """The parts of one expert, in the order in which they follow one another in a slot (expert_parts.py).
 
-    gate and up are [intermediate_size, hidden_size], down is [hidden_size, intermediate_size].
+    Those whose numbers are in `transposed` have a row for each input; in the slot they have one for each output.
     """
 
-    gate: TensorLocation
-    up: TensorLocation
-    down: TensorLocation
-
-    @property
-    def parts(self) -> tuple[TensorLocation, TensorLocation, TensorLocation]:
-        return self.gate, self.up, self.down
+    parts: tuple[TensorLocation, ...]
+    transposed: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+        return sum(part.nbytes for part in self.parts)
 
 
 class Checkpoint:
@@ -78,9 +76,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.tensors = tensors
-        self._stacked = any(
-            stacked_expert_tensors(config, layer)[0].name in tensors for layer in range(config.num_layers)
-        )
+        self._stacked = are_stacked(config, tensors)
         self._mappings: dict[Path, mmap.mmap] = {}
 
     @classmethod
@@ -100,8 +96,8 @@ class Checkpoint:
 
     @property
     def expert_dtype(self) -> str:
-        """float32, float16 or bfloat16; the same for all experts."""
-        return self._first_expert.gate.dtype
+        """float32, float16, bfloat16 or mxfp4; the same for all experts."""
+        return "mxfp4" if self.config.mxfp4_experts else self._first_expert.parts[0].dtype
 
     @property
     def expert_nbytes(self) -> int:
@@ -110,15 +106,14 @@ class Checkpoint:
 
     def expert(self, layer: int, expert: int) -> ExpertLocation:
         """`layer` is one that has experts."""
-        if self._stacked:
-            both, down = (self.tensors[tensor.name] for tensor in stacked_expert_tensors(self.config, layer))
-            inner, hidden = self.config.intermediate_size, self.config.hidden_size
-            return ExpertLocation(
-                both.rows(2 * expert * inner, inner),
-                both.rows((2 * expert + 1) * inner, inner),
-                down.rows(expert * hidden, hidden),
-            )
-        return ExpertLocation(*(self.tensors[part.name] for part in expert_tensors(self.config, layer, expert).parts))
+        parts = self._expert_parts(layer, expert)
+        return ExpertLocation(
+            tuple(self.tensors[part.tensor.name].share(part.index, part.of) for part in parts),
+            tuple(index for index, part in enumerate(parts) if part.transposed),
+        )
+
+    def _expert_parts(self, layer: int, expert: int) -> tuple[ExpertPart, ...]:
+        return expert_parts(self.config, layer, expert, stacked=self._stacked)
 
     @property
     def _first_expert(self) -> ExpertLocation:
@@ -143,25 +138,24 @@ class Checkpoint:
         config = self.config
         for tensor in dense_tensors(config).values():
             self._check(tensor)
-        expert_dtype = None
+        dtype = "bfloat16" if config.mxfp4_experts else None  # of the biases beside packed numbers
         for layer in range(config.num_layers):
-            if layer in config.dense_layers:
-                continue
             for tensor in self._expert_tensors(layer):
                 location = self._check(tensor)
-                expert_dtype = expert_dtype or location.dtype
-                if location.dtype != expert_dtype:
+                dtype = dtype or location.dtype
+                if location.dtype != dtype and not tensor.of_bytes:
                     raise CorruptCheckpoint(
                         location.file,
-                        f"{location.file}: {tensor.name} is {location.dtype}, other experts {expert_dtype}.",
+                        f"{location.file}: {tensor.name} is {location.dtype}, other experts {dtype}.",
                         tensor.name,
                     )
 
     def _expert_tensors(self, layer: int) -> Iterable[Tensor]:
-        if self._stacked:
-            return stacked_expert_tensors(self.config, layer)
-        experts = (expert_tensors(self.config, layer, expert) for expert in range(self.config.num_experts))
-        return (tensor for expert in experts for tensor in expert.parts)
+        """Each once."""
+        if layer in self.config.dense_layers:
+            return ()
+        experts = (self._expert_parts(layer, expert) for expert in range(self.config.num_experts))
+        return {part.tensor.name: part.tensor for parts in experts for part in parts}.values()
 
     def _check(self, tensor: Tensor) -> TensorLocation:
         name, shape = tensor.name, tensor.shape
@@ -174,12 +168,12 @@ class Checkpoint:
                 f"{location.file}: tensor {name} has shape {list(location.shape)}, config.json needs {list(shape)}.",
                 name,
             )
-        if location.dtype not in STORED_DTYPES:
+        expected = ("uint8",) if tensor.of_bytes else FLOAT_DTYPES
+        if location.dtype not in expected:
             raise UnsupportedModel(
                 location.file,
                 location.dtype,
-                f"{location.file}: tensor {name} is stored as {location.dtype}; "
-                f"hotset reads {', '.join(STORED_DTYPES)}.",
+                f"{location.file}: tensor {name} is stored as {location.dtype}; hotset reads {', '.join(expected)}.",
             )
         return location
 

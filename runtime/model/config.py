@@ -14,6 +14,7 @@ from hotset.runtime.model.rope import Rope
 from hotset.shm.kv_page_format import KvFormat, KvPageLayout
 
 DTYPES: Final = ("float32", "float16", "bfloat16")
+MXFP4_BLOCK: Final = 32  # values that share a scale
 MAX_HEAD_DIM: Final = 512  # of the attention kernel
 
 
@@ -26,6 +27,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         shared_intermediate_size: inner size of the expert that every row goes through; 0 if there is none.
         biased: the projections of the attention that have a bias.
         windows: per layer, how many positions a row sees, its own included; 0: all from the first on.
+        mxfp4_experts: they are packed in 4-bit numbers; all else is as `dtype` says.
+        swiglu_limit: what gate and up are clamped to before they are multiplied as gpt-oss does it; 0: silu(gate) * up.
         normalize_top_k: the mixing weights of the chosen experts are divided by their sum.
         clip_qkv: queries, keys and values are clipped to plus or minus this value.
         dtype: what config.json declares; each tensor has its own.
@@ -40,6 +43,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     shared_intermediate_size: int
     biased: tuple[str, ...]
     windows: tuple[int, ...]
+    mxfp4_experts: bool
+    swiglu_limit: float
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -96,6 +101,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             shared_intermediate_size=file.count("shared_expert_intermediate_size") if family.shared_expert else 0,
             biased=family.biased if _has_bias(file, family) else (),
             windows=_windows(file, family, num_layers),
+            mxfp4_experts=_has_mxfp4_experts(file, family),
+            swiglu_limit=file.number("swiglu_limit", default=family.swiglu_limit) if family.swiglu_limit else 0.0,
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -155,11 +162,24 @@ def _has_bias(file: ConfigFile, family: Family) -> bool:
     return family.bias_option is not None and file.flag(family.bias_option, default=family.bias_default)
 
 
+def _has_mxfp4_experts(file: ConfigFile, family: Family) -> bool:
+    method = file.section("quantization_config").get("quant_method")
+    if method is None:
+        file.refuse_unless("quantization_config", file.get("quantization_config"), (None,))
+    file.refuse_unless("quantization_config", method, (None, "mxfp4") if family.mxfp4_experts else (None,))
+    if method is None:
+        return False
+    for option in ("hidden_size", family.expert_size_option):
+        if file.count(option) % MXFP4_BLOCK:
+            raise file.corrupt(f"{option} is {file.count(option)}, expected a multiple of {MXFP4_BLOCK} for mxfp4")
+    return True
+
+
 def _refuse_unsupported(file: ConfigFile, family: Family) -> None:
     for option, value, supported in (
         ("dtype", _dtype(file), DTYPES),
         ("hidden_act", file.get("hidden_act", "silu"), ("silu",)),
-        ("quantization_config", file.get("quantization_config"), (None,)),
+        ("swiglu_alpha", file.get("swiglu_alpha", 1.702), (1.702,)),  # of the kernel
     ):
         file.refuse_unless(option, value, supported)
     for option in ("attention_bias", "qkv_bias", "mlp_bias"):
@@ -177,6 +197,8 @@ def _windows(file: ConfigFile, family: Family, num_layers: int) -> tuple[int, ..
     if family.windows == "all":
         return (window,) * num_layers
     kinds = file.strings("layer_types")
+    if family.windows == "alternating" and not kinds:
+        return tuple(0 if layer % 2 else window for layer in range(num_layers))
     if len(kinds) != num_layers:
         raise file.corrupt(f"layer_types names {len(kinds)} of {num_layers} layers, sliding_window needs all")
     for kind in kinds:

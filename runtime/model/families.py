@@ -20,10 +20,15 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
         expert_size_option: the key of config.json with the inner size of an expert.
         expert_block: where a layer keeps its router and experts.
         expert_matrices: the names of an expert's gate, up and down projection.
+        interleaved_experts: instead, rows of gate and up alternate in one matrix, and both matrices have biases.
+        mxfp4_experts: experts may be stored as MXFP4.
+        swiglu_limit: where config.json does not give it; 0 is a plain silu(gate) * up.
+        router, router_bias: the router's name, and whether it has a bias.
         gating: how logits become mixing weights; with "softmax_top_k" config.json says whether they are normalised.
-        windows: which layers see only the last `sliding_window` positions: "all", "given" in layer_types, or none, and
-            then the option is refused.
+        windows: which layers see only the last `sliding_window` positions: "all", those "given" in layer_types, where
+            "alternating" has a default, or none, and then the option is refused.
         window_switch: the window counts only if config.json says use_sliding_window.
+        sinks: each head has a logit of its own in the softmax, to attend to nothing.
         query_key_norm: queries and keys are normalised before they are rotated: "row" over all heads at once, "head"
             each head by itself.
         bias_option: the key of config.json that gives `biased` projections of the attention a bias, if there is one;
@@ -37,9 +42,15 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     expert_size_option: str = "moe_intermediate_size"
     expert_block: str = "mlp"
     expert_matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    interleaved_experts: bool = False
+    mxfp4_experts: bool = False
+    swiglu_limit: float = 0.0
+    router: str = "gate"
+    router_bias: bool = False
     gating: Literal["softmax_top_k", "top_k_softmax"] = "softmax_top_k"
-    windows: Literal["none", "all", "given"] = "none"
+    windows: Literal["none", "all", "given", "alternating"] = "none"
     window_switch: bool = False
+    sinks: bool = False
     query_key_norm: Literal["none", "row", "head"] = "none"
     bias_option: str | None = "attention_bias"
     bias_default: bool = False
@@ -85,5 +96,21 @@ MIXTRAL: Final = Family(
     rope_theta=1e6,
     rms_norm_eps=1e-5,
 )
+GPT_OSS: Final = Family(
+    name="gpt-oss",
+    architecture="GptOssForCausalLM",
+    expert_size_option="intermediate_size",
+    interleaved_experts=True,
+    mxfp4_experts=True,
+    swiglu_limit=7.0,
+    router="router",
+    router_bias=True,
+    gating="top_k_softmax",
+    windows="alternating",
+    sinks=True,
+    bias_default=True,
+    rope_theta=150000.0,
+    rms_norm_eps=1e-5,
+)
 
-FAMILIES: Final = {family.architecture: family for family in (OLMOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
+FAMILIES: Final = {family.architecture: family for family in (OLMOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS)}

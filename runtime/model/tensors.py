@@ -1,6 +1,6 @@
-"""The tensors that a model consists of: name and shape in the checkpoint of each part of the forward pass.
+"""The dense tensors of a model: name and shape in the checkpoint of each part of the forward pass.
 
-A part that a model does not have is absent here, and only here is decided which there are.
+A part that a model does not have is absent here, and only here is decided which there are. Experts: expert_parts.py.
 """
 
 from __future__ import annotations
@@ -11,20 +11,11 @@ from hotset.runtime.model.config import ModelConfig
 
 
 class Tensor(msgspec.Struct, frozen=True):
+    """`of_bytes`: its elements are not numbers but bytes of packed ones."""
+
     name: str
     shape: tuple[int, ...]
-
-
-class ExpertTensors(msgspec.Struct, frozen=True):
-    """gate and up are [intermediate_size, hidden_size], down is [hidden_size, intermediate_size]."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.gate, self.up, self.down
+    of_bytes: bool = False
 
 
 def model_tensors(config: ModelConfig) -> dict[str, Tensor]:
@@ -63,35 +54,19 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Tensor]:
         whole = config.family.query_key_norm == "row"
         parts["query_norm"] = Tensor(f"{attention}.q_norm.weight", (queries if whole else config.head_dim,))
         parts["key_norm"] = Tensor(f"{attention}.k_norm.weight", (keys if whole else config.head_dim,))
+    if config.family.sinks:
+        parts["sinks"] = Tensor(f"{attention}.sinks", (config.num_heads,))
     if layer in config.dense_layers:
         parts |= _feed_forward("dense", f"{prefix}.mlp", hidden, config.dense_intermediate_size)
     else:
-        parts["router"] = Tensor(f"{experts}.gate.weight", (config.num_experts, hidden))
+        router = f"{experts}.{config.family.router}"
+        parts["router"] = Tensor(f"{router}.weight", (config.num_experts, hidden))
+        if config.family.router_bias:
+            parts["router_bias"] = Tensor(f"{router}.bias", (config.num_experts,))
         if config.family.shared_expert:
             parts |= _feed_forward("shared", f"{experts}.shared_expert", hidden, config.shared_intermediate_size)
             parts["shared_router"] = Tensor(f"{experts}.shared_expert_gate.weight", (1, hidden))
     return parts
-
-
-def expert_tensors(config: ModelConfig, layer: int, expert: int) -> ExpertTensors:
-    prefix = f"model.layers.{layer}.{config.family.expert_block}.experts.{expert}"
-    inner, hidden = config.intermediate_size, config.hidden_size
-    gate, up, down = config.family.expert_matrices
-    return ExpertTensors(
-        Tensor(f"{prefix}.{gate}.weight", (inner, hidden)),
-        Tensor(f"{prefix}.{up}.weight", (inner, hidden)),
-        Tensor(f"{prefix}.{down}.weight", (hidden, inner)),
-    )
-
-
-def stacked_expert_tensors(config: ModelConfig, layer: int) -> tuple[Tensor, Tensor]:
-    """All experts of a layer in two tensors, as transformers 5 keeps them: gate above up, and down."""
-    prefix = f"model.layers.{layer}.{config.family.expert_block}.experts"
-    experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
-    return (
-        Tensor(f"{prefix}.gate_up_proj", (experts, 2 * inner, hidden)),
-        Tensor(f"{prefix}.down_proj", (experts, hidden, inner)),
-    )
 
 
 def dense_tensors(config: ModelConfig) -> dict[str, Tensor]:

@@ -13,7 +13,10 @@ from hotset.runtime import Backend, SamplingParams
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, routing="off", ignore_eos=True)
 
 
-@pytest.mark.parametrize("name", ["mixtral with a window", "qwen2_moe", "qwen3_moe with layers without experts"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt_oss", "gpt_oss in mxfp4", "mixtral with a window", "qwen2_moe", "qwen3_moe with layers without experts"],
+)
 def test_one_and_two_workers_give_the_text_of_the_model(name: str, tmp_path: Path) -> None:
     assert name in FAMILY_MODELS
     folder = make_family_model(tmp_path / "model", name, dtype="bfloat16")

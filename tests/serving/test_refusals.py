@@ -133,7 +133,7 @@ def test_weights_that_change_under_a_running_instance_fail_the_request_and_not_t
             backend.generate(prompt, params)  # by now nearly every expert was read once, and most were evicted
         checkpoint = Checkpoint.open(model)
         for expert in range(32):
-            location = checkpoint.expert(3, expert).down
+            location = checkpoint.expert(3, expert).parts[2]
             with location.file.open("r+b") as file:
                 file.seek(location.offset)
                 file.write(b"\x11" * location.nbytes)

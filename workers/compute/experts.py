@@ -37,10 +37,12 @@ def expert_forward(
     """Compute one expert for all of its rows.
 
     hidden [n, hidden_size], normalised; assignments as `group_by_expert` gives them; slot: uint8, the
-    expert's gate, up and down matrices one after another in `weight_format`. Writes outputs [n, k,
+    expert's parts one after another (runtime/model/expert_parts.py) in `weight_format`. Writes outputs [n, k,
     hidden_size] at each assignment's (row, rank) and nothing else.
     """
-    _kernels.expert(hidden, assignments, slot, weight_format, config.intermediate_size, outputs)
+    layout = _kernels.INTERLEAVED_WITH_BIASES if config.family.interleaved_experts else _kernels.GATE_UP_DOWN
+    inner, limit = config.intermediate_size, config.swiglu_limit
+    _kernels.expert(hidden, assignments, slot, weight_format, inner, outputs, layout, limit)
 
 
 def combine_in_rank_order(outputs: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -148,7 +148,7 @@ class Transformer:
             largest = float(np.abs([key_heads[unstorable], value_heads[unstorable]]).max())
             raise UnstorableRow(unstorable, int(rows.positions[unstorable]), index, largest, self._kv_format)
         mixed = np.empty_like(query_heads)
-        _kernels.attention(query_heads, *places, config.windows[index], mixed)
+        _kernels.attention(query_heads, *places, config.windows[index], mixed, layer.sinks)
         return layer.output(mixed.reshape(count, -1))
 
     def _normalize(self, rows: Floats, weight: Floats | None) -> None:

@@ -67,6 +67,7 @@ class LayerWeights(msgspec.Struct, frozen=True):
     output: Projection
     query_norm: Floats | None
     key_norm: Floats | None
+    sinks: Floats | None
     feed_forward_norm: Floats
     router: Projection | None
     shared: SharedExpert | None
@@ -93,6 +94,7 @@ class LayerWeights(msgspec.Struct, frozen=True):
             output=projection("output"),
             query_norm=vector("query_norm"),
             key_norm=vector("key_norm"),
+            sinks=vector("sinks"),
             feed_forward_norm=as_float32(checkpoint.dense(tensors["feed_forward_norm"].name)),
             router=projection("router") if "router" in tensors else None,
             shared=SharedExpert(projection("shared_router"), feed_forward("shared"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_factory import make_model
+from model_factory import MXFP4, make_model
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
@@ -86,6 +86,22 @@ def test_windows_of_layers(tmp_path: Path) -> None:
         ModelConfig.load(folder)
 
 
+def test_gpt_oss_sees_a_window_in_every_second_layer_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family="gpt_oss", layer_types=None, num_layers=3)
+    assert ModelConfig.load(folder).windows == (20, 0, 20)
+
+
+def test_packed_experts(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family="gpt_oss", intermediate_size=32, quantization_config=MXFP4)
+    assert ModelConfig.load(folder).mxfp4_experts
+    edit_config(folder, hidden_size=48)
+    with pytest.raises(CorruptCheckpoint, match="hidden_size is 48, expected a multiple of 32"):
+        ModelConfig.load(folder)
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnsupportedModel, match="quantization_config is 'gptq'; hotset supports only none or mxfp4"):
+        ModelConfig.load(folder)
+
+
 def test_end_of_text_ids_of_the_generation_config_are_added(folder: Path) -> None:
     edit_config(folder, eos_token_id=[5, 3])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
@@ -109,6 +125,9 @@ def test_no_end_of_text(folder: Path) -> None:
         ("rope_scaling", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}),
         ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("sliding_window", {"sliding_window": 128}),
+        ("quantization_config", {"quantization_config": {"bits": 4}}),
+        ("quantization_config", {"quantization_config": MXFP4}),
+        ("swiglu_alpha", {"swiglu_alpha": 1.0}),
         ("mlp_only_layers", {"mlp_only_layers": [0, 1]}),
         ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
         ("dtype", {"torch_dtype": "float8_e4m3fn"}),

@@ -27,6 +27,13 @@ SIZES = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 32, "num_experts": NUM_EXPERTS},
+    "gpt_oss": {
+        "intermediate_size": 32,
+        "num_local_experts": NUM_EXPERTS,
+        "head_dim": 24,
+        "sliding_window": 30,
+        "swiglu_limit": 1.5,
+    },
     "mixtral": {"intermediate_size": 32, "num_local_experts": NUM_EXPERTS, "sliding_window": 30},
     "qwen2_moe": {
         "moe_intermediate_size": 32,
