@@ -180,7 +180,7 @@ class Scheduler:
 
     def blocks(self, request: Request) -> int:
         """Entries of a running request's block table."""
-        return len(self.cache.block_table(request.sequence))
+        return self.cache.num_blocks(request.sequence)
 
     def is_stalled(self, request: Request, committed: int) -> bool:
         """Whether the next position, `committed`, has no page."""

@@ -165,6 +165,10 @@ class BlockTables:
         """Page numbers in the order of the tokens."""
         return self._state(sequence).table.copy()
 
+    def num_blocks(self, sequence: int) -> int:
+        """Entries of the block table."""
+        return len(self._state(sequence).table)
+
     def length(self, sequence: int) -> int:
         """Written tokens."""
         return self._state(sequence).length

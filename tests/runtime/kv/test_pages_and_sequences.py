@@ -176,6 +176,7 @@ def test_A10_every_call_names_an_unknown_sequence() -> None:
             lambda s: cache.page_for(s, 0),
             lambda s: cache.writable_page(s, 0),
             lambda s: cache.block_table(s),
+            lambda s: cache.num_blocks(s),
             lambda s: cache.length(s),
             lambda s: cache.contiguity(s),
         ):
