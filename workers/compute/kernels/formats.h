@@ -28,7 +28,7 @@ static const char *const FORMAT_NAMES[FORMAT_COUNT] = {"float32", "float16", "bf
 #define BLOCK_SCALE_NBYTES 2 /* of GGML's blocks */
 #define MAX_VALUE_NBYTES 4
 
-/* What a 4-bit number stands for, in units of its block's scale; for MXFP4 of half of it, so that they are integers. */
+/* What a 4-bit number stands for, in units of its block's scale; for MXFP4 in halves of it, so that they are integers. */
 static const int8_t Q4_0_VALUES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 static const int8_t MXFP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -101,10 +101,13 @@ static inline float float_from_f16(uint16_t half) {
     return float_from_bits(sign | bits_from_float(subnormal));
 }
 
-/* 2^(byte - 128), half of what the byte stands for; the two smallest are subnormal. */
-static inline float half_float_from_e8m0(uint8_t byte) {
-    return float_from_bits(byte < 2 ? 0x00200000u << byte : (uint32_t)(byte - 1) << 23);
-}
+/* The bits of 2^(byte - 127), the smallest of which is subnormal; 255 stands for no number and is infinity here. A table,
+ * because vectors of one value are had most cheaply from memory. */
+#define E8M0(byte) ((byte) ? (uint32_t)(byte) << 23 : 0x00400000u)
+#define E8M0_4(byte) E8M0(byte), E8M0(byte + 1), E8M0(byte + 2), E8M0(byte + 3)
+#define E8M0_16(byte) E8M0_4(byte), E8M0_4(byte + 4), E8M0_4(byte + 8), E8M0_4(byte + 12)
+#define E8M0_64(byte) E8M0_16(byte), E8M0_16(byte + 16), E8M0_16(byte + 32), E8M0_16(byte + 48)
+static const uint32_t E8M0_BITS[256] = {E8M0_64(0), E8M0_64(64), E8M0_64(128), E8M0_64(192)};
 
 /* The `i`th of single values. */
 static inline float single_value(enum weight_format format, const uint8_t *bytes, size_t i) {

@@ -23,6 +23,15 @@ INLINE TARGET void V(dot_block)(const int rows, const int outs, enum weight_form
     }
 }
 
+/* Asks memory for the same block of the next tile's weights. With one row the processor does not run ahead far enough by
+ * itself, and its own prefetching stops at every page, which is every few rows of weights. */
+INLINE void V(fetch_next_tile)(const int outs, enum weight_format format, struct matrix weight, size_t block) {
+    size_t nbytes = BLOCK_VALUES / format_values_per_block(format) * format_block_nbytes(format);
+    const uint8_t *next = matrix_from_row(weight, (size_t)outs).bytes + block * nbytes;
+    for (int o = 0; o < outs; o++)
+        for (size_t at = 0; at < nbytes; at += 64) __builtin_prefetch(next + o * weight.row_stride + at);
+}
+
 /* rows x outs dot products of length n. `rows` and `outs` are constants at every call, so that the accumulators are
  * registers; the strides of x and out are in floats. `format` is weight.format as a constant. */
 INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_format format, const float *x,
@@ -31,9 +40,11 @@ INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_forma
     for (int t = 0; t < rows * outs; t++)
         for (int p = 0; p < VEC_PARTS; p++) sum[t][p] = V(zero)();
     size_t block = 0, rest = n % BLOCK_VALUES;
-    for (; block < n / BLOCK_VALUES; block++)
+    for (; block < n / BLOCK_VALUES; block++) {
+        if (rows == 1) V(fetch_next_tile)(outs, format, weight, block);
         V(dot_block)(rows, outs, format, x + block * BLOCK_VALUES, x_stride, weight, block, sum);
-    if (rest) { /* single values: the last ones, filled up with zeros to a block */
+    }
+    if (rest && format_values_per_block(format) == 1) { /* the last values, filled up with zeros to a block */
         _Alignas(64) float last_x[MAX_TILE_ROWS][BLOCK_VALUES] = {{0}};
         _Alignas(64) uint8_t last_weight[MAX_TILE_OUTS][BLOCK_VALUES * MAX_VALUE_NBYTES] = {{0}};
         size_t size = format_block_nbytes(format), done = n - rest;
