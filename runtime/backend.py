@@ -44,6 +44,7 @@ from hotset.runtime.messages import (
 )
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.gguf_folder import model_folder
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.runtime.plan import InstancePlan, plan_instance
 from hotset.runtime.sampling_params import SamplingParams
@@ -91,7 +92,8 @@ class Backend:
     """Serves one model. Use it as a context manager, or call `close`; any number may run in one program.
 
     Args:
-        model: folder of a checkpoint in Hugging Face's layout; None is the small model that ships with hotset.
+        model: folder of a checkpoint in Hugging Face's layout, or a GGUF file; None is the small model that ships
+            with hotset.
         settings: the fields of `BackendConfig`, by name.
 
     Raises:
@@ -103,7 +105,7 @@ class Backend:
     """
 
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
-        self.config = BackendConfig(model=str(Path(model or TRAINED_MODEL).absolute()), **settings)
+        self.config = BackendConfig(model=str(model_folder(Path(model or TRAINED_MODEL))), **settings)
         self.instance = check_instance_name(self.config.name or new_instance_name())
         self._answers: dict[int, queue.SimpleQueue[Generated | BackendError]] = {}
         self._replies: dict[int, queue.SimpleQueue[StatsReply | Defragmented | CacheChecked | BackendError]] = {}

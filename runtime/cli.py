@@ -24,7 +24,9 @@ def hotset() -> None:
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; several run at once, spread over the workers.")],
-    model: Annotated[str | None, typer.Option(help="Checkpoint folder; without it the shipped model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or GGUF file; without it the shipped model.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this probability in all.")] = 1.0,

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import xxhash
 
 from hotset.runtime.errors import HotsetError
-from hotset.runtime.model.checkpoint import STORED_DTYPES, Checkpoint, ExpertLocation
+from hotset.runtime.model.checkpoint import Checkpoint, ExpertLocation
+from hotset.runtime.model.tensor_index import STORED_DTYPES
 from hotset.shm.layout import WeightFormat
 
 CHUNK_NBYTES = 4 << 20  # one read of at most this much

@@ -30,6 +30,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         mxfp4_experts: they are packed in 4-bit numbers; all else is as `dtype` says.
         swiglu_limit: what gate and up are clamped to before they are multiplied as gpt-oss does it; 0: silu(gate) * up.
         normalize_top_k: the mixing weights of the chosen experts are divided by their sum.
+        rope_interleaved: the pairs that rotate together are neighbours in a head, not half a head apart.
         clip_qkv: queries, keys and values are clipped to plus or minus this value.
         dtype: what config.json declares; each tensor has its own.
     """
@@ -53,6 +54,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     experts_per_token: int
     normalize_top_k: bool
     rope: Rope
+    rope_interleaved: bool
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -111,6 +113,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             experts_per_token=experts_per_token,
             normalize_top_k=file.flag("norm_topk_prob"),
             rope=rope,
+            rope_interleaved=file.flag("rope_interleave"),
             rms_norm_eps=file.number("rms_norm_eps", default=family.rms_norm_eps),
             max_position_embeddings=file.count("max_position_embeddings", default=4096),
             tie_word_embeddings=file.flag("tie_word_embeddings"),

@@ -19,7 +19,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tensors import model_tensors
 from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.workers.compute import _kernels
-from hotset.workers.compute.weights import Floats, LayerWeights, Projection, as_float32
+from hotset.workers.compute.weights import Embedding, Floats, LayerWeights, Projection, as_float32
 
 _KERNEL_FORMATS = {
     KvFormat.FLOAT32: _kernels.KV_FLOAT32,
@@ -92,10 +92,10 @@ class Transformer:
         self._kv_format = kv_format
         self._experts = experts
         tensors = model_tensors(config)
-        self._embedding = checkpoint.dense(tensors["embedding"].name)
+        self._embedding = Embedding.of(checkpoint, tensors["embedding"].name)
         self._layers = [LayerWeights.of(checkpoint, layer) for layer in range(config.num_layers)]
         self._norm = as_float32(checkpoint.dense(tensors["norm"].name))
-        self._head = Projection(checkpoint.dense(tensors["head"].name))
+        self._head = Projection.of(checkpoint, tensors["head"].name)
         self._inverse_frequencies = config.rope.inverse_frequencies(config.head_dim)
 
     def forward(self, batch: Batch, *, all_rows: bool = False) -> Floats:
@@ -108,7 +108,7 @@ class Transformer:
         rows = _Rows(batch, self._inverse_frequencies, config.rope.magnitude)
         if count and not 0 <= int(batch.token_ids.min()) <= int(batch.token_ids.max()) < config.vocab_size:
             raise ValueError(f"the batch has a token id outside 0 <= id < {config.vocab_size}")
-        hidden = as_float32(self._embedding[batch.token_ids])
+        hidden = self._embedding(batch.token_ids)
         normed = np.empty_like(hidden)
         for index, layer in enumerate(self._layers):
             _kernels.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, normed)
@@ -139,6 +139,8 @@ class Transformer:
         query_heads = queries.reshape(count, config.num_heads, config.head_dim)
         key_heads = keys.reshape(count, config.num_kv_heads, config.head_dim)
         value_heads = values.reshape(count, config.num_kv_heads, config.head_dim)
+        if config.rope_interleaved:
+            query_heads, key_heads = _halves(query_heads), _halves(key_heads)
         _kernels.rotate(query_heads, rows.cos, rows.sin)
         _kernels.rotate(key_heads, rows.cos, rows.sin)
         format = _KERNEL_FORMATS[self._kv_format]
@@ -156,6 +158,12 @@ class Transformer:
         if weight is not None:
             parts = rows.reshape(-1, len(weight))
             _kernels.rms_norm(parts, weight, self.config.rms_norm_eps, parts)
+
+
+def _halves(heads: Floats) -> Floats:
+    """Heads [n, heads, head_dim] whose rotated pairs are neighbours, with each pair's members half a head apart."""
+    pairs = heads.reshape(*heads.shape[:2], -1, 2)
+    return np.ascontiguousarray(pairs.swapaxes(2, 3)).reshape(heads.shape)
 
 
 class _Rows:

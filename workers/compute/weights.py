@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.tensor_index import QUANTIZED_DTYPES
 from hotset.runtime.model.tensors import layer_tensors
+from hotset.shm.kv_page_format import KvFormat, decode
+from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 
 Floats = NDArray[np.float32]
@@ -21,18 +24,47 @@ Floats = NDArray[np.float32]
 class Projection(msgspec.Struct, frozen=True):
     """y = x . weight transposed + bias.
 
-    weight is [outputs, inputs]: float32, float16, or uint16 with the bits of bfloat16.
+    weight is [outputs, inputs]: float32, float16, or uint16 with the bits of bfloat16; or, `format` then being Q8_0 or
+    Q4_0, uint8 [outputs, bytes of a row].
     """
 
     weight: NDArray[Any]
     bias: Floats | None = None
+    format: WeightFormat | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, name: str, bias: Floats | None = None) -> Self:
+        dtype = checkpoint.tensors[name].dtype
+        format = WeightFormat[dtype.upper()] if dtype in QUANTIZED_DTYPES else None
+        return cls(checkpoint.dense(name), bias, format)
 
     def __call__(self, x: Floats) -> Floats:
         out = np.empty((len(x), len(self.weight)), np.float32)
-        _kernels.linear(x, self.weight, out)
+        if self.format is None:
+            _kernels.linear(x, self.weight, out)
+        else:
+            _kernels.linear(x, self.weight, out, self.format)
         if self.bias is not None:
             out += self.bias
         return out
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    """A row of `hidden_size` values for each token; stored like the weight of a projection."""
+
+    weight: NDArray[Any]
+    hidden_size: int
+    format: KvFormat | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, name: str) -> Self:
+        tensor = checkpoint.tensors[name]
+        format = KvFormat(tensor.dtype) if tensor.dtype in QUANTIZED_DTYPES else None
+        return cls(checkpoint.dense(name), tensor.shape[1], format)
+
+    def __call__(self, token_ids: NDArray[np.int32]) -> Floats:
+        rows = self.weight[token_ids]
+        return as_float32(rows) if self.format is None else decode(rows, self.format, self.hidden_size)
 
 
 class FeedForward(msgspec.Struct, frozen=True):
@@ -81,7 +113,7 @@ class LayerWeights(msgspec.Struct, frozen=True):
             return as_float32(checkpoint.dense(tensors[part].name)) if part in tensors else None
 
         def projection(part: str) -> Projection:
-            return Projection(checkpoint.dense(tensors[part].name), vector(f"{part}_bias"))
+            return Projection.of(checkpoint, tensors[part].name, vector(f"{part}_bias"))
 
         def feed_forward(part: str) -> FeedForward:
             return FeedForward(*(projection(f"{part}_{matrix}") for matrix in ("gate", "up", "down")))

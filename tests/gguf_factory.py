@@ -1,0 +1,151 @@
+"""GGUF files made from model folders, as llama.cpp's converter makes them: its names, its order of axes and rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.workers.compute.weights import as_float32
+
+ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
+
+
+def write_gguf(folder: Path, path: Path, quantization: str, **metadata: Any) -> Path:
+    """The float32 model in `folder` as `path`, matrices in `quantization` ("F32", "Q8_0", ...), vectors in float32.
+
+    `metadata`: further keys, or others in the place of the usual ones; or a quantization for a tensor of that name.
+    """
+    others = {name: metadata.pop(name) for name in [*metadata] if name.endswith(".weight")}
+    config = json.loads((folder / "config.json").read_text())
+    family = config["model_type"]
+    architecture = ARCHITECTURES[family]
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config["num_hidden_layers"]
+    )
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in (_metadata(architecture, config) | tokenizer_metadata(folder) | metadata).items():
+        _add(writer, key, value)
+    for name, values in _stacked(_weights(folder), _num_experts(config)).items():
+        if family == "mixtral" and "self_attn.q_proj" in name:
+            values = _interleaved(values, config["num_attention_heads"])
+        if family == "mixtral" and "self_attn.k_proj" in name:
+            values = _interleaved(values, config["num_key_value_heads"])
+        if name.endswith("shared_expert_gate.weight"):
+            values = values[0]
+        theirs = names.get_name(name, (".weight", ".bias"))
+        if theirs is None:
+            raise ValueError(f"llama.cpp has no name for {name}")
+        _add_tensor(writer, theirs, values, others.get(theirs, quantization))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def dequantized(folder: Path, quantization: str) -> dict[str, NDArray[np.float32]]:
+    """The weights of the folder as they are after their way through `quantization`."""
+    return {
+        name: values if _stays_float32(name, values) else through(values, quantization)
+        for name, values in _weights(folder).items()
+    }
+
+
+def through(values: NDArray[np.float32], quantization: str) -> NDArray[np.float32]:
+    kind = gguf.GGMLQuantizationType[quantization]
+    return gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind).astype(np.float32)
+
+
+def _weights(folder: Path) -> dict[str, NDArray[np.float32]]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: as_float32(checkpoint.dense(name)) for name in checkpoint.tensors}
+
+
+def _stays_float32(name: str, values: NDArray[np.float32]) -> bool:
+    """Vectors, and what decides about experts: names of transformers or of llama.cpp."""
+    return values.ndim == 1 or name.endswith((".gate.weight", "shared_expert_gate.weight", "ffn_gate_inp.weight"))
+
+
+def _stacked(weights: dict[str, NDArray[np.float32]], num_experts: int) -> dict[str, NDArray[np.float32]]:
+    """`...experts.E.part` of all experts become one `...experts.part`."""
+    stacked: dict[str, NDArray[np.float32]] = {}
+    for name, values in weights.items():
+        if ".experts.0." in name:
+            parts = [weights[name.replace(".experts.0.", f".experts.{expert}.")] for expert in range(num_experts)]
+            stacked[name.replace(".experts.0.", ".experts.")] = np.stack(parts)
+        elif ".experts." not in name:
+            stacked[name] = values
+    return stacked
+
+
+def _interleaved(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """As llama.cpp's converter reorders Llama's rows: the two halves of a head alternate."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, values: NDArray[np.float32], quantization: str) -> None:
+    kind = gguf.GGMLQuantizationType[quantization]
+    if _stays_float32(name, values) or quantization == "F32":
+        writer.add_tensor(name, values)
+    elif quantization == "F16":
+        writer.add_tensor(name, values.astype(np.float16))
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value is not None:
+        writer.add_array(key, value)
+
+
+def _metadata(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    inner = config.get("moe_intermediate_size", config["intermediate_size"])
+    values = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "expert_feed_forward_length": inner,
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config.get("head_dim"),
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(config["rope_theta"]),
+        "expert_count": _num_experts(config),
+        "expert_used_count": config["num_experts_per_tok"],
+    }
+    return {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def tokenizer_metadata(folder: Path) -> dict[str, Any]:
+    """Of a byte-level tokenizer.json; no merges are no key, as GGUF has no empty lists."""
+    model = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(model["model"]["vocab"], key=model["model"]["vocab"].__getitem__)
+    special = {token["content"] for token in model["added_tokens"]}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in vocabulary],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["model"]["merges"]] or None,
+        "tokenizer.ggml.eos_token_id": 0,
+    }

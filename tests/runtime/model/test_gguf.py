@@ -1,0 +1,140 @@
+"""GGUF files of llama.cpp: the same logits as from the model folder that they were made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from family_models import prompts
+from gguf_factory import dequantized, through, tokenizer_metadata, write_gguf
+from in_process_model import InProcessModel
+from model_factory import make_model
+from safetensors.numpy import save_file
+
+from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from hotset.runtime.model.gguf_folder import gguf_folder
+from hotset.runtime.model.gguf_tokenizer import build_tokenizer
+from hotset.runtime.model.tokenizer import Tokenizer
+
+SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_kv_heads": 2, "vocab_size": 260, "tokenizer": True}
+MODELS = {
+    "olmoe": {"family": "olmoe", **SIZES, "num_kv_heads": 4},
+    "qwen2_moe": {"family": "qwen2_moe", **SIZES, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"family": "qwen3_moe", **SIZES, "head_dim": 16},
+    "mixtral": {"family": "mixtral", **SIZES},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def folder_of(name: str, tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", dtype="float32", **MODELS[name])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_computes_what_its_dequantised_weights_compute(name: str, quantization: str, tmp_path: Path) -> None:
+    folder = folder_of(name, tmp_path)
+    folder_of_file = gguf_folder(write_gguf(folder, tmp_path / "model.gguf", quantization))
+    ids = prompts()[0]
+    found = InProcessModel(folder_of_file).logits(ids)
+    save_file(dequantized(folder, quantization), folder / "model.safetensors")
+    np.testing.assert_array_equal(found, InProcessModel(folder).logits(ids))
+
+
+def test_the_tokenizer_comes_from_the_file(tmp_path: Path) -> None:
+    folder = folder_of("qwen3_moe", tmp_path)
+    found = Tokenizer(gguf_folder(write_gguf(folder, tmp_path / "model.gguf", "F16")))
+    text = "def f(x):\n    return 'ä€'<|endoftext|>"
+    assert found.encode(text).tolist() == Tokenizer(folder).encode(text).tolist()
+    assert found.decode(found.encode(text)) == "def f(x):\n    return 'ä€'"
+
+
+def test_pairs_merge_as_in_the_models_tokenizer() -> None:
+    metadata = {key: value for key, value in tokenizer_metadata(TRAINED_MODEL).items() if value is not None}
+    found = build_tokenizer(Path("model.gguf"), metadata)
+    text = Path(__file__).read_text()
+    assert found.encode(text).ids == Tokenizer(TRAINED_MODEL).encode(text).tolist()
+
+
+def test_merges_of_sentence_piece_follow_from_the_scores() -> None:
+    """The longest likely pieces win; what has no piece falls back on bytes, and the text comes back."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab", "abc"]
+    count = len(pieces)
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [0.0] * (count - 9) + [-9, -8, -7, -6, -3, -2, -5, -1, -4],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 9,
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    tokenizer = build_tokenizer(Path("model.gguf"), metadata)
+    assert tokenizer.encode("abc ab").tokens == ["<s>", "▁", "abc", "▁ab"]  # b c, then a bc
+    assert tokenizer.encode("é").tokens == ["<s>", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer.encode("abc é ab").ids) == "abc é ab"
+
+
+def test_a_dense_matrix_in_another_format_is_converted(tmp_path: Path) -> None:
+    folder = folder_of("qwen3_moe", tmp_path)
+    path = write_gguf(folder, tmp_path / "model.gguf", "Q8_0", **{"output.weight": "Q5_0"})
+    found = InProcessModel(gguf_folder(path)).logits(prompts()[0])
+    weights = dequantized(folder, "Q8_0")
+    head = InProcessModel(folder).checkpoint.dense("lm_head.weight")
+    weights["lm_head.weight"] = through(through(head, "Q5_0"), "Q8_0")
+    save_file(weights, folder / "model.safetensors")
+    np.testing.assert_array_equal(found, InProcessModel(folder).logits(prompts()[0]))
+
+
+def test_experts_in_a_format_without_a_kernel_are_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(folder_of("qwen3_moe", tmp_path), tmp_path / "model.gguf", "Q5_0")
+    with pytest.raises(UnsupportedModel, match=r"blk\.0\.ffn_.*_exps\.weight are stored as Q5_0"):
+        gguf_folder(path)
+
+
+def test_what_is_no_model_of_ours_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"nowhere\.gguf"):
+        gguf_folder(tmp_path / "nowhere.gguf")
+    (tmp_path / "noise.gguf").write_bytes(b"no GGUF at all" * 100)
+    with pytest.raises(CorruptCheckpoint, match=r"noise\.gguf cannot be read as a GGUF file"):
+        gguf_folder(tmp_path / "noise.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "mamba.gguf", "mamba")
+    writer.add_uint32("mamba.block_count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match="architecture mamba"):
+        gguf_folder(tmp_path / "mamba.gguf")
+
+
+def test_a_truncated_file_is_noticed_when_it_is_opened(tmp_path: Path) -> None:
+    path = write_gguf(folder_of("olmoe", tmp_path), tmp_path / "model.gguf", "F32")
+    folder = gguf_folder(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1000)
+    with pytest.raises(CorruptCheckpoint, match="is truncated"):
+        InProcessModel(folder)
+    with pytest.raises(CorruptCheckpoint):
+        InProcessModel(gguf_folder(path))
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-4o"])
+def test_text_is_cut_as_the_models_tokenizer_cuts_it(pre: str, tmp_path: Path) -> None:
+    """With no merges every byte is a token: what matters here is that all of a text comes back."""
+    path = write_gguf(folder_of("olmoe", tmp_path), tmp_path / "model.gguf", "F32", **{"tokenizer.ggml.pre": pre})
+    tokenizer = Tokenizer(gguf_folder(path))
+    text = "It's 12345 naïve  tests,\n\n\tcamelCase HTTPServer déjà-vu"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_an_unknown_way_to_cut_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(folder_of("olmoe", tmp_path), tmp_path / "model.gguf", "F32", **{"tokenizer.ggml.pre": "odd"})
+    with pytest.raises(UnsupportedModel, match="'odd'"):
+        gguf_folder(path)
