@@ -26,8 +26,9 @@
 #define POLICY_CROWDED 0.55     /* distinct experts per step / slots per layer */
 #define POLICY_CROWD_RATE 256.  /* steps over which that is averaged */
 #define POLICY_IDLE_STEPS 8u    /* a stream that a layer has not seen for so many steps wants nothing any more */
-#define GUARD_LAYERS 4u         /* that are simulated; all of them would cost as much as learning */
-#define GUARD_RATE (1 / 4096.)  /* of the simulated hit rates, per step of a guarded layer */
+#define GUARD_LAYERS 4u         /* that are simulated at most, and ... */
+#define GUARD_EVERY 4u          /* ... at most every fourth: all of them would cost more than learning does */
+#define GUARD_RATE (1 / 4096.)  /* of the running means of their hit rates, per step of a guarded layer */
 #define GUARD_MARGIN 0.002      /* by which the other must be ahead to take over */
 
 enum policy_base { POLICY_LRU, POLICY_LFU, POLICY_ADAPTIVE, POLICY_AFFINITY, POLICY_TD, POLICY_BASES };
@@ -83,7 +84,8 @@ static inline void policy_free(struct policy *policy) {
 
 static inline int guard_init(struct guard *guard, uint32_t num_layers, uint32_t num_experts, double slots_per_layer) {
     uint32_t slots = slots_per_layer < 1 ? 1 : (uint32_t)(slots_per_layer + 0.5);
-    guard->every = (num_layers + GUARD_LAYERS - 1) / GUARD_LAYERS;
+    uint32_t apart = (num_layers + GUARD_LAYERS - 1) / GUARD_LAYERS;
+    guard->every = apart < GUARD_EVERY ? GUARD_EVERY : apart;
     guard->count = (num_layers + guard->every - 1) / guard->every;
     for (uint32_t i = 0; i < guard->count; i++)
         if (!pool_init(&guard->td[i], 1, num_experts, slots, 0) ||
@@ -238,7 +240,7 @@ static inline void policy_learn(struct policy *policy, const uint16_t *record) {
     for (uint32_t i = 0; i < record[DEMAND_ROWS]; i++, row += count + 1u) {
         if (row[0] >= policy->num_streams || count > TD_MAX_TOP_K) continue; /* a set, not one token's choice */
         policy->stream_seen[(size_t)row[0] * policy->num_layers + layer] = policy->layer_steps[layer];
-        td_observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
+        policy->td.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
     }
     policy_value_td(policy, layer);
     policy_guard(policy);

@@ -1,0 +1,92 @@
+"""What an eviction policy costs: ns per layer and token, learning included.
+
+The demands are random walks over 4,096 distinct steps, so that nothing about them can be learned by the processor.
+
+usage: scripts/bench eviction [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hotset.runtime.eviction import parse_eviction
+from hotset.shm.demands import Records, demands_of_steps
+from hotset.workers.eviction.replay import make_policy
+
+STEPS = 4096
+REPEATS = 7
+MODELS = {  # layers, experts, experts per token
+    "OLMoE trained here": (4, 32, 4),
+    "gpt-oss-20b": (24, 32, 4),
+    "DeepSeek-V2-Lite": (26, 64, 6),
+    "Qwen3-30B-A3B": (48, 128, 8),
+}
+
+
+class Cost(NamedTuple):
+    model: str
+    policy: str
+    batch: int
+    nanoseconds: float  # per layer and token, median
+
+
+def random_demands(layers: int, experts: int, top_k: int, batch: int) -> Records:
+    random = np.random.default_rng(0)
+    steps = STEPS // batch
+    chosen = np.argpartition(random.random((steps, batch, layers, experts), np.float32), top_k, axis=-1)
+    return demands_of_steps(chosen[..., :top_k])
+
+
+def measure() -> list[Cost]:
+    costs: list[Cost] = []
+    for model, (layers, experts, top_k) in MODELS.items():
+        for batch in (1, 8):
+            records = random_demands(layers, experts, top_k, batch)
+            tokens = STEPS // batch * batch
+            for name in ("lru", "affinity", "td"):
+                policy = make_policy(
+                    parse_eviction(name),
+                    num_layers=layers,
+                    num_experts=experts,
+                    num_streams=batch,
+                    slots_per_layer=experts / 4,
+                )
+                policy.observe(records)  # first touch
+                samples: list[float] = []
+                for _ in range(REPEATS):
+                    began = time.perf_counter_ns()
+                    policy.observe(records)
+                    samples.append((time.perf_counter_ns() - began) / (tokens * layers))
+                costs.append(Cost(model, name, batch, round(statistics.median(samples), 1)))
+    return costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench eviction", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args()
+    costs = measure()
+    if options.json:
+        report: dict[str, Any] = {"costs": [cost._asdict() for cost in costs]}
+        print(json.dumps(report))
+        return
+    table = Table(title="ns per layer and token, median", title_justify="left", box=None)
+    for name in ("model", "batch", "lru", "affinity", "td"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for model in MODELS:
+        for batch in (1, 8):
+            found = {cost.policy: f"{cost.nanoseconds:.0f}" for cost in costs if cost[0] == model and cost[2] == batch}
+            table.add_row(model, str(batch), *(found[policy] for policy in ("lru", "affinity", "td")))
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()
