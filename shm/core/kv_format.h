@@ -6,6 +6,8 @@
 #ifndef HOTSET_KV_FORMAT_H
 #define HOTSET_KV_FORMAT_H
 
+#include "float_bits.h"
+
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -33,40 +35,28 @@ static inline size_t kv_row_nbytes(enum kv_format format, size_t width) {
     return (width + per_block - 1) / per_block * kv_block_nbytes(format);
 }
 
-static inline uint32_t kv_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float kv_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* The least magnitude that the format cannot hold, as bits: magnitudes order like their bits, and the bits of infinity
  * and NaN lie above those of all finite numbers. 65520 is where float16 rounds to infinity. */
 static inline uint32_t kv_refused_bits(enum kv_format format) {
     switch (format) {
-    case KV_FLOAT16: return kv_bits(65520.0f);
+    case KV_FLOAT16: return bits_from_float(65520.0f);
     case KV_BFLOAT16: return 0x7f7f8000;
-    case KV_Q8_0: return kv_bits(65520.0f * 127);
-    case KV_Q4_0: return kv_bits(65520.0f * 8);
+    case KV_Q8_0: return bits_from_float(65520.0f * 127);
+    case KV_Q4_0: return bits_from_float(65520.0f * 8);
     default: return 0x7f800000;
     }
 }
 
 /* Round to nearest even; the value is below kv_refused_bits(KV_FLOAT16). */
 static inline uint16_t kv_float16(float value) {
-    uint32_t bits = kv_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    uint32_t bits = bits_from_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude < 0x38800000) /* below the normal range: let the addition of 0.5 round to multiples of 2^-24 */
-        return (uint16_t)(sign | (kv_bits(kv_float(magnitude) + 0.5f) - kv_bits(0.5f)));
+        return (uint16_t)(sign | (bits_from_float(float_from_bits(magnitude) + 0.5f) - bits_from_float(0.5f)));
     return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
 static inline uint16_t kv_bfloat16(float value) {
-    uint32_t bits = kv_bits(value);
+    uint32_t bits = bits_from_float(value);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -132,7 +122,7 @@ static inline void kv_encode_blocks_plain(enum kv_format format, const float *va
 static inline ptrdiff_t kv_find_refused(enum kv_format format, const float *values, size_t count) {
     uint32_t refused = kv_refused_bits(format);
     for (size_t i = 0; i < count; i++)
-        if ((kv_bits(values[i]) & 0x7fffffff) >= refused) return (ptrdiff_t)i;
+        if ((bits_from_float(values[i]) & 0x7fffffff) >= refused) return (ptrdiff_t)i;
     return -1;
 }
 

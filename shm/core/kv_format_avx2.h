@@ -51,7 +51,7 @@ KV_AVX2 static inline __m256i kv_round(__m256 x) {
 
 KV_AVX2 static inline void kv_encode_q8_0_avx2(const float *x, uint8_t *out) {
     struct kv_block_avx2 b = kv_load_block(x);
-    float scale = kv_float(b.largest) / 127.0f;
+    float scale = float_from_bits(b.largest) / 127.0f;
     __m256 inverse = _mm256_set1_ps(kv_inverse(scale));
     __m256i number[4];
     for (int p = 0; p < 4; p++) number[p] = kv_round(_mm256_mul_ps(b.part[p], inverse));

@@ -23,7 +23,7 @@ static inline void route_snapshot_take(struct route_snapshot *snapshot, const st
         snapshot->resident[word] = resident;
         snapshot->preferred[word] = resident | (prefer_loading ? load_acquire(arena->loading_mask + at) : 0);
     }
-    snapshot->range = bits_float(load_relaxed(&arena->layers[layer].logit_range));
+    snapshot->range = float_from_bits(load_relaxed(&arena->layers[layer].logit_range));
 }
 
 static inline void route_tally_begin(struct route_tally *tally, const struct arena *arena,
@@ -43,11 +43,11 @@ static inline void route_account_range(const struct arena *arena, uint32_t layer
                                        const struct route_tally *tally) {
     if (!tally->range_updates) return;
     atomic_u32 *word = &arena->layers[layer].logit_range;
-    uint32_t old = float_bits(snapshot->range), moved = float_bits(tally->range);
+    uint32_t old = bits_from_float(snapshot->range), moved = bits_from_float(tally->range);
     while (!atomic_compare_exchange_weak_explicit(word, &old, moved, memory_order_relaxed, memory_order_relaxed))
-        moved = old == float_bits(snapshot->range)
-                    ? float_bits(tally->range)
-                    : float_bits(tally->range_gain * bits_float(old) + tally->range_shift);
+        moved = old == bits_from_float(snapshot->range)
+                    ? bits_from_float(tally->range)
+                    : bits_from_float(tally->range_gain * float_from_bits(old) + tally->range_shift);
 }
 
 /* On whose behalf rows are routed, and under which rules. */

@@ -2,26 +2,13 @@
 #ifndef HOTSET_ROUTE_SELECT_H
 #define HOTSET_ROUTE_SELECT_H
 
+#include "float_bits.h"
 #include "route.h"
-
-#include <string.h>
-
-static inline uint32_t float_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-static inline float bits_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
 
 /* An integer that orders like the float: NaN below everything, -0 equal to +0. */
 static inline uint32_t ordered_bits(float value) {
     if (value != value) return 0;
-    uint32_t bits = float_bits(value + 0.0f); /* -0 + 0 is +0 */
+    uint32_t bits = bits_from_float(value + 0.0f); /* -0 + 0 is +0 */
     return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
 }
 

@@ -23,7 +23,7 @@ static inline float softmax_exp(float x) {
     float square = r * r; /* Estrin's scheme: half as many results in a row that wait for each other as Horner's */
     float high = (SOFTMAX_C5 * r + SOFTMAX_C4) * square + (SOFTMAX_C3 * r + SOFTMAX_C2);
     float p = high * square + (SOFTMAX_C1 * r + 1.0f);
-    return bits_float(float_bits(p) + (float_bits(rounded) << 23));
+    return float_from_bits(bits_from_float(p) + (bits_from_float(rounded) << 23));
 }
 
 #define SUM_LANES 16u

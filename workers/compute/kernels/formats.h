@@ -2,6 +2,8 @@
 #ifndef HOTSET_FORMATS_H
 #define HOTSET_FORMATS_H
 
+#include "float_bits.h" /* of shm/core */
+
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -77,18 +79,6 @@ static inline struct matrix matrix_every_other_row(struct matrix matrix) {
     matrix.row_stride *= 2;
     matrix.scale_stride *= 2;
     return matrix;
-}
-
-static inline float float_from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t bits_from_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
 }
 
 static inline float float_from_bf16(uint16_t half) { return float_from_bits((uint32_t)half << 16); }
