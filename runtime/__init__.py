@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hotset.runtime.metrics import Latency as Latency
     from hotset.runtime.metrics import MoeMetrics as MoeMetrics
     from hotset.runtime.metrics import MoeMetricsSummary as MoeMetricsSummary
+    from hotset.runtime.model.chat_template import ChatTemplateError as ChatTemplateError
+    from hotset.runtime.model.chat_template import NoChatTemplate as NoChatTemplate
     from hotset.runtime.model.errors import CorruptCheckpoint as CorruptCheckpoint
     from hotset.runtime.model.errors import ModelNotFound as ModelNotFound
     from hotset.runtime.model.errors import UnsupportedModel as UnsupportedModel
@@ -57,6 +59,7 @@ _MODULES = {
     "kv.errors": ("OutOfBounds", "OutOfPages", "UnknownSequence"),
     "kv.page_memory": ("KvPageMemory",),
     "kv.statistics": ("FragmentationStats", "PagedCacheStats"),
+    "model.chat_template": ("ChatTemplateError", "NoChatTemplate"),
     "model.errors": ("CorruptCheckpoint", "ModelNotFound", "UnsupportedModel"),
     "paging_request": ("PagingDirection", "PagingPriority", "PagingRequest"),
     "router": (

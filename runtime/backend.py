@@ -12,7 +12,7 @@ import select
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -42,6 +42,7 @@ from hotset.runtime.messages import (
     Submit,
     ToClient,
 )
+from hotset.runtime.model.chat_template import ChatTemplate, Message
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.gguf_folder import model_folder
@@ -114,6 +115,7 @@ class Backend:
         self._ready = threading.Event()
         self._dead: BackendError | None = None
         self._closing = False
+        self._chat_template: ChatTemplate | None = None  # loaded with the first conversation
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the coordinator
         # First the process: its interpreter starts while we look at the model.
         self._coordinator: Child[ToClient] = Child(COORDINATOR_MODULE, ToClient, own_session=True, stderr=self._stderr)
@@ -163,6 +165,54 @@ class Backend:
         encoded = [self._prompt_ids(prompt) for prompt in batch]
         streams = [self.stream(ids, params) for ids in encoded]
         return [join_pieces(len(ids), pieces) for ids, pieces in zip(encoded, streams, strict=True)]
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Completion]: ...
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Completion | list[Completion]:
+        """The assistant's answer to a conversation, or a list of answers to a list of conversations, in order.
+
+        Args:
+            messages: dicts with "role" and "content", as OpenAI has them.
+            params: of the answers.
+            tools: functions that the model may ask for, as its template takes them.
+            chat_template_kwargs: the template's own variables, such as `enable_thinking`.
+
+        Raises `NoChatTemplate` or `ChatTemplateError`, and what `generate` raises.
+        """
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if single else list(messages)
+        prompts = [self.chat_prompt(c, tools=tools, **(chat_template_kwargs or {})) for c in conversations]
+        return self.generate(prompts[0] if single else prompts, params)  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: Sequence[Message], **options: Any) -> npt.NDArray[np.int32]:
+        """A conversation's token ids, for `stream` and `generate`; `options` are those of `ChatTemplate.render`."""
+        if self._chat_template is None:
+            self._chat_template = ChatTemplate.load(self.config.model)
+        text = self._chat_template.render(messages, **options)
+        return self.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
     def _complete(self, prompt: Prompt, params: SamplingParams | None) -> Completion:
         ids = self._prompt_ids(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Self
 
@@ -87,12 +88,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         if experts_per_token > num_experts:
             raise file.corrupt(f"num_experts_per_tok is {experts_per_token} but num_experts is {num_experts}")
         dense_layers = _dense_layers(file, num_layers)
-        generation_path = folder / "generation_config.json"
-        generation = ConfigFile.read(generation_path) if generation_path.is_file() else None
-        eos_token_ids = {
-            *file.integers("eos_token_id"),
-            *(generation.integers("eos_token_id") if generation else ()),
-        }
         return cls(
             family=family,
             vocab_size=file.count("vocab_size"),
@@ -118,7 +113,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_position_embeddings=file.count("max_position_embeddings", default=4096),
             tie_word_embeddings=file.flag("tie_word_embeddings"),
             bos_token_id=next(iter(file.integers("bos_token_id")), None),
-            eos_token_ids=tuple(sorted(eos_token_ids)),
+            eos_token_ids=tuple(sorted({*file.integers("eos_token_id"), *_end_of_text(folder, family)})),
             clip_qkv=file.optional_number("clip_qkv"),
             dtype=_dtype(file),
         )
@@ -155,6 +150,16 @@ def _family(file: ConfigFile) -> Family:
             f"{file.path}: hotset cannot run the architecture {architecture}; it knows {', '.join(FAMILIES)}.",
         )
     return family
+
+
+def _end_of_text(folder: Path, family: Family) -> Iterable[int]:
+    """What ends an answer besides the id in config.json."""
+    generation, tokenizer = folder / "generation_config.json", folder / "tokenizer_config.json"
+    ids = ConfigFile.read(generation).integers("eos_token_id") if generation.is_file() else ()
+    if not ids and family.end_of_text and tokenizer.is_file():
+        added = ConfigFile.read(tokenizer).section("added_tokens_decoder")
+        return [int(id) for id in added if added.section(id).get("content") in family.end_of_text]
+    return ids
 
 
 def _dtype(file: ConfigFile) -> str:

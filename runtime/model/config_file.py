@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,9 @@ class ConfigFile:
     def get(self, key: str, default: object = None) -> object:
         value = self._values.get(key)
         return default if value is None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def section(self, *keys: str) -> ConfigFile:
         """The object under the first of `keys` that is there, else an empty one."""

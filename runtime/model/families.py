@@ -34,6 +34,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
         bias_option: the key of config.json that gives `biased` projections of the attention a bias, if there is one;
             `bias_default` is its value where it is not given.
         shared_expert: besides the chosen experts there is one that every row goes through, behind a gate of its own.
+        end_of_text: further tokens that end an answer, by their names in tokenizer_config.json, where
+            generation_config.json has none.
         rope_theta, rms_norm_eps: where config.json does not give them.
     """
 
@@ -56,6 +58,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     bias_default: bool = False
     biased: tuple[str, ...] = ("query", "key", "value", "output")
     shared_expert: bool = False
+    end_of_text: tuple[str, ...] = ()
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
 
@@ -109,6 +112,7 @@ GPT_OSS: Final = Family(
     windows="alternating",
     sinks=True,
     bias_default=True,
+    end_of_text=("<|return|>", "<|call|>", "<|endoftext|>"),
     rope_theta=150000.0,
     rms_norm_eps=1e-5,
 )

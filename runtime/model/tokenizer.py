@@ -32,9 +32,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of `text`, with the special tokens that the model's own tokenizer adds."""
-        return np.array(self._tokenizer.encode(text).ids, dtype=np.int32)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
+        """Token ids of `text`; with those that the model's own tokenizer puts around it, unless the text has them."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids, dtype=np.int32)
 
     def decode(self, token_ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of the ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""

@@ -10,7 +10,7 @@ from gguf_factory import write_gguf
 from in_process_model import InProcessModel
 from model_factory import make_model
 
-from hotset.runtime import Backend, SamplingParams
+from hotset.runtime import Backend, NoChatTemplate, SamplingParams
 from hotset.runtime.model.gguf_folder import model_folder
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, routing="off", ignore_eos=True)
@@ -25,6 +25,25 @@ def test_a_gguf_file_is_served_like_a_folder(tmp_path: Path, monkeypatch: pytest
     for workers in (1, 2):
         with Backend(path, workers=workers, expert_budget="75%") as backend:
             assert [backend.generate(ids, GREEDY).token_ids for ids in prompts()] == expected
+
+
+def test_a_conversation_is_the_text_that_its_template_makes_of_it(tmp_path: Path) -> None:
+    folder = make_family_model(tmp_path / "model", "qwen3_moe", dtype="bfloat16")
+    with Backend(folder, workers=1) as backend:
+        with pytest.raises(NoChatTemplate, match="has no chat template"):
+            backend.chat([{"role": "user", "content": "Hi"}])
+        (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}{{ mood }}>"
+        )
+        hello, bye = [{"role": "user", "content": "Hello"}], [{"role": "user", "content": "Bye"}]
+        mood = {"mood": "calm"}
+        single = backend.chat(hello, GREEDY, chat_template_kwargs=mood)
+        assert single.token_ids == backend.generate("user: Hello;calm>", GREEDY).token_ids
+        assert single.prompt_tokens == len("user: Hello;calm>")
+        both = backend.chat([hello, bye], GREEDY, chat_template_kwargs=mood)
+        assert [answer.token_ids for answer in both] == [
+            backend.generate(f"user: {word};calm>", GREEDY).token_ids for word in ("Hello", "Bye")
+        ]
 
 
 @pytest.mark.parametrize(

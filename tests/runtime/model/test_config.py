@@ -108,6 +108,16 @@ def test_end_of_text_ids_of_the_generation_config_are_added(folder: Path) -> Non
     assert ModelConfig.load(folder).eos_token_ids == (3, 5, 7)
 
 
+def test_gpt_oss_ends_at_a_tool_call_too(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family="gpt_oss", eos_token_id=2)
+    names = {2: "<|return|>", 3: "<|message|>", 12: "<|call|>"}
+    decoder = {str(id): {"content": name, "special": True} for id, name in names.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    assert ModelConfig.load(folder).eos_token_ids == (2, 12)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
+    assert ModelConfig.load(folder).eos_token_ids == (2, 11)
+
+
 def test_no_end_of_text(folder: Path) -> None:
     edit_config(folder, eos_token_id=None)
     assert ModelConfig.load(folder).eos_token_ids == ()
@@ -117,6 +127,7 @@ def test_no_end_of_text(folder: Path) -> None:
     ("option", "changes"),
     [
         ("LlamaForCausalLM", {"architectures": ["LlamaForCausalLM"]}),
+        ("DeepseekV3ForCausalLM", {"architectures": ["DeepseekV3ForCausalLM"]}),
         ("mamba", {"architectures": ..., "model_type": "mamba"}),
         ("hidden_act", {"hidden_act": "gelu"}),
         ("qkv_bias", {"qkv_bias": True}),
