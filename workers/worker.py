@@ -6,6 +6,7 @@ that has room. What it writes, per sequence and in this order: KV rows, the samp
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import time
@@ -39,6 +40,7 @@ from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment, SegmentError
+from hotset.workers.compute import _kernels
 from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
 from hotset.workers.expert_access import ExpertUnavailable
@@ -72,12 +74,18 @@ class Sequence:
         return self.known - self.committed > 1
 
 
+def threads_per_worker(num_workers: int) -> int:
+    """A worker's share of the cores that it may run on; with more workers than cores it computes alone."""
+    return min(_kernels.MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // num_workers))
+
+
 class Worker:
     def __init__(self, channel: Channel[ToWorker], start: StartWorker) -> None:
         self._channel = channel
         self._process = start.process
         self._config = start.config
         self._plan = start.plan
+        _kernels.set_num_threads(threads_per_worker(start.plan.num_workers))
         geometry = start.plan.geometry
         model = ModelConfig.load(start.config.model)
         checkpoint = Checkpoint.open(start.config.model, model)

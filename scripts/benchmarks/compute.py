@@ -71,11 +71,14 @@ def medians(candidates: list[Candidate], passes: int) -> list[Result]:
 
 
 def encode_weights(values: Floats, format: WeightFormat) -> npt.NDArray[Any]:
-    """As `_kernels.linear` takes them."""
-    if format in SINGLE_VALUE_TYPES:
-        data = encode(values, KvFormat[format.name])
-        return data.view(SINGLE_VALUE_TYPES[format])
-    return encode(values, KvFormat[format.name])
+    """As `_kernels.linear` takes them. MXFP4 gets other values of the same size: nothing here quantises to it."""
+    if format is WeightFormat.MXFP4:
+        outputs, inputs = values.shape
+        numbers = np.random.default_rng(2).integers(0, 256, values.size // 2, np.uint8)
+        scales = np.full(values.size // 32, 127 - 2, np.uint8)
+        return np.concatenate([numbers, scales]).reshape(outputs, inputs // 32 * 17)
+    data = encode(values, KvFormat[format.name])
+    return data.view(SINGLE_VALUE_TYPES.get(format, np.uint8))
 
 
 class Pool:

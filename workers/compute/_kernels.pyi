@@ -20,6 +20,7 @@ Q4_0: int
 MXFP4: int
 GATE_UP_DOWN: int
 INTERLEAVED_WITH_BIASES: int
+MAX_THREADS: int
 KV_FLOAT32: int
 KV_FLOAT16: int
 KV_BFLOAT16: int
@@ -110,8 +111,8 @@ def attention(
     not read. The bits are those of float32 pages with the same values."""
 
 def set_num_threads(threads: int) -> None:
-    """Threads that a kernel may use, the caller included (1 at first). Small calls stay in the calling
-    thread.
+    """Threads that a kernel may use, the caller included: 1 at first, MAX_THREADS at most. Small calls stay in the
+    calling thread; a thread that finds no work for some 20 us sleeps.
     """
 
 def instruction_sets() -> list[str]:

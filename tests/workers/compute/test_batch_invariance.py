@@ -117,6 +117,17 @@ def test_prefill_in_any_chunks_equals_token_by_token(model: InProcessModel, data
     assert np.isfinite(one_by_one).all()
 
 
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_does_not_show_in_logits(tmp_path: Path) -> None:
+    """With rows enough that products and attention are split."""
+    model = InProcessModel(make_model(tmp_path / "model", hidden_size=192, num_heads=6, num_kv_heads=2))
+    token_ids = np.arange(200, dtype=np.int32)
+    alone = model.logits(token_ids)
+    for threads in (2, 5):
+        _kernels.set_num_threads(threads)
+        np.testing.assert_array_equal(model.logits(token_ids), alone)
+
+
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_sequences_together_equal_each_alone(model: InProcessModel, data: st.DataObject) -> None:

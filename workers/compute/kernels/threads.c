@@ -6,15 +6,20 @@
 
 #define MIN_PARALLEL_WORK 400000 /* multiply-adds; below, waking a thread costs more than it saves */
 
+/* Waking a sleeping thread takes some 30 us, about as long as a product of one row. The loops of a forward pass follow
+ * one another within a few us, so a thread looks for the next one so often before it sleeps: for 5 to 25 us. */
+#define LOOKS_BEFORE_SLEEP 500
+
 static struct {
     pthread_mutex_t busy; /* held by the thread whose loop the pool runs */
-    pthread_mutex_t lock; /* guards what follows, `next` excepted */
+    pthread_mutex_t lock; /* guards what follows, except for reading the atomics */
     pthread_cond_t start, done;
     pthread_t threads[MAX_THREADS];
-    int size;    /* threads besides the caller */
-    int wanted;  /* a thread with an index from here on ends */
-    int running; /* threads that have not finished the current loop */
-    unsigned long loop; /* number of loops since the threads were started */
+    int size;   /* threads besides the caller */
+    int wanted; /* a thread with an index from here on ends */
+    int open;   /* threads may still join the current loop; none has to: one that wakes late is not waited for */
+    atomic_int running; /* threads that joined it and have not left */
+    atomic_ulong loop;  /* number of loops since the threads were started */
     loop_part *part;
     void *context;
     size_t count, step;
@@ -33,25 +38,46 @@ static void pool_work(void) {
     }
 }
 
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void await_next_loop(unsigned long seen) {
+    /* Relaxed: only a hint, the thread looks again under the lock. */
+    for (int i = 0; i < LOOKS_BEFORE_SLEEP && atomic_load_explicit(&pool.loop, memory_order_relaxed) == seen; i++)
+        pause_briefly();
+}
+
 static void *pool_thread(void *argument) {
     int index = (int)(ptrdiff_t)argument;
     unsigned long seen = 0; /* not pool.loop: the first loop may have begun before this thread did */
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (pool.loop == seen && index < pool.wanted) pthread_cond_wait(&pool.start, &pool.lock);
+        /* Relaxed here and below: the lock orders them. */
+        while ((!pool.open || atomic_load_explicit(&pool.loop, memory_order_relaxed) == seen) && index < pool.wanted)
+            pthread_cond_wait(&pool.start, &pool.lock);
         if (index >= pool.wanted) break;
-        seen = pool.loop;
+        seen = atomic_load_explicit(&pool.loop, memory_order_relaxed);
+        atomic_fetch_add_explicit(&pool.running, 1, memory_order_relaxed);
         pthread_mutex_unlock(&pool.lock);
         pool_work();
         pthread_mutex_lock(&pool.lock);
-        if (--pool.running == 0) pthread_cond_signal(&pool.done);
+        if (atomic_fetch_sub_explicit(&pool.running, 1, memory_order_relaxed) == 1) pthread_cond_signal(&pool.done);
+        pthread_mutex_unlock(&pool.lock);
+        await_next_loop(seen);
+        pthread_mutex_lock(&pool.lock);
     }
     pthread_mutex_unlock(&pool.lock);
     return NULL;
 }
 
 void pool_forget(void) {
-    pool.size = pool.wanted = pool.running = 0;
+    pool.size = pool.wanted = pool.open = 0;
+    atomic_init(&pool.running, 0);
     pthread_mutex_init(&pool.busy, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.start, NULL);
@@ -67,7 +93,7 @@ int pool_resize(int threads) {
     pthread_mutex_unlock(&pool.lock);
     for (int i = 0; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
     pthread_mutex_lock(&pool.lock); /* the new threads wait for it until they are all there */
-    pool.loop = 0;
+    atomic_store_explicit(&pool.loop, 0, memory_order_relaxed); /* under the lock */
     pool.wanted = threads - 1;
     sigset_t all, before; /* the host's signals are for its own threads */
     sigfillset(&all);
@@ -98,14 +124,19 @@ void parallel_for(size_t count, size_t grain, double work, loop_part *part, void
     pool.part = part;
     pool.context = context;
     pool.count = count;
+    /* Relaxed: the lock orders them. */
     atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
-    pool.running = pool.size;
-    pool.loop++;
+    atomic_fetch_add_explicit(&pool.loop, 1, memory_order_relaxed);
+    pool.open = 1;
     pthread_cond_broadcast(&pool.start);
     pthread_mutex_unlock(&pool.lock);
     pool_work();
+    /* Relaxed: a hint as in await_next_loop. */
+    for (int i = 0; i < LOOKS_BEFORE_SLEEP && atomic_load_explicit(&pool.running, memory_order_relaxed); i++)
+        pause_briefly();
     pthread_mutex_lock(&pool.lock);
-    while (pool.running) pthread_cond_wait(&pool.done, &pool.lock);
+    pool.open = 0;
+    while (atomic_load_explicit(&pool.running, memory_order_relaxed)) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.busy);
 }
