@@ -60,6 +60,9 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
             model 2 to 7 % of them were used before they went again, so the default is "off".
         eviction: which expert goes when a slot is needed.
+        read_lanes: experts that are read from disk at once, each by a thread of the pager and into a slot that nobody
+            else can use meanwhile. None is 4, or what a small expert budget leaves beyond the experts of one token
+            per worker (`backend.plan.read_lanes`).
         max_num_seqs: sequences that are served at once; further requests wait.
         max_num_batched_tokens: rows of one forward step.
         max_model_len: longest prompt plus answer, in tokens; None is what the model was trained for.
@@ -80,6 +83,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     mass_budget: float = 0.004
     prefetch: PrefetchPolicy = "off"
     eviction: EvictionPolicy = "affinity"
+    read_lanes: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 256
     max_model_len: int | None = None
@@ -94,8 +98,11 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
             ("block_size", 1),
+            ("read_lanes", 1),
         ):
             value = getattr(self, name)
+            if name == "read_lanes" and value is None:
+                continue
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {low}")
         if self.memory is not None and self.expert_budget is not None:

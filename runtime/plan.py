@@ -13,7 +13,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Geometry, Layout
 
-READ_LANES = 1  # slots that may be loading at once
+DEFAULT_READ_LANES = 4  # where there are slots enough
 SLOT_ALIGNMENT = 4096  # bytes; preadv and O_DIRECT want whole pages
 DEFAULT_EXPERT_BUDGET = "50%"
 MAX_DEFAULT_KV_NBYTES = 2**30
@@ -53,6 +53,7 @@ class InstancePlan(msgspec.Struct, frozen=True):
     geometry: Geometry
     max_model_len: int
     expert_nbytes: int
+    read_lanes: int  # slots that may be loading at once
     eos_token_ids: tuple[int, ...]
     memory: MemorySplit
 
@@ -109,7 +110,8 @@ class _Planner:
             )
         # Every worker can hold all its pins and the pager still finds a slot to load into: else two workers that wait
         # for each other's slots would wait for ever.
-        self.least_slots = config.workers * model.experts_per_token + READ_LANES
+        self.pinned_slots = config.workers * model.experts_per_token
+        self.least_slots = self.pinned_slots + (config.read_lanes or 1)
         self.blocks_per_sequence = -(-self.max_model_len // config.block_size)
         self.pages_for_all = config.max_num_seqs * self.blocks_per_sequence
 
@@ -120,6 +122,7 @@ class _Planner:
             geometry=geometry,
             max_model_len=self.max_model_len,
             expert_nbytes=self.checkpoint.expert_nbytes,
+            read_lanes=self._read_lanes(num_slots),
             eos_token_ids=self.model.eos_token_ids,
             memory=MemorySplit(
                 processes=self._processes_nbytes(),
@@ -168,7 +171,7 @@ class _Planner:
 
     def _geometry(self, num_slots: int, num_pages: int) -> Geometry:
         config, model = self.config, self.model
-        spare = (num_slots - READ_LANES) // (2 * config.workers)
+        spare = (num_slots - self._read_lanes(num_slots)) // (2 * config.workers)
         return Geometry(
             num_layers=model.num_layers,
             num_experts=model.num_experts,
@@ -182,6 +185,10 @@ class _Planner:
             max_sequences=config.max_num_seqs,
             max_model_len=self.max_model_len,
         )
+
+    def _read_lanes(self, num_slots: int) -> int:
+        """As many as asked for; by default fewer in a small pool, which is legal from one lane on."""
+        return self.config.read_lanes or max(1, min(DEFAULT_READ_LANES, num_slots - self.pinned_slots))
 
     def _processes_nbytes(self) -> int:
         """Coordinator, pager, workers and client, and a worker's float32 activations of the largest step."""

@@ -57,7 +57,7 @@ class PlayedInstance:
         self.client = Client()
         self.inbox: dict[int, list[Any]] = {worker: [] for worker in range(num_workers)}
         no_memory = MemorySplit(processes=0, dense_weights=0, experts=0, kv_pages=0, bookkeeping=0)
-        instance = _Instance(InstancePlan(self.geometry, max_model_len, 0, (END_OF_TEXT,), no_memory))
+        instance = _Instance(InstancePlan(self.geometry, max_model_len, 0, 1, (END_OF_TEXT,), no_memory))
         self.arena = instance.arena
         self.dispatcher = Dispatcher(
             BackendConfig(workers=num_workers, block_size=4),

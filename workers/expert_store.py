@@ -1,8 +1,10 @@
-"""Where experts come from: reads one expert's weights from the checkpoint's files into a slot."""
+"""Where experts come from: which bytes of which files make up an expert, and reading them into a slot."""
 
 from __future__ import annotations
 
+import itertools
 import os
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +12,10 @@ import xxhash
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint, ExpertLocation
-from hotset.runtime.model.tensor_index import STORED_DTYPES
+from hotset.runtime.model.tensor_index import STORED_DTYPES, TensorLocation
 from hotset.shm.layout import WeightFormat
 
-CHUNK_NBYTES = 4 << 20  # one read of at most this much
+CHUNK_NBYTES = 1 << 20  # about what one read takes; between two of them an urgent load may go first
 
 
 class ExpertReadError(HotsetError):
@@ -26,68 +28,119 @@ class ExpertReadError(HotsetError):
         self.offset = offset
 
 
+class Chunk(NamedTuple):
+    """`nbytes` bytes at `offset` of `path`, which go to `pieces` of a slot: (start, nbytes), one after the other."""
+
+    expert_id: int
+    path: str
+    offset: int
+    nbytes: int
+    pieces: tuple[tuple[int, int], ...]
+
+
 class ExpertStore:
     """Reads experts of an open checkpoint, their parts one behind the other (runtime/model/expert_parts.py).
 
     The checksum of the first whole read is the store's checksum from then on (INV-1): weights that change under a
-    running instance are refused instead of served.
+    running instance are refused instead of served. `read` may be called from several threads at once.
     """
 
-    def __init__(self, checkpoint: Checkpoint, num_layers: int, num_experts: int) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._num_experts = num_experts
-        self._checksums: list[int | None] = [None] * (num_layers * num_experts)
+        self._num_experts = checkpoint.config.num_experts
+        self._checksums: list[int | None] = [None] * (checkpoint.config.num_layers * self._num_experts)
         self._files: dict[str, int] = {}
         self.nbytes = checkpoint.expert_nbytes
         self._format = WeightFormat[checkpoint.expert_dtype.upper()]
 
-    def read(self, expert_id: int, slot: npt.NDArray[np.uint8]) -> tuple[int, WeightFormat]:
-        """Fills the first `nbytes` of `slot`; returns checksum and format, or raises `ExpertReadError`."""
-        layer, expert = divmod(expert_id, self._num_experts)
-        location = self._checkpoint.expert(layer, expert)
+    def chunks(self, expert_id: int) -> list[Chunk]:
+        """What has to be read, in the order of the file."""
+        location = self._location(expert_id)
+        starts = itertools.accumulate((part.nbytes for part in location.parts[:-1]), initial=0)
+        parts = sorted(zip(location.parts, starts, strict=True), key=lambda part: (part[0].file, part[0].offset))
+        chunks: list[Chunk] = []
+        run: list[tuple[TensorLocation, int]] = []  # parts that follow one another in a file
+        for tensor, start in parts:
+            if run and (run[-1][0].file != tensor.file or run[-1][0].offset + run[-1][0].nbytes != tensor.offset):
+                chunks += _cut(expert_id, run)
+                run = []
+            run.append((tensor, start))
+        return chunks + _cut(expert_id, run)
+
+    def read(self, chunk: Chunk, slot: npt.NDArray[np.uint8]) -> None:
+        """Raises `ExpertReadError`."""
         memory = memoryview(slot)
-        filled = 0
-        for tensor in location.parts:
-            path = str(tensor.file)
-            for start in range(0, tensor.nbytes, CHUNK_NBYTES):
-                chunk = memory[filled : filled + min(CHUNK_NBYTES, tensor.nbytes - start)]
-                self._read_chunk(path, tensor.offset + start, chunk, layer, expert)
-                filled += len(chunk)
+        buffers = [memory[start : start + nbytes] for start, nbytes in chunk.pieces]
+        done = 0
+        try:
+            while done < chunk.nbytes:
+                count = os.preadv(self._file(chunk.path), buffers, chunk.offset + done)
+                if count == 0:
+                    raise self._error(chunk, done, "the file ends there")
+                done += count
+                while buffers and count >= len(buffers[0]):
+                    count -= len(buffers.pop(0))
+                if buffers:
+                    buffers[0] = buffers[0][count:]
+        except OSError as error:
+            raise self._error(chunk, done, error.strerror or str(error)) from error
+
+    def complete(self, expert_id: int, slot: npt.NDArray[np.uint8]) -> tuple[int, WeightFormat]:
+        """Checksum and format of an expert whose chunks are all in `slot`; raises `ExpertReadError` if its bytes are
+        not what they were."""
+        location = self._location(expert_id)
         transpose_parts(location, slot)
-        checksum = xxhash.xxh3_64_intdigest(memory[:filled])
+        checksum = xxhash.xxh3_64_intdigest(memoryview(slot)[: self.nbytes])
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
-            raise ExpertReadError(
-                str(location.parts[0].file),
-                layer,
-                expert,
-                location.parts[0].offset,
-                f"its checksum is {checksum:#x}, it was {expected:#x} when it was first read",
-            )
+            problem = f"its checksum is {checksum:#x}, it was {expected:#x} when it was first read"
+            first = location.parts[0]
+            layer, expert = divmod(expert_id, self._num_experts)
+            raise ExpertReadError(str(first.file), layer, expert, first.offset, problem)
         self._checksums[expert_id] = checksum
         return checksum, self._format
 
-    def _read_chunk(self, path: str, offset: int, chunk: memoryview, layer: int, expert: int) -> None:
-        done = 0
-        try:
-            fd = self._files.get(path)
-            if fd is None:
-                fd = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                # The next expert lies elsewhere: reading ahead doubled the bytes from disk under a memory limit.
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-            while done < len(chunk):
-                count = os.preadv(fd, [chunk[done:]], offset + done)
-                if count == 0:
-                    raise ExpertReadError(path, layer, expert, offset + done, "the file ends there")
-                done += count
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ExpertReadError(path, layer, expert, offset + done, reason) from error
+    def _location(self, expert_id: int) -> ExpertLocation:
+        return self._checkpoint.expert(*divmod(expert_id, self._num_experts))
+
+    def _file(self, path: str) -> int:
+        fd = self._files.get(path)
+        if fd is None:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # The next expert lies elsewhere: reading ahead doubled the bytes from disk under a memory limit.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            # Two threads may get here at once; the one that comes second uses the first one's file.
+            if (first := self._files.setdefault(path, fd)) != fd:
+                os.close(fd)
+                return first
+        return fd
+
+    def _error(self, chunk: Chunk, done: int, problem: str) -> ExpertReadError:
+        return ExpertReadError(chunk.path, *divmod(chunk.expert_id, self._num_experts), chunk.offset + done, problem)
 
     def close(self) -> None:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
+
+
+def _cut(expert_id: int, run: list[tuple[TensorLocation, int]]) -> list[Chunk]:
+    """The chunks of tensors that follow one another in a file; each comes with its start in the slot."""
+    first = run[0][0]
+    nbytes = sum(tensor.nbytes for tensor, _ in run)
+    count = max(1, round(nbytes / CHUNK_NBYTES))
+    bounds = [nbytes * index // count for index in range(count + 1)]
+    chunks: list[Chunk] = []
+    for begin, end in itertools.pairwise(bounds):
+        pieces: list[tuple[int, int]] = []
+        at = 0  # of the tensor within the run
+        for tensor, start in run:
+            low, high = max(begin, at), min(end, at + tensor.nbytes)
+            if low < high:
+                pieces.append((start + low - at, high - low))
+            at += tensor.nbytes
+        chunks.append(Chunk(expert_id, str(first.file), first.offset + begin, end - begin, tuple(pieces)))
+    return chunks
 
 
 def transpose_parts(location: ExpertLocation, slot: npt.NDArray[np.uint8]) -> None:

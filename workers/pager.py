@@ -1,4 +1,5 @@
-"""The pager process: brings requested experts into slots. The only writer of slot words, masks and directory.
+"""The pager process: brings requested experts into slots. Its main thread is the only writer of slot words, masks and
+directory; its read lanes fill slots.
 
 Requests come as messages, urgent before prefetch; what the queue could not hold is found by rescanning the request
 bits. See shm/core/residency.h for the protocol, whose pager side this is.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import select
 import sys
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -31,15 +33,19 @@ from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment, SegmentError
 from hotset.workers.eviction.policy import make_eviction
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
+from hotset.workers.idle_disk import IdleDisk
+from hotset.workers.read_lanes import Load, ReadLanes
 
 RESCAN_SECONDS = 0.1
 RETRY_SECONDS = 0.001  # for requests that found every slot pinned: pins last about a layer step
+PREFETCH_EPOCHS = 8  # a prefetch that waited while its layer was routed that often is not wanted any more
 
 
 class Pager:
-    """Serves page-in requests one after the other.
+    """Begins loads as long as read lanes are free, urgent ones first, and publishes them when they are finished.
 
-    `_expert_in_slot` and `_empty_slots` mirror the slot words, of which this process is the only writer.
+    `_expert_in_slot` and `_empty_slots` mirror the slot words, of which this process is the only writer. An expert
+    that was requested is in `_urgent` or `_prefetches` until its load begins, then in `_loads`.
     """
 
     def __init__(self, channel: Channel[ToPager], start: StartPager) -> None:
@@ -48,12 +54,15 @@ class Pager:
         self._segment = Segment.attach(start.instance, start.plan.geometry)
         self._arena = self._segment.arena
         self._queue = PagingQueue.attach(start.instance)
-        self._slot_bytes = self._segment.view(Section.EXPERT_SLOTS)
         geometry = start.plan.geometry
         self._num_experts = geometry.num_experts
         model = ModelConfig.load(start.config.model)
-        self._store = ExpertStore(Checkpoint.open(start.config.model, model), geometry.num_layers, geometry.num_experts)
+        self._store = ExpertStore(Checkpoint.open(start.config.model, model))
         self._eviction = make_eviction(start.config.eviction, self._segment, start.process)
+        self._urgent: dict[int, None] = {}  # in the order of arrival
+        self._prefetches: dict[int, int] = {}  # with the layer's epoch at arrival
+        self._loads: dict[int, Load] = {}
+        self._idle_disk = IdleDisk()
         self._next_rescan = 0.0
         self._arena.recover()
         self._expert_in_slot = np.full(geometry.num_slots, -1, np.int64)
@@ -64,6 +73,7 @@ class Pager:
                 self._expert_in_slot[slot] = expert
             else:
                 self._empty_slots.append(slot)
+        self._lanes = ReadLanes(self._store, self._segment.view(Section.EXPERT_SLOTS), start.plan.read_lanes)
 
     # ---- slots
 
@@ -84,106 +94,169 @@ class Pager:
             self._count(Counter.EVICTIONS_REFUSED)
         return None
 
-    def _load(self, expert: int, *, prefetched: bool) -> bool:
-        """Brings an absent expert in; False if no slot can be had now. An urgent request then stays, a prefetch
-        is dropped."""
-        slot = self._take_slot(expert, prefetched=prefetched)
-        if slot is None:
-            if prefetched:
-                self._arena.withdraw_prefetch(expert)
-                self._count(Counter.PREFETCH_DROPPED)
-            return False
-        began = time.monotonic_ns()
-        self._arena.load_begin(slot, expert)
-        try:
-            checksum, weight_format = self._read(expert, slot)
-        except ExpertReadError as error:
-            self._give_up(slot, expert, error)
-            return True
-        self._arena.load_publish(slot, checksum, self._store.nbytes, weight_format, prefetched)
-        self._arena.wake(expert // self._num_experts)
-        self._expert_in_slot[slot] = expert
-        self._count(Counter.PREFETCH_PAGE_INS if prefetched else Counter.URGENT_PAGE_INS)
-        self._count(Counter.BYTES_READ, self._store.nbytes)
-        self._arena.record_latency(self._process, Histogram.PAGING, time.monotonic_ns() - began)
-        return True
-
-    def _read(self, expert: int, slot: int) -> tuple[int, int]:
-        memory = self._slot_bytes[slot]
-        try:
-            return self._store.read(expert, memory)
-        except ExpertReadError:
-            return self._store.read(expert, memory)  # once more: a passing error of the disk is not a lost request
-
-    def _give_up(self, slot: int, expert: int, error: ExpertReadError) -> None:
-        """The expert's waiters wake, see the failed mask, and fail their requests."""
-        self._arena.set_failed(expert)
+    def _free_slot(self, slot: int) -> None:
+        """Of an EVICTING slot, or of a LOADING one that will not be filled."""
         self._arena.slot_release(slot)
         self._empty_slots.append(slot)
-        self._arena.wake(expert // self._num_experts)
-        self._count(Counter.FAILED_LOADS)
-        layer, within = divmod(expert, self._num_experts)
-        self._channel.send(ExpertFailed(layer, within, str(error)))
-
-    # ---- requests
-
-    def _serve(self, expert: int, *, prefetched: bool) -> bool:
-        """Answers one request; False if it has to wait for a slot."""
-        if self._arena.find(expert) >= 0 or self._arena.failed(expert):
-            self._arena.withdraw_request(expert)
-            self._arena.wake(expert // self._num_experts)
-            return True
-        return self._load(expert, prefetched=prefetched)
-
-    def _serve_messages(self) -> None:
-        """Takes messages until the queue is empty. A message is a hint: the request bit decides."""
-        while (message := self._queue.receive()) is not None:
-            first = message.layer * self._num_experts
-            if message.direction is PagingDirection.OUT:
-                for expert in message.experts:
-                    self._page_out(first + expert)
-                continue
-            urgent = message.priority is PagingPriority.URGENT
-            for expert in message.experts:
-                if not self._arena.requested(first + expert, urgent):
-                    continue  # an earlier message, or a rescan, has served it
-                if not self._serve(first + expert, prefetched=not urgent) and urgent:
-                    self._next_rescan = time.monotonic() + RETRY_SECONDS
 
     def _page_out(self, expert: int) -> None:
         slot = self._arena.find(expert)
         if slot >= 0 and self._arena.evict_begin(slot):
-            self._arena.slot_release(slot)
             self._expert_in_slot[slot] = -1
-            self._empty_slots.append(slot)
+            self._free_slot(slot)
             self._count(Counter.PAGE_OUTS)
 
+    # ---- loads
+
+    def _begin(self, expert: int, slot: int, *, urgent: bool) -> None:
+        (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
+        load = self._loads[expert] = Load(expert, slot, urgent=urgent)
+        if urgent:
+            self._idle_disk.urgent_load_began()
+        self._lanes.begin(load)
+
+    def _finish_loads(self) -> None:
+        for load in self._lanes.take_finished():
+            del self._loads[load.expert]
+            if load.urgent:
+                self._idle_disk.urgent_load_ended()
+            if load.cancelled:
+                self._free_slot(load.slot)
+                self._count(Counter.PREFETCH_DROPPED)
+            elif load.error is not None:
+                self._give_up(load, load.error)
+            else:
+                self._publish(load)
+
+    def _publish(self, load: Load) -> None:
+        nbytes, prefetched = self._store.nbytes, not load.urgent
+        self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, prefetched)
+        self._arena.wake(load.expert // self._num_experts)
+        self._expert_in_slot[load.slot] = load.expert
+        self._count(Counter.PREFETCH_PAGE_INS if prefetched else Counter.URGENT_PAGE_INS)
+        self._count(Counter.BYTES_READ, nbytes)
+        if load.urgent:
+            self._arena.record_latency(self._process, Histogram.PAGING, time.monotonic_ns() - load.began)
+
+    def _give_up(self, load: Load, error: ExpertReadError) -> None:
+        """The expert's waiters wake, see the failed mask, and fail their requests."""
+        self._arena.set_failed(load.expert)
+        self._free_slot(load.slot)
+        self._arena.wake(load.expert // self._num_experts)
+        self._count(Counter.FAILED_LOADS)
+        self._channel.send(ExpertFailed(error.layer, error.expert, str(error)))
+
+    # ---- requests
+
+    def _receive_messages(self) -> None:
+        """Takes messages until the queue is empty. A message is a hint: the request bit decides."""
+        while (message := self._queue.receive()) is not None:
+            experts = [message.layer * self._num_experts + expert for expert in message.experts]
+            if message.direction is PagingDirection.OUT:
+                for expert in experts:
+                    self._page_out(expert)
+            else:
+                self._note_requests(experts, urgent=message.priority is PagingPriority.URGENT)
+
     def _rescan(self) -> None:
-        """Repairs from the bits what the queue did not carry, and tries again what found no slot."""
-        waiting = False
-        for expert in self._arena.urgent_requests():
-            waiting |= not self._serve(expert, prefetched=False)
-        self._next_rescan = time.monotonic() + (RETRY_SECONDS if waiting else RESCAN_SECONDS)
-        if not waiting:
-            for expert in self._arena.prefetch_requests():
-                self._serve(expert, prefetched=True)
+        """Repairs from the bits what the queue did not carry."""
+        self._note_requests(self._arena.urgent_requests(), urgent=True)
+        self._note_requests(self._arena.prefetch_requests(), urgent=False)
+        self._next_rescan = time.monotonic() + RESCAN_SECONDS
+
+    def _note_requests(self, experts: Iterable[int], *, urgent: bool) -> None:
+        for expert in experts:
+            if urgent:
+                self._urgent.setdefault(expert)
+            else:
+                self._prefetches.setdefault(expert, self._epoch(expert))
+
+    def _epoch(self, expert: int) -> int:
+        return self._arena.load_u64(Section.LAYERS, expert // self._num_experts, 0)
+
+    def _serve_urgent(self) -> None:
+        """Begins urgent loads until no lane is free or no slot can be had."""
+        for expert in list(self._urgent):
+            # An earlier message, or a rescan, may have served it.
+            if not self._arena.requested(expert, True) or self._is_settled(expert):
+                del self._urgent[expert]
+            elif expert in self._loads:
+                if not self._overtake(self._loads[expert]):
+                    continue  # it was given up a moment ago, and begins again once its slot is free
+                del self._urgent[expert]
+            elif (slot := self._slot_for_urgent(expert)) is not None:
+                del self._urgent[expert]
+                self._begin(expert, slot, urgent=True)
+            else:
+                return
+
+    def _is_settled(self, expert: int) -> bool:
+        """Whether there is nothing to load: then the request is answered."""
+        if self._arena.find(expert) < 0 and not self._arena.failed(expert):
+            return False
+        self._arena.withdraw_request(expert)
+        self._arena.wake(expert // self._num_experts)
+        return True
+
+    def _overtake(self, load: Load) -> bool:
+        """An urgent request for what is being loaded already. Its bit is cleared only if the load is sure to end."""
+        was_urgent = load.urgent
+        if not self._lanes.promote(load):
+            return False
+        if not was_urgent:
+            self._idle_disk.urgent_load_began()
+        self._arena.withdraw_request(load.expert)
+        return True
+
+    def _slot_for_urgent(self, expert: int) -> int | None:
+        slot = None
+        if len(self._loads) < self._lanes.count:
+            slot = self._take_slot(expert, prefetched=False)
+            if slot is None:
+                self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
+        if slot is None:
+            for load in self._loads.values():
+                self._lanes.cancel(load)  # a prefetch gives its lane and its slot
+        return slot
+
+    def _serve_prefetch(self) -> None:
+        """Begins one prefetch if nothing else is going on and the disk is mostly idle."""
+        while self._prefetches and not self._urgent and not self._loads and self._idle_disk.is_idle():
+            expert, epoch = self._prefetches.popitem()
+            if not self._arena.requested(expert, False) or self._is_settled(expert):
+                continue
+            wanted = self._epoch(expert) - epoch <= PREFETCH_EPOCHS
+            slot = self._take_slot(expert, prefetched=True) if wanted else None
+            if slot is None:
+                self._arena.withdraw_prefetch(expert)
+                self._count(Counter.PREFETCH_DROPPED)
+            else:
+                self._begin(expert, slot, urgent=False)
 
     # ---- the loop
 
     def run(self) -> None:
         """Returns when the coordinator says so; raises `ChannelClosed` when it is gone."""
         poll = select.poll()
-        poll.register(self._queue.fd, select.POLLIN)
-        poll.register(self._channel.fileno(), select.POLLIN)
+        for source in (self._queue.fd, self._channel.fileno(), self._lanes.fd):
+            poll.register(source, select.POLLIN)
         self._channel.send(PagerReady(self._process))
         while True:
             for message in self._channel.receive():
                 if isinstance(message, StopWorking):
                     return
-            self._serve_messages()
+            self._finish_loads()
+            self._receive_messages()
             if time.monotonic() >= self._next_rescan:
                 self._rescan()
+            self._serve_urgent()
+            self._serve_prefetch()
             poll.poll(max(0.0, self._next_rescan - time.monotonic()) * 1000)
+
+    def close(self) -> None:
+        """Returns when nothing writes to the arena any more."""
+        self._lanes.close()
+        self._store.close()
 
     def _count(self, counter: Counter, amount: int = 1) -> None:
         self._arena.count(self._process, counter, amount)
@@ -195,7 +268,11 @@ def main(arguments: list[str]) -> int:
         start = channel.wait()
         if not isinstance(start, StartPager):
             return 0
-        Pager(channel, start).run()
+        pager = Pager(channel, start)
+        try:
+            pager.run()
+        finally:
+            pager.close()
     except ChannelClosed:
         return 0
     except (HotsetError, SegmentError, OSError) as error:

@@ -108,8 +108,8 @@ def write_model(folder: Path, expert_mib: int) -> None:
         "hidden_size": HIDDEN_SIZE,
         "intermediate_size": inner,
         "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
         "num_experts": num_experts,
         "num_experts_per_tok": TOP_K,
         "max_position_embeddings": 16,
@@ -268,7 +268,7 @@ def measure(megabytes: list[int], rounds: int) -> tuple[list[Rate], list[UrgentL
     for mib in megabytes:
         with model_of(mib) as folder:
             experts = Experts(folder)
-            pager = PagerUnderTest(folder, experts.nbytes)
+            pager = PagerUnderTest(folder, experts.nbytes, read_lanes=lanes)
             try:
                 rates += measure_rates(experts, pager, lanes, mib, rounds)
                 latencies.append(measure_urgent_latency(experts, pager, mib))

@@ -170,7 +170,8 @@ static PyObject *arena_slot_release(PyObject *self, PyObject *arg) {
     Py_RETURN_NONE;
 }
 
-static PyObject *arena_load_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+static PyObject *begin_to_load(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                               void (*begin)(const struct arena *, uint32_t, uint32_t)) {
     struct arena *arena = arena_of(self);
     uint64_t v[2];
     if (!arena) return NULL;
@@ -187,8 +188,16 @@ static PyObject *arena_load_begin(PyObject *self, PyObject *const *args, Py_ssiz
     if (entry && entry != v[0] + 1)
         return PyErr_Format(PyExc_ValueError, "expert %d is in slot %d already, expected one that is in no slot", (int)v[1],
                             (int)entry - 1);
-    load_begin(arena, (uint32_t)v[0], (uint32_t)v[1]);
+    begin(arena, (uint32_t)v[0], (uint32_t)v[1]);
     Py_RETURN_NONE;
+}
+
+static PyObject *arena_load_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    return begin_to_load(self, args, count, load_begin);
+}
+
+static PyObject *arena_prefetch_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    return begin_to_load(self, args, count, prefetch_begin);
 }
 
 static PyObject *arena_load_publish(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -279,6 +288,7 @@ static PyObject *arena_resident_experts(PyObject *self, PyObject *ignored) {
     {"evict_begin", arena_evict_begin, METH_O, "Pager: RESIDENT to EVICTING; False if pinned or not resident."},       \
     {"slot_release", arena_slot_release, METH_O, "Pager: EVICTING or LOADING to EMPTY."},                              \
     {"load_begin", FASTCALL(arena_load_begin), "load_begin(slot, id): to LOADING, then clears the request bits."},     \
+    {"prefetch_begin", FASTCALL(arena_prefetch_begin), "The same for a load that may be given up: keeps an urgent bit."},\
     {"load_publish", FASTCALL(arena_load_publish), "load_publish(slot, checksum, nbytes, format, prefetched)."},       \
     {"recover", arena_recover, METH_NOARGS, "Pager restart: rebuilds masks and directory from the slot words."},       \
     {"urgent_requests", arena_urgent_requests, METH_NOARGS, "Ids with the urgent bit set."},                           \

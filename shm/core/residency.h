@@ -12,7 +12,7 @@
  *       (seen 74,737 times in 3 s on x86; a store may pass a later load there).
  *   R3  A request is never lost: its bit is cleared only after LOADING (or RESIDENT) with the expert's id is
  *       stored, so at every instant a wanted expert has its bit set, or is LOADING, or is RESIDENT. Clearing the
- *       bit before LOADING, or after the load, loses a request (tests/race explores both).
+ *       bit before LOADING, or for a prefetch, which may be given up, loses a request (tests/race explores both).
  *   R4  Masks and directory are derived from the slot words and rebuilt from them when the pager restarts.
  *
  * Experts are named by `id` = layer * num_experts + expert throughout. */
@@ -115,7 +115,7 @@ static inline int evict_begin(const struct arena *arena, uint32_t slot) {
     return 1;
 }
 
-/* Frees an EVICTING slot (page-out), or a LOADING one whose read failed. */
+/* Frees an EVICTING slot (page-out), or a LOADING one whose read failed or, of a prefetch, was given up. */
 static inline void slot_release(const struct arena *arena, uint32_t slot) {
     uint64_t word = load_relaxed(&arena->slot_words[slot]);
     uint32_t id = slot_word_expert(word);
@@ -124,8 +124,7 @@ static inline void slot_release(const struct arena *arena, uint32_t slot) {
     store_seq_cst(&arena->slot_words[slot], slot_word(slot_word_generation(word) + 1, 0, SLOT_EMPTY));
 }
 
-/* Rule 4: the EMPTY or EVICTING `slot` begins to load `id`; only then the request bits are cleared (R3). */
-static inline void load_begin(const struct arena *arena, uint32_t slot, uint32_t id) {
+static inline void slot_to_loading(const struct arena *arena, uint32_t slot, uint32_t id) {
     uint64_t word = load_relaxed(&arena->slot_words[slot]);
     uint32_t previous = slot_word_expert(word);
     if (slot_word_state(word) == SLOT_EVICTING && load_relaxed(&arena->directory[previous]) == slot + 1)
@@ -133,7 +132,19 @@ static inline void load_begin(const struct arena *arena, uint32_t slot, uint32_t
     store_seq_cst(&arena->slot_words[slot], slot_word(slot_word_generation(word) + 1, id, SLOT_LOADING));
     store_seq_cst(&arena->directory[id], slot + 1);
     mask_put(arena, arena->loading_mask, id, 1);
+}
+
+/* Rule 4: the EMPTY or EVICTING `slot` begins to load `id`; only then the request bits are cleared (R3). */
+static inline void load_begin(const struct arena *arena, uint32_t slot, uint32_t id) {
+    slot_to_loading(arena, slot, id);
     mask_put(arena, arena->urgent_mask, id, 0);
+    mask_put(arena, arena->prefetch_mask, id, 0);
+}
+
+/* The same for a prefetch. It may be given up, so an urgent request that has come meanwhile keeps its bit: it is
+ * answered by making the load urgent, after which it is not given up. */
+static inline void prefetch_begin(const struct arena *arena, uint32_t slot, uint32_t id) {
+    slot_to_loading(arena, slot, id);
     mask_put(arena, arena->prefetch_mask, id, 0);
 }
 

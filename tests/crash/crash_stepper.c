@@ -38,7 +38,7 @@ static void read_from_disk(uint32_t slot, uint32_t id) {
 }
 
 static void load(uint32_t slot, uint32_t id, int prefetched) {
-    load_begin(&arena, slot, id);
+    (prefetched ? prefetch_begin : load_begin)(&arena, slot, id);
     read_from_disk(slot, id);
     load_publish(&arena, slot, weights_of(id), SLOT_WORDS * 8, 0, prefetched);
     futex_bump_and_wake(&arena.layers[0].residency_generation);
@@ -80,6 +80,41 @@ static void pager_prefetches(void) {
     if (evict_begin(&arena, 2)) load(2, PREFETCHED, 1);
 }
 
+/* Two lanes read at the same time, and the one that was begun first ends last. */
+static void pager_loads_two_at_once(void) {
+    if (!evict_begin(&arena, 0)) return;
+    load_begin(&arena, 0, AWAITED);
+    if (!evict_begin(&arena, 2)) return;
+    load_begin(&arena, 2, UNWANTED);
+    slot_bytes(&arena, 0)[0] = weights_of(AWAITED);
+    read_from_disk(2, UNWANTED);
+    load_publish(&arena, 2, weights_of(UNWANTED), SLOT_WORDS * 8, 0, 0);
+    read_from_disk(0, AWAITED);
+    load_publish(&arena, 0, weights_of(AWAITED), SLOT_WORDS * 8, 0, 0);
+    futex_bump_and_wake(&arena.layers[0].residency_generation);
+}
+
+/* A prefetch is given up half-way, and its slot goes to a request that somebody waits for. */
+static void pager_gives_way(void) {
+    if (!evict_begin(&arena, 2)) return;
+    prefetch_begin(&arena, 2, PREFETCHED);
+    slot_bytes(&arena, 2)[0] = weights_of(PREFETCHED);
+    slot_release(&arena, 2);
+    load(2, AWAITED, 0);
+}
+
+static void pager_is_overtaken(void) { /* what it prefetches is wanted meanwhile: the load goes on, for the waiter */
+    if (!evict_begin(&arena, 2)) return;
+    prefetch_begin(&arena, 2, PREFETCHED);
+    slot_bytes(&arena, 2)[0] = weights_of(PREFETCHED);
+    request_set(&arena, arena.urgent_mask, PREFETCHED);
+    mask_put(&arena, arena.urgent_mask, PREFETCHED, 0);
+    mask_put(&arena, arena.prefetch_mask, PREFETCHED, 0);
+    read_from_disk(2, PREFETCHED);
+    load_publish(&arena, 2, weights_of(PREFETCHED), SLOT_WORDS * 8, 0, 0);
+    futex_bump_and_wake(&arena.layers[0].residency_generation);
+}
+
 static void pager_pages_out(void) {
     if (evict_begin(&arena, 0)) slot_release(&arena, 0);
 }
@@ -106,6 +141,13 @@ static void scene_after_a_kill(void) {
     load_begin(&arena, 0, AWAITED);
     slot_bytes(&arena, 0)[0] = weights_of(AWAITED);
     mask_put(&arena, arena.prefetched_mask, AWAITED, 1);
+}
+
+/* The same with two loads in flight, the one for the waiter half read. */
+static void scene_after_a_kill_with_two_loads(void) {
+    scene_after_a_kill();
+    load_begin(&arena, 2, UNWANTED);
+    read_from_disk(2, UNWANTED);
 }
 
 static void scene_with_requests_of_what_is_there(void) {
@@ -135,6 +177,14 @@ static void planted_reads_into_an_evicting_slot(void) {
     read_from_disk(0, AWAITED);
     load_begin(&arena, 0, AWAITED);
     load_publish(&arena, 0, weights_of(AWAITED), SLOT_WORDS * 8, 0, 0);
+}
+
+static void planted_drops_an_overtaken_prefetch(void) { /* the waiter's bit is cleared for a load that is given up */
+    if (!evict_begin(&arena, 2)) return;
+    prefetch_begin(&arena, 2, AWAITED);
+    mask_put(&arena, arena.urgent_mask, AWAITED, 0);
+    slot_release(&arena, 2);
+    load(2, PREFETCHED, 1);
 }
 
 static void planted_recovery_frees_before_it_requests(void) {
@@ -173,14 +223,19 @@ static const struct operation {
     {"worker-counts-an-activation", WORKER, NULL, worker_counts_an_activation},
     {"pager-replaces", PAGER, NULL, pager_replaces},
     {"pager-prefetches", PAGER, NULL, pager_prefetches},
+    {"pager-loads-two-at-once", PAGER, NULL, pager_loads_two_at_once},
+    {"pager-gives-way", PAGER, NULL, pager_gives_way},
+    {"pager-is-overtaken", PAGER, NULL, pager_is_overtaken},
     {"pager-pages-out", PAGER, NULL, pager_pages_out},
     {"pager-gives-up", PAGER, NULL, pager_gives_up},
     {"pager-withdraws", PAGER, scene_with_requests_of_what_is_there, pager_withdraws},
     {"pager-recovers", PAGER, scene_after_a_kill, pager_recovers},
+    {"pager-recovers-two-loads", PAGER, scene_after_a_kill_with_two_loads, pager_recovers},
     {"planted-clears-bit-before-loading", PAGER, NULL, planted_clears_bit_before_loading},
     {"planted-publishes-before-the-last-word", PAGER, NULL, planted_publishes_before_the_last_word},
     {"planted-reads-into-an-evicting-slot", PAGER, NULL, planted_reads_into_an_evicting_slot},
     {"planted-recovery-frees-before-it-requests", PAGER, scene_after_a_kill, planted_recovery_frees_before_it_requests},
+    {"planted-drops-an-overtaken-prefetch", PAGER, NULL, planted_drops_an_overtaken_prefetch},
     {"planted-gives-up-silently", PAGER, NULL, planted_gives_up_silently},
     {"planted-activation-in-two-stores", WORKER, NULL, planted_activation_in_two_stores},
 };

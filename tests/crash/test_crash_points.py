@@ -50,10 +50,14 @@ def run(stepper: tuple[Path, Path], operation: str) -> tuple[str, dict[str, int]
         ("worker-counts-an-activation", 3),
         ("pager-replaces", 20),
         ("pager-prefetches", 15),
+        ("pager-loads-two-at-once", 30),
+        ("pager-gives-way", 25),
+        ("pager-is-overtaken", 20),
         ("pager-pages-out", 5),
         ("pager-gives-up", 10),
         ("pager-withdraws", 3),
         ("pager-recovers", 8),
+        ("pager-recovers-two-loads", 8),
     ],
 )
 def test_a_kill_at_any_point_is_recovered_from(stepper: tuple[Path, Path], operation: str, stores: int) -> None:
@@ -70,6 +74,7 @@ def test_a_kill_at_any_point_is_recovered_from(stepper: tuple[Path, Path], opera
         ("planted-publishes-before-the-last-word", "R1: a slot's bytes are not those of its expert"),
         ("planted-reads-into-an-evicting-slot", "R1: a slot's bytes are not those of its expert"),
         ("planted-recovery-frees-before-it-requests", "R3: a request is lost"),
+        ("planted-drops-an-overtaken-prefetch", "R3: a request is lost"),
         ("planted-gives-up-silently", "R3: a request is lost"),
         ("planted-activation-in-two-stores", "A1: a score is neither with nor without the activation"),
     ],

@@ -66,7 +66,7 @@ class Killable(NamedTuple):
 
     processes: Mapping[int, Next]
     times: int = 1
-    also: tuple[Cell, Value] | None = None
+    also: tuple[tuple[Cell, Value], ...] = ()
 
 
 class Violation(NamedTuple):
@@ -232,8 +232,8 @@ def explore(
                 dead[count + index] -= 1
                 for process, routine in kill.processes.items():
                     dead[process] = programs.start(routine)
-                if kill.also is not None:
-                    dead[first_cell + cells[kill.also[0]]] = kill.also[1]
+                for cell, value in kill.also:
+                    dead[first_cell + cells[cell]] = value
                 successors.append((count + index, tuple(dead)))
         for step, new in successors:
             number = numbers.get(new, -1)

@@ -1,22 +1,25 @@
-"""The whole residency protocol as a model for the explorer: two workers, one pager with a read lane, its restart.
+"""The whole residency protocol as a model for the explorer: two workers, one pager with read lanes, its restart.
 
 Kept in step with the code by hand. Each routine names what it mirrors; all C functions are in shm/core/residency.h:
 
     want, check         pin_set(), residency_find()
     request, wait       workers/expert_access.py `_wait`: generation, find again, request_set(), send, futex_wait()
     use, unpin          reading the slot's bytes, pin_clear()
-    serve               workers/pager.py `_serve`, `_serve_messages`, `_rescan`
+    serve               workers/pager.py `_serve_urgent`, `_serve_prefetch`, `_receive_messages`, `_rescan`
     evict               workers/pager.py `_take_slot`, evict_begin(), is_pinned()
-    load_begin          load_begin()
-    read_lane           the reading of the bytes, load_publish(), futex_bump_and_wake()
+    load_begin          load_begin(), ReadLanes.begin()
+    read_lane           workers/read_lanes.py: the reading of the bytes, until the load is finished
+    finish              workers/pager.py `_finish_loads`: load_publish() and futex_bump_and_wake(), or slot_release()
+    overtake            workers/pager.py `_overtake`, ReadLanes.promote()
+    cancel              ReadLanes.cancel()
     recover             residency_recover()
     reclaim             Arena.unpin_all() by the coordinator
 
 Left out, because no decision of the protocol depends on them: the residency, loading and prefetched masks (R4),
-prefetch requests (an urgent one without a waiter), checksums. The pager's read lane is a thread of its own here; the
-pager that reads in its main thread has fewer interleavings, all of them among these. The slot's bytes are two cells,
-so that a load can be seen half done. A generation is compared for equality only, so it is a flag for each worker:
-something changed since it looked.
+checksums. A lane reads one load at a time; that the real ones share a load's chunks changes nothing for the slot,
+which is finished by one of them. What main thread and lanes do under their lock is one step. The slot's bytes are two
+cells, so that a load can be seen half done. A generation is compared for equality only, so it is a flag for
+each worker: something changed since it looked.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any, NamedTuple
 from race.explorer import Await, Cell, Choose, Killable, Load, Next, Result, Routine, Store, Update, Value, explore
 
 EMPTY, LOADING, RESIDENT, EVICTING = "EMPTY", "LOADING", "RESIDENT", "EVICTING"
+URGENT, PREFETCH, CANCELLED = "URGENT", "PREFETCH", "CANCELLED"  # what a load is
 NOBODY = -1
 
 Memory = Callable[[Cell], Value]
@@ -36,12 +40,14 @@ class Variant(NamedTuple):
     """The protocol as built, or with one mistake planted."""
 
     clear_bit_before_loading: bool = False
-    clear_bit_after_load: bool = False
     check_before_pin: bool = False
     evict_without_reading_pins: bool = False
     recover_without_request: bool = False
-    generation_after_check: bool = False
+    generation_after_request: bool = False
     no_wake_for_what_is_resident: bool = False
+    prefetch_clears_urgent_bit: bool = False
+    overtake_what_was_cancelled: bool = False
+    free_slot_before_the_lane_stops: bool = False
 
 
 AS_BUILT = Variant()
@@ -49,12 +55,15 @@ AS_BUILT = Variant()
 
 class Scenario(NamedTuple):
     """`wants`: the experts that each worker uses, one after the other. `resident`: what lies in the slots at first.
+    `prefetches`: what was asked for by a worker that went on without it.
 
     The smallest legal pool for two workers with one pin and one read lane is 2 * 1 + 0 + 1 = 3 slots.
     """
 
     wants: tuple[tuple[int, ...], ...]
     resident: tuple[int, ...]
+    lanes: int = 1
+    prefetches: tuple[int, ...] = ()
     queue_length: int = 1
     kill_worker: bool = False
     kills_of_pager: int = 0
@@ -62,7 +71,7 @@ class Scenario(NamedTuple):
 
     @property
     def experts(self) -> range:
-        return range(1 + max(max(self.resident, default=0), *(max(wants) for wants in self.wants)))
+        return range(1 + max(*self.resident, *self.prefetches, *(max(wants) for wants in self.wants)))
 
     def layer(self, expert: int) -> int:
         """Two layers, each with a futex of its own."""
@@ -79,6 +88,7 @@ class Residency:
     def __init__(self, scenario: Scenario, variant: Variant) -> None:
         self.scenario = scenario
         self.variant = variant
+        self.lanes = range(scenario.lanes)
 
     # ---- worker
 
@@ -106,14 +116,14 @@ class Residency:
 
     def request(self, worker: int, wants: tuple[int, ...]) -> Routine:
         expert = wants[0]
-        if not self.variant.generation_after_check:
+        if not self.variant.generation_after_request:
             yield from self.read_generation(worker, expert)
         slot = yield from self.find(expert)
         if slot != NOBODY:
             return self.use, worker, wants, slot
-        if self.variant.generation_after_check:
-            yield from self.read_generation(worker, expert)
         was_set = yield Update(("urgent", expert), lambda _: True, also=(("waiting", worker), expert))
+        if self.variant.generation_after_request:
+            yield from self.read_generation(worker, expert)
         return (self.wait if was_set else self.send), worker, wants
 
     def read_generation(self, worker: int, expert: int) -> Any:
@@ -152,74 +162,147 @@ class Residency:
     # ---- pager
 
     def serve(self) -> Routine:
-        """The slot words and the directory are this thread's own, but for RESIDENT, so it reads them in one step."""
+        """The slot words and the directory are this thread's own, so it reads them in one step."""
 
-        def requests(memory: Memory) -> list[tuple[str, int, str]]:
-            found = [("message", expert) for expert in memory("queue")[:1]]
-            found += [("bit", expert) for expert in self.scenario.experts if memory(("urgent", expert))]
-            return [(kind, expert, self.state_of(expert, memory)) for kind, expert in found]
+        def options(memory: Memory) -> list[tuple[Any, ...]]:
+            jobs = [memory(("job", lane)) for lane in self.lanes]
+            found: list[tuple[Any, ...]] = [
+                ("finished", job[1], lane, job[0], memory(("kind", lane)))
+                for lane, job in enumerate(jobs)
+                if job is not None and job[2]
+            ]
+            # A rescan may come at any time, messages waiting or not.
+            urgent = [("message", expert) for expert in memory("queue")[:1]]
+            urgent += [("bit", expert) for expert in self.scenario.experts if memory(("urgent", expert))]
+            found += [(what, expert, *self.load_of(expert, memory)) for what, expert in urgent]
+            if not any(jobs):
+                prefetches = [expert for expert in self.scenario.experts if memory(("prefetch", expert))]
+                found += [("prefetch", expert, *self.load_of(expert, memory)) for expert in prefetches]
+            return found
 
-        kind, expert, state = yield Choose(requests)  # a rescan may come at any time, messages waiting or not
-        if kind == "message":
+        what, expert, *where = yield Choose(options)
+        if what == "finished":
+            return self.finish, expert, *where
+        state, lane = where
+        if what == "message":
             yield Update("queue", lambda queue: queue[1:])
             if not (yield Load(("urgent", expert))):
                 return (self.serve,)
+        if state == LOADING and what != "prefetch":
+            return self.overtake, expert, lane
         if state == EMPTY:
-            return self.evict, expert, 0
-        yield Store(("urgent", expert), False)
+            # As a lane's job is its own until the main thread takes it, what is free now stays free.
+            free = yield Choose(lambda memory: [*[n for n in self.lanes if memory(("job", n)) is None], NOBODY][:1])
+            kind = PREFETCH if what == "prefetch" else URGENT
+            return (self.evict, expert, kind, free, 0) if free != NOBODY else (self.cancel,)
+        yield from self.withdraw(expert)
         if state == RESIDENT and not self.variant.no_wake_for_what_is_resident:
             yield from self.wake(expert)
         return (self.serve,)
 
-    def state_of(self, expert: int, memory: Memory) -> str:
+    def load_of(self, expert: int, memory: Memory) -> tuple[str, int]:
+        """The state of the expert, and the lane that loads it."""
         slot = memory(("directory", expert))
         held, state = memory(("slot", slot)) if slot != NOBODY else (NOBODY, EMPTY)
-        return state if held == expert else EMPTY
+        jobs = [memory(("job", lane)) for lane in self.lanes]
+        lanes = [lane for lane, job in enumerate(jobs) if job is not None and job[1] == expert]
+        return (state if held == expert else EMPTY), (lanes[0] if lanes else NOBODY)
 
-    def evict(self, expert: int, first: int) -> Routine:
+    def state_of(self, expert: int, memory: Memory) -> str:
+        return self.load_of(expert, memory)[0]
+
+    def withdraw(self, expert: int, kind: str = URGENT) -> Any:
+        """A prefetch may yet be given up, so it does not answer an urgent request."""
+        if kind == URGENT or self.variant.prefetch_clears_urgent_bit:
+            yield Store(("urgent", expert), False)
+        if expert in self.scenario.prefetches:
+            yield Store(("prefetch", expert), False)
+
+    def overtake(self, expert: int, lane: int) -> Routine:
+        def promote(kind: str) -> str:
+            return kind if kind == CANCELLED else URGENT
+
+        kind = yield Update(("kind", lane), promote)
+        if kind != CANCELLED or self.variant.overtake_what_was_cancelled:
+            yield from self.withdraw(expert)
+        return (self.serve,)
+
+    def cancel(self) -> Routine:
+        """Of the prefetch that may be under way; its lane reports the end of it."""
+
+        def prefetches(memory: Memory) -> list[int]:
+            return [*[lane for lane in self.lanes if self.is_prefetch(memory, lane)], NOBODY][:1]
+
+        lane = yield Choose(prefetches)
+        if lane != NOBODY:
+            yield Store(("kind", lane), CANCELLED)
+            if self.variant.free_slot_before_the_lane_stops:
+                slot, expert, _ = yield Load(("job", lane))
+                yield Store(("directory", expert), NOBODY)
+                yield Store(("slot", slot), (NOBODY, EMPTY))
+        return (self.serve,)
+
+    def is_prefetch(self, memory: Memory, lane: int) -> bool:
+        return memory(("job", lane)) is not None and memory(("kind", lane)) == PREFETCH
+
+    def evict(self, expert: int, kind: str, lane: int, first: int) -> Routine:
         """The first slot that can be had, so that all contend for one; else the bit stays, for the next rescan."""
 
-        def victims(memory: Memory) -> list[int]:
+        def victims(memory: Memory) -> list[Any]:
             words = ((slot, *memory(("slot", slot))) for slot in self.scenario.slots[first:])
             return [*[word for word in words if word[2] in (EMPTY, RESIDENT)][:1], *[None]][:1]
 
         victim = yield Choose(victims)
         if victim is None:
-            return (self.serve,)
+            if kind == PREFETCH:
+                yield Store(("prefetch", expert), False)
+                return (self.serve,)
+            return (self.cancel,)
         slot, held, state = victim
         if state == EMPTY:
-            return self.load_begin, expert, slot, NOBODY
+            return self.load_begin, expert, kind, lane, slot, NOBODY
         yield Store(("slot", slot), (held, EVICTING))
         if not self.variant.evict_without_reading_pins:
             for worker in range(len(self.scenario.wants)):
                 if (yield Load(("pin", worker))) == held:
                     yield Store(("slot", slot), (held, RESIDENT))
-                    return self.evict, expert, slot + 1
-        return self.load_begin, expert, slot, held
+                    return self.evict, expert, kind, lane, slot + 1
+        return self.load_begin, expert, kind, lane, slot, held
 
-    def load_begin(self, expert: int, slot: int, previous: int) -> Routine:
+    def load_begin(self, expert: int, kind: str, lane: int, slot: int, previous: int) -> Routine:
         if self.variant.clear_bit_before_loading:
-            yield Store(("urgent", expert), False)
+            yield from self.withdraw(expert, kind)
         if previous != NOBODY:
             yield Store(("directory", previous), NOBODY)
         yield Store(("slot", slot), (expert, LOADING))
         yield Store(("directory", expert), slot)
-        if not self.variant.clear_bit_before_loading and not self.variant.clear_bit_after_load:
-            yield Store(("urgent", expert), False)
-        yield Choose(lambda memory: [True] if memory("job") is None else [])
-        yield Store("job", (slot, expert))
+        if not self.variant.clear_bit_before_loading:
+            yield from self.withdraw(expert, kind)
+        yield Store(("job", lane), (slot, expert, False), also=(("kind", lane), kind))
         return (self.serve,)
 
-    def read_lane(self) -> Routine:
-        (slot, expert) = yield Choose(lambda memory: [memory("job")] if memory("job") else [])
-        for half in ("first", "second"):
-            yield Store((half, slot), expert)
-        yield Store(("slot", slot), (expert, RESIDENT))
-        if self.variant.clear_bit_after_load:
-            yield Store(("urgent", expert), False)
-        yield from self.wake(expert)
-        yield Store("job", None)
-        return (self.read_lane,)
+    def read_lane(self, lane: int) -> Routine:
+        def unfinished(memory: Memory) -> list[Any]:
+            job = memory(("job", lane))
+            return [job] if job is not None and not job[2] else []
+
+        (slot, expert, _) = yield Choose(unfinished)
+        yield Store(("first", slot), expert)
+        if (yield Load(("kind", lane))) != CANCELLED:
+            yield Store(("second", slot), expert)
+        yield Store(("job", lane), (slot, expert, True))
+        return self.read_lane, lane
+
+    def finish(self, expert: int, lane: int, slot: int, kind: str) -> Routine:
+        if kind == CANCELLED:
+            if not self.variant.free_slot_before_the_lane_stops:
+                yield Store(("directory", expert), NOBODY)
+                yield Store(("slot", slot), (NOBODY, EMPTY))
+        else:
+            yield Store(("slot", slot), (expert, RESIDENT))
+            yield from self.wake(expert)
+        yield Store(("job", lane), None)
+        return (self.serve,)
 
     def wake(self, expert: int) -> Any:
         if not self.scenario.timeout:
@@ -276,7 +359,10 @@ class Residency:
 def explore_residency(scenario: Scenario, variant: Variant = AS_BUILT, *, limit: int = 2_000_000) -> Result:
     model = Residency(scenario, variant)
     workers = range(len(scenario.wants))
-    memory: dict[Cell, Value] = {"queue": (), "job": None}
+    memory: dict[Cell, Value] = {"queue": ()}
+    for lane in model.lanes:
+        memory[("job", lane)] = None  # (slot, expert, finished)
+        memory[("kind", lane)] = URGENT
     for worker in workers:
         memory[("pin", worker)] = NOBODY
         memory[("waiting", worker)] = NOBODY
@@ -285,18 +371,21 @@ def explore_residency(scenario: Scenario, variant: Variant = AS_BUILT, *, limit:
         memory[("up to date", layer)] = frozenset()
     for expert in scenario.experts:
         memory[("urgent", expert)] = False
+        memory[("prefetch", expert)] = expert in scenario.prefetches
         memory[("directory", expert)] = scenario.resident.index(expert) if expert in scenario.resident else NOBODY
     for slot, expert in enumerate(scenario.resident):
         memory[("slot", slot)] = (expert, RESIDENT)
         memory[("first", slot)] = memory[("second", slot)] = expert
     processes: list[Next] = [(model.want, worker, scenario.wants[worker]) for worker in workers]
-    serving, lane = len(processes), len(processes) + 1
-    processes += [(model.serve,), (model.read_lane,)]
+    serving = len(processes)
+    processes += [(model.serve,), *((model.read_lane, lane) for lane in model.lanes)]
     killable: list[Killable] = []
     if scenario.kills_of_pager:
-        restart: dict[int, Next] = {serving: (model.recover,), lane: (model.read_lane,)}
-        killable.append(Killable(restart, scenario.kills_of_pager, also=("job", None)))
+        restart: dict[int, Next] = {serving: (model.recover,)}
+        restart |= {serving + 1 + lane: (model.read_lane, lane) for lane in model.lanes}
+        jobs = tuple((("job", lane), None) for lane in model.lanes)
+        killable.append(Killable(restart, scenario.kills_of_pager, also=jobs))
     if scenario.kill_worker:
         processes.append((model.reclaim, 0))
-        killable.append(Killable({0: None}, also=(("dead", 0), True)))
+        killable.append(Killable({0: None}, also=((("dead", 0), True),)))
     return explore(memory, processes, model.invariant, killable=killable, must_end=workers, limit=limit)

@@ -98,7 +98,7 @@ def test_kills_come_at_every_step() -> None:
         {"progress": 0, "killed": False},
         [(three_steps,)],
         record,
-        killable=[Killable({0: None}, also=("killed", True))],
+        killable=[Killable({0: None}, also=(("killed", True),))],
         must_end=[0],
     )
     assert {progress for progress, killed in seen if killed} == {0, 1, 2}

@@ -58,6 +58,16 @@ def test_a_budget_too_small_says_what_is_needed() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_more_read_lanes_than_the_budget_has_slots_for_are_refused() -> None:
+    with pytest.raises(BudgetTooSmall) as caught:
+        Backend(workers=2, expert_budget="7.1%", read_lanes=2)
+    assert (caught.value.slots, caught.value.needed) == (9, 10)
+    with Backend(workers=2, expert_budget="7.1%") as backend:
+        assert backend.plan.read_lanes == 1
+    with Backend(workers=2, expert_budget="50%") as backend:
+        assert backend.plan.read_lanes == 4
+
+
 def test_memory_that_cannot_hold_the_rest_says_what_is_needed() -> None:
     with pytest.raises(MemoryTooSmall) as caught:
         Backend(workers=2, memory="100MiB")
@@ -81,6 +91,8 @@ def test_memory_and_expert_budget_exclude_each_other() -> None:
         ("expert_budget", "0%"),
         ("expert_budget", "101%"),
         ("workers", 0),
+        ("read_lanes", 0),
+        ("read_lanes", "four"),
         ("routing", "psychic"),
         ("eviction", "random"),
         ("kv_cache_dtype", "int3"),

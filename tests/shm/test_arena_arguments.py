@@ -47,6 +47,7 @@ METHODS: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
     "evict_begin": ((0,), (SLOT,)),
     "slot_release": ((0,), (SLOT,)),
     "load_begin": ((0, 0), (SLOT, EXPERT)),
+    "prefetch_begin": ((0, 0), (SLOT, EXPERT)),
     "load_publish": ((0, 0, 1, 0, 0), (SLOT,)),
 }
 WITHOUT_ARGUMENTS = ("recover", "urgent_requests", "prefetch_requests", "resident_experts")

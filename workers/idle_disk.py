@@ -1,0 +1,37 @@
+"""How much of the time urgent loads leave the disk alone: what prefetching may use."""
+
+from __future__ import annotations
+
+import math
+import time
+
+MEMORY_SECONDS = 0.25  # of the moving average
+LEAST_IDLE_SHARE = 0.25  # below, urgent loads come so close together that a prefetch would mostly delay them
+
+
+class IdleDisk:
+    """A moving average of the share of time in which no urgent load was under way."""
+
+    def __init__(self) -> None:
+        self._urgent_loads = 0
+        self._idle_share = 1.0
+        self._updated = time.monotonic()
+
+    def urgent_load_began(self) -> None:
+        self._update()
+        self._urgent_loads += 1
+
+    def urgent_load_ended(self) -> None:
+        self._update()
+        self._urgent_loads -= 1
+
+    def is_idle(self) -> bool:
+        """Whether no urgent load is under way, and few were lately."""
+        self._update()
+        return self._urgent_loads == 0 and self._idle_share >= LEAST_IDLE_SHARE
+
+    def _update(self) -> None:
+        now = time.monotonic()
+        old = math.exp((self._updated - now) / MEMORY_SECONDS)
+        self._idle_share = old * self._idle_share + (1 - old) * (self._urgent_loads == 0)
+        self._updated = now
