@@ -2,8 +2,9 @@
 #ifndef HOTSET_ROUTE_LANES_AVX2_H
 #define HOTSET_ROUTE_LANES_AVX2_H
 
+#include "route_keys.h"
+
 #include <immintrin.h>
-#include <stdint.h>
 
 #define BLOCK_LANES 8u
 #define KEY_LANES 4u
@@ -22,6 +23,7 @@ static inline block block_all(float value) { return _mm256_set1_ps(value); }
 static inline block block_add(block a, block b) { return _mm256_add_ps(a, b); }
 static inline block block_sub(block a, block b) { return _mm256_sub_ps(a, b); }
 static inline block block_mul(block a, block b) { return _mm256_mul_ps(a, b); }
+static inline block block_div(block a, block b) { return _mm256_div_ps(a, b); }
 static inline block block_max(block a, block b) { return _mm256_max_ps(a, b); }
 static inline block block_min(block a, block b) { return _mm256_min_ps(a, b); }
 static inline block block_and(block a, block b) { return _mm256_and_ps(a, b); }
@@ -61,24 +63,69 @@ static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
 
 static inline keys keys_max(keys a, keys b) { return _mm256_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm256_min_pd(a, b); }
+static inline int keys_any_below(keys a, keys b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)) != 0; }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(_mm256_castpd256_pd128(a))); }
 /* Lanes `distance` apart, exchanged. */
 static inline keys keys_exchange(keys a, uint32_t distance) {
     return distance == 2 ? _mm256_permute2f128_pd(a, a, 1) : _mm256_permute_pd(a, 5);
 }
 
-/* The keys of eight scores whose first has id `first`: see route_network.h. In any order, for the id is in the key. */
-static inline void block_keys(block scores, uint32_t first, keys *out) {
-    const __m256i lane = _mm256_setr_epi32(0, 1 << 12, 2 << 12, 3 << 12, 4 << 12, 5 << 12, 6 << 12, 7 << 12);
-    const __m256i exponent = _mm256_set1_epi64x(0x3FF0000000000000);
+/* Integers that order like the scores. */
+typedef __m256i ordered_block;
+static inline ordered_block block_ordered(block scores) {
     __m256i bits = _mm256_castps_si256(scores);
     __m256i sign = _mm256_or_si256(_mm256_srai_epi32(bits, 31), _mm256_set1_epi32(INT32_MIN));
-    __m256i ordered = _mm256_xor_si256(bits, sign);
-    __m256i inverted = _mm256_sub_epi32(_mm256_set1_epi32((int)((0xFFFFFu - first) << 12)), lane);
-    __m256i low = _mm256_srli_epi64(_mm256_unpacklo_epi32(inverted, ordered), 12);
-    __m256i high = _mm256_srli_epi64(_mm256_unpackhi_epi32(inverted, ordered), 12);
-    out[0] = _mm256_castsi256_pd(_mm256_or_si256(low, exponent));
-    out[1] = _mm256_castsi256_pd(_mm256_or_si256(high, exponent));
+    return _mm256_xor_si256(bits, sign);
+}
+
+/* Of eight scores those in even lanes or those in odd ones as keys; `tags`: what the score leaves free of each. */
+static inline keys ordered_keys(ordered_block ordered, __m256i tags, uint32_t odd) {
+    const __m256i place = _mm256_set1_epi64x(KEY_SCORE_MASK);
+    __m256i placed = odd ? _mm256_srli_epi64(ordered, 12) : _mm256_slli_epi64(ordered, 20);
+    return _mm256_castsi256_pd(_mm256_or_si256(_mm256_and_si256(placed, place), tags));
+}
+
+/* The keys of eight scores whose first has id `first`; in any order, for the id is in the key. */
+static inline void block_keys(block scores, uint32_t first, keys *out) {
+    __m256i tags = _mm256_sub_epi64(_mm256_set1_epi64x((int64_t)key_tag(first)), _mm256_setr_epi64x(0, 2, 4, 6));
+    out[0] = ordered_keys(block_ordered(scores), tags, 0);
+    out[1] = ordered_keys(block_ordered(scores), _mm256_sub_epi64(tags, _mm256_set1_epi64x(1)), 1);
+}
+
+/* Part 0 or 1 of the keys of the scores that eight rows give to one expert; and the ids of both parts. */
+static inline keys column_keys(ordered_block scores, uint64_t tag, uint32_t part) {
+    return ordered_keys(scores, _mm256_set1_epi64x((int64_t)tag), part);
+}
+/* The keys of other scores for the experts of `part`, a part of keys. */
+static inline keys column_rescored(ordered_block scores, keys part, uint32_t number) {
+    __m256i tags = _mm256_and_si256(_mm256_castpd_si256(part), _mm256_set1_epi64x((int64_t)KEY_TAG_MASK));
+    return ordered_keys(scores, tags, number);
+}
+static inline void column_ids(const keys *parts, int32_t *ids) {
+    __m256i even = _mm256_castpd_si256(parts[0]), odd = _mm256_slli_epi64(_mm256_castpd_si256(parts[1]), 32);
+    __m256i inverted = _mm256_blend_epi32(even, odd, 0xAA);
+    _mm256_storeu_si256((__m256i *)ids, _mm256_andnot_si256(inverted, _mm256_set1_epi32(0xFFFFF)));
+}
+
+static inline uint32_t ids_differ(const int32_t *a, const int32_t *b) {
+    __m256i same = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i *)a), _mm256_loadu_si256((const __m256i *)b));
+    return 0xFFu ^ (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(same));
+}
+
+/* Eight logits from `first` on of eight rows, as a block for each of the eight. */
+static inline void block_transpose(const float *const *rows, uint32_t first, block *out) {
+    for (uint32_t half = 0; half < 2; half++, first += 4, out += 4) {
+        __m256 r[4];
+        for (uint32_t i = 0; i < 4; i++)
+            r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + first)),
+                                        _mm_loadu_ps(rows[i + 4] + first), 1);
+        __m256 low01 = _mm256_unpacklo_ps(r[0], r[1]), high01 = _mm256_unpackhi_ps(r[0], r[1]);
+        __m256 low23 = _mm256_unpacklo_ps(r[2], r[3]), high23 = _mm256_unpackhi_ps(r[2], r[3]);
+        out[0] = _mm256_shuffle_ps(low01, low23, 0x44);
+        out[1] = _mm256_shuffle_ps(low01, low23, 0xEE);
+        out[2] = _mm256_shuffle_ps(high01, high23, 0x44);
+        out[3] = _mm256_shuffle_ps(high01, high23, 0xEE);
+    }
 }
 
 #endif

@@ -2,8 +2,9 @@
 #ifndef HOTSET_ROUTE_LANES_AVX512_H
 #define HOTSET_ROUTE_LANES_AVX512_H
 
+#include "route_keys.h"
+
 #include <immintrin.h>
-#include <stdint.h>
 
 #define BLOCK_LANES 16u
 #define KEY_LANES 8u
@@ -22,6 +23,7 @@ static inline block block_all(float value) { return _mm512_set1_ps(value); }
 static inline block block_add(block a, block b) { return _mm512_add_ps(a, b); }
 static inline block block_sub(block a, block b) { return _mm512_sub_ps(a, b); }
 static inline block block_mul(block a, block b) { return _mm512_mul_ps(a, b); }
+static inline block block_div(block a, block b) { return _mm512_div_ps(a, b); }
 static inline block block_max(block a, block b) { return _mm512_max_ps(a, b); }
 static inline block block_min(block a, block b) { return _mm512_min_ps(a, b); }
 static inline block block_and(block a, block b) { return _mm512_and_ps(a, b); }
@@ -65,6 +67,7 @@ static inline float block_fold_min(block a) { BLOCK_FOLD(a, MIN) }
 
 static inline keys keys_max(keys a, keys b) { return _mm512_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm512_min_pd(a, b); }
+static inline int keys_any_below(keys a, keys b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) != 0; }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(_mm512_castpd512_pd128(a))); }
 /* Lanes `distance` apart, exchanged. */
 static inline keys keys_exchange(keys a, uint32_t distance) {
@@ -73,18 +76,65 @@ static inline keys keys_exchange(keys a, uint32_t distance) {
                            : _mm512_permute_pd(a, 0x55);
 }
 
-/* The keys of sixteen scores whose first has id `first`: see route_network.h. In any order, for the id is in the key. */
-static inline void block_keys(block scores, uint32_t first, keys *out) {
-    const __m512i lane = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 12);
-    const __m512i exponent = _mm512_set1_epi64(0x3FF0000000000000);
+/* Integers that order like the scores. */
+typedef __m512i ordered_block;
+static inline ordered_block block_ordered(block scores) {
     __m512i bits = _mm512_castps_si512(scores);
     __m512i sign = _mm512_or_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(INT32_MIN));
-    __m512i ordered = _mm512_xor_si512(bits, sign);
-    __m512i inverted = _mm512_sub_epi32(_mm512_set1_epi32((int)((0xFFFFFu - first) << 12)), lane);
-    __m512i low = _mm512_srli_epi64(_mm512_unpacklo_epi32(inverted, ordered), 12);
-    __m512i high = _mm512_srli_epi64(_mm512_unpackhi_epi32(inverted, ordered), 12);
-    out[0] = _mm512_castsi512_pd(_mm512_or_si512(low, exponent));
-    out[1] = _mm512_castsi512_pd(_mm512_or_si512(high, exponent));
+    return _mm512_xor_si512(bits, sign);
+}
+
+/* Of sixteen scores those in even lanes or those in odd ones as keys; `tags`: what the score leaves free of each. */
+static inline keys ordered_keys(ordered_block ordered, __m512i tags, uint32_t odd) {
+    const __m512i place = _mm512_set1_epi64(KEY_SCORE_MASK);
+    __m512i placed = odd ? _mm512_srli_epi64(ordered, 12) : _mm512_slli_epi64(ordered, 20);
+    return _mm512_castsi512_pd(_mm512_or_si512(_mm512_and_si512(placed, place), tags));
+}
+
+/* The keys of sixteen scores whose first has id `first`; in any order, for the id is in the key. */
+static inline void block_keys(block scores, uint32_t first, keys *out) {
+    __m512i tags = _mm512_sub_epi64(_mm512_set1_epi64((int64_t)key_tag(first)), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
+    out[0] = ordered_keys(block_ordered(scores), tags, 0);
+    out[1] = ordered_keys(block_ordered(scores), _mm512_sub_epi64(tags, _mm512_set1_epi64(1)), 1);
+}
+
+/* Part 0 or 1 of the keys of the scores that sixteen rows give to one expert; and the ids of both parts. */
+static inline keys column_keys(ordered_block scores, uint64_t tag, uint32_t part) {
+    return ordered_keys(scores, _mm512_set1_epi64((int64_t)tag), part);
+}
+/* The keys of other scores for the experts of `part`, a part of keys. */
+static inline keys column_rescored(ordered_block scores, keys part, uint32_t number) {
+    __m512i tags = _mm512_and_si512(_mm512_castpd_si512(part), _mm512_set1_epi64((int64_t)KEY_TAG_MASK));
+    return ordered_keys(scores, tags, number);
+}
+static inline void column_ids(const keys *parts, int32_t *ids) {
+    __m512i even = _mm512_castpd_si512(parts[0]), odd = _mm512_slli_epi64(_mm512_castpd_si512(parts[1]), 32);
+    __m512i inverted = _mm512_mask_blend_epi32(0xAAAA, even, odd);
+    _mm512_storeu_si512(ids, _mm512_andnot_si512(inverted, _mm512_set1_epi32(0xFFFFF)));
+}
+
+static inline uint32_t ids_differ(const int32_t *a, const int32_t *b) {
+    return _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+}
+
+/* Eight logits from `first` on of sixteen rows, as a block for each of the eight. */
+static inline void block_transpose(const float *const *rows, uint32_t first, block *out) {
+    for (uint32_t half = 0; half < 2; half++, first += 4, out += 4) {
+        __m512 r[4];
+        for (uint32_t i = 0; i < 4; i++) {
+            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + first));
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 4] + first), 1);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 8] + first), 2);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 12] + first), 3);
+        }
+        /* Quarter by quarter the four rows that go into four neighbouring lanes. */
+        __m512 low01 = _mm512_unpacklo_ps(r[0], r[1]), high01 = _mm512_unpackhi_ps(r[0], r[1]);
+        __m512 low23 = _mm512_unpacklo_ps(r[2], r[3]), high23 = _mm512_unpackhi_ps(r[2], r[3]);
+        out[0] = _mm512_shuffle_ps(low01, low23, 0x44);
+        out[1] = _mm512_shuffle_ps(low01, low23, 0xEE);
+        out[2] = _mm512_shuffle_ps(high01, high23, 0x44);
+        out[3] = _mm512_shuffle_ps(high01, high23, 0xEE);
+    }
 }
 
 #endif

@@ -3,8 +3,9 @@
 #ifndef HOTSET_ROUTE_LANES_SSE2_H
 #define HOTSET_ROUTE_LANES_SSE2_H
 
+#include "route_keys.h"
+
 #include <emmintrin.h>
-#include <stdint.h>
 
 #define BLOCK_LANES 8u
 #define KEY_LANES 2u
@@ -28,6 +29,7 @@ static inline block block_all(float value) { return (block){_mm_set1_ps(value), 
 static inline block block_add(block a, block b) { return BLOCK_EACH(_mm_add_ps, a, b); }
 static inline block block_sub(block a, block b) { return BLOCK_EACH(_mm_sub_ps, a, b); }
 static inline block block_mul(block a, block b) { return BLOCK_EACH(_mm_mul_ps, a, b); }
+static inline block block_div(block a, block b) { return BLOCK_EACH(_mm_div_ps, a, b); }
 static inline block block_max(block a, block b) { return BLOCK_EACH(_mm_max_ps, a, b); }
 static inline block block_min(block a, block b) { return BLOCK_EACH(_mm_min_ps, a, b); }
 static inline block block_and(block a, block b) { return BLOCK_EACH(_mm_and_ps, a, b); }
@@ -74,6 +76,7 @@ static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
 
 static inline keys keys_max(keys a, keys b) { return _mm_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm_min_pd(a, b); }
+static inline int keys_any_below(keys a, keys b) { return _mm_movemask_pd(_mm_cmplt_pd(a, b)) != 0; }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(a)); }
 /* The two lanes, exchanged. */
 static inline keys keys_exchange(keys a, uint32_t distance) {
@@ -81,22 +84,79 @@ static inline keys keys_exchange(keys a, uint32_t distance) {
     return _mm_shuffle_pd(a, a, 1);
 }
 
-static inline void half_keys(__m128 scores, uint32_t first, keys *out) {
-    const __m128i lane = _mm_setr_epi32(0, 1 << 12, 2 << 12, 3 << 12);
-    const __m128i exponent = _mm_set1_epi64x(0x3FF0000000000000);
+/* Integers that order like the scores. */
+typedef struct {
+    __m128i low, high;
+} ordered_block;
+static inline __m128i half_ordered(__m128 scores) {
     __m128i bits = _mm_castps_si128(scores);
-    __m128i ordered = _mm_xor_si128(bits, _mm_or_si128(_mm_srai_epi32(bits, 31), _mm_set1_epi32(INT32_MIN)));
-    __m128i inverted = _mm_sub_epi32(_mm_set1_epi32((int)((0xFFFFFu - first) << 12)), lane);
-    __m128i low = _mm_srli_epi64(_mm_unpacklo_epi32(inverted, ordered), 12);
-    __m128i high = _mm_srli_epi64(_mm_unpackhi_epi32(inverted, ordered), 12);
-    out[0] = _mm_castsi128_pd(_mm_or_si128(low, exponent));
-    out[1] = _mm_castsi128_pd(_mm_or_si128(high, exponent));
+    return _mm_xor_si128(bits, _mm_or_si128(_mm_srai_epi32(bits, 31), _mm_set1_epi32(INT32_MIN)));
+}
+static inline ordered_block block_ordered(block scores) {
+    return (ordered_block){half_ordered(scores.low), half_ordered(scores.high)};
 }
 
-/* The keys of eight scores whose first has id `first`: see route_network.h. In any order, for the id is in the key. */
+/* Of four scores those in even lanes or those in odd ones as keys; `tags`: what the score leaves free of each. */
+static inline keys half_keys(__m128i ordered, __m128i tags, uint32_t odd) {
+    const __m128i place = _mm_set1_epi64x(KEY_SCORE_MASK);
+    __m128i placed = odd ? _mm_srli_epi64(ordered, 12) : _mm_slli_epi64(ordered, 20);
+    return _mm_castsi128_pd(_mm_or_si128(_mm_and_si128(placed, place), tags));
+}
+static inline keys ordered_keys(ordered_block ordered, __m128i tags, uint32_t part) {
+    return half_keys(part < 2 ? ordered.low : ordered.high, tags, part % 2);
+}
+
+/* The keys of eight scores whose first has id `first`; in any order, for the id is in the key. */
 static inline void block_keys(block scores, uint32_t first, keys *out) {
-    half_keys(scores.low, first, out);
-    half_keys(scores.high, first + 4, out + 2);
+    __m128i tags = _mm_sub_epi64(_mm_set1_epi64x((int64_t)key_tag(first)), _mm_set_epi64x(2, 0));
+    ordered_block ordered = block_ordered(scores);
+    out[0] = ordered_keys(ordered, tags, 0);
+    out[1] = ordered_keys(ordered, _mm_sub_epi64(tags, _mm_set1_epi64x(1)), 1);
+    out[2] = ordered_keys(ordered, _mm_sub_epi64(tags, _mm_set1_epi64x(4)), 2);
+    out[3] = ordered_keys(ordered, _mm_sub_epi64(tags, _mm_set1_epi64x(5)), 3);
+}
+
+/* Part 0 to 3 of the keys of the scores that eight rows give to one expert; and the ids of all parts. */
+static inline keys column_keys(ordered_block scores, uint64_t tag, uint32_t part) {
+    return ordered_keys(scores, _mm_set1_epi64x((int64_t)tag), part);
+}
+/* The keys of other scores for the experts of `part`, a part of keys. */
+static inline keys column_rescored(ordered_block scores, keys part, uint32_t number) {
+    __m128i tags = _mm_and_si128(_mm_castpd_si128(part), _mm_set1_epi64x((int64_t)KEY_TAG_MASK));
+    return ordered_keys(scores, tags, number);
+}
+static inline void column_ids(const keys *parts, int32_t *ids) {
+    const __m128i low = _mm_set1_epi64x(0xFFFFFFFF);
+    for (uint32_t half = 0; half < 2; half++) {
+        __m128i even = _mm_and_si128(_mm_castpd_si128(parts[half * 2]), low);
+        __m128i inverted = _mm_or_si128(even, _mm_slli_epi64(_mm_castpd_si128(parts[half * 2 + 1]), 32));
+        _mm_storeu_si128((__m128i *)(ids + half * 4), _mm_andnot_si128(inverted, _mm_set1_epi32(0xFFFFF)));
+    }
+}
+
+static inline uint32_t ids_differ(const int32_t *a, const int32_t *b) {
+    uint32_t same = 0;
+    for (int half = 0; half < 2; half++) {
+        __m128i equal = _mm_cmpeq_epi32(_mm_loadu_si128((const __m128i *)(a + half * 4)),
+                                        _mm_loadu_si128((const __m128i *)(b + half * 4)));
+        same |= (uint32_t)_mm_movemask_ps(_mm_castsi128_ps(equal)) << half * 4;
+    }
+    return 0xFFu ^ same;
+}
+
+static inline void half_transpose(const float *const *rows, uint32_t first, __m128 *out) {
+    for (uint32_t i = 0; i < 4; i++) out[i] = _mm_loadu_ps(rows[i] + first);
+    _MM_TRANSPOSE4_PS(out[0], out[1], out[2], out[3]);
+}
+
+/* Eight logits from `first` on of eight rows, as a block for each of the eight. */
+static inline void block_transpose(const float *const *rows, uint32_t first, block *out) {
+    for (uint32_t half = 0; half < 2; half++, first += 4, out += 4) {
+        __m128 low[4], high[4];
+        half_transpose(rows, first, low);
+        half_transpose(rows + 4, first, high);
+        for (uint32_t i = 0; i < 4; i++) out[i] = (block){low[i], high[i]};
+    }
 }
 
 #endif

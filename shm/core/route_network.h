@@ -1,11 +1,7 @@
 /* Top-8 selection by sorting networks: no branches, so nothing for fresh logits to mispredict.
  *
  * Eight vectors are eight rows of as many columns as the vector has lanes. Each column is sorted, descending from row
- * 0; two such arrays are merged keeping the best eight of each column; at last the columns are merged with each other.
- *
- * Keys pack score and id in one double in [1, 2): the mantissa holds the score's order-preserving integer (32 bits)
- * above the inverted id (20 bits). Doubles of one exponent order like their mantissas, so all keys differ and ties go
- * to the lowest id by themselves. */
+ * 0; two such arrays are merged keeping the best eight of each column; at last the columns are merged with each other. */
 #ifndef HOTSET_ROUTE_NETWORK_H
 #define HOTSET_ROUTE_NETWORK_H
 
@@ -63,7 +59,7 @@ static inline void network_select(const float *scores, uint32_t count, uint32_t 
         keys_merge(best, other);
     }
     for (uint32_t distance = KEY_LANES / 2; distance > 0; distance /= 2) keys_fold(best, distance);
-    for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)(~keys_first(best[i]) & 0xFFFFFu);
+    for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)key_id(keys_first(best[i]));
 }
 
 /* Eight scores need no network: each one's rank is the number of those that beat it. Padded with -inf to a block. */

@@ -2,7 +2,6 @@
 #ifndef HOTSET_ROUTE_POLICY_H
 #define HOTSET_ROUTE_POLICY_H
 
-#include "route_report.h"
 #include "route_tile.h"
 
 /* Moves the running mean of max - min by one row. The first row seeds it. */
@@ -20,26 +19,26 @@ static inline void range_update(struct route_tally *tally, const struct row_stat
 /* Cache-Prior's top J: the row's own best `keep_top` get the amount too. */
 static inline void row_keep_top(const struct route_tile *tile, struct route_row *row, float amount) {
     for (uint32_t i = 0; i < tile->rule->keep_top; i++) {
-        int32_t expert = row->truth[i];
-        if (!isnan(row->adjusted[expert])) row->adjusted[expert] = row->logits[expert] + amount;
+        uint32_t at = (uint32_t)row->truth[i] * row->step;
+        if (!isnan(row->adjusted[at])) row->adjusted[at] = row->logits[at] + amount;
     }
 }
 
 /* POLICY_MASS, one row, whose best preferred experts are in `ids`: best first they take the places of those in the true
  * top k that are not preferred, worst first, while the mass lost in all stays within `budget`. No other exchange of as
  * many experts loses less. Those that stay keep their order and the others follow, for none of them ranks higher. */
-static inline void row_exchange_within_mass(const struct route_tile *tile, struct route_row *row, float budget) {
+static inline void row_exchange_within_mass(struct route_tile *tile, struct route_row *row, float budget) {
     const uint64_t *preferred = tile->snapshot->preferred;
     uint32_t k = tile->rule->top_k, count = 0, next = 0, kept = 0, removed = 0 /* bits of positions in truth */;
     int32_t substitutes[ROUTE_MAX_TOP_K], taken[ROUTE_MAX_TOP_K];
-    float scale = row_shares(tile->rule, row), lost = 0;
-    memcpy(substitutes, row->ids, sizeof substitutes);
+    float scale = row_scale(tile, row), lost = 0;
+    memcpy(substitutes, row->ids, k * sizeof *substitutes);
     for (uint32_t i = k; i-- > 0;) {
         if (bit_test(preferred, (uint32_t)row->truth[i])) continue;
         while (next < k && contains(row->truth, k, substitutes[next])) next++;
         if (next == k || !bit_test(preferred, (uint32_t)substitutes[next])) break;
-        if (!(row->adjusted[substitutes[next]] > -INFINITY)) break; /* NaN, masked out, or in a group left out */
-        lost += (row->share[row->truth[i]] - row->share[substitutes[next]]) * scale;
+        if (!(row->adjusted[(uint32_t)substitutes[next] * row->step] > -INFINITY)) break; /* NaN, masked out, or in a group left out */
+        lost += (row_share(row, row->truth[i]) - row_share(row, substitutes[next])) * scale;
         if (!(lost <= budget)) break;
         taken[count++] = substitutes[next++];
         removed |= UINT32_C(1) << i;
@@ -53,11 +52,10 @@ static inline void row_exchange_within_mass(const struct route_tile *tile, struc
 static inline void tile_apply_policy(struct route_tile *tile, uint32_t policy, const float *strengths,
                                      struct route_tally *tally) {
     const float none[TILE_ROWS] = {0};
-    float amounts[TILE_ROWS];
+    float amounts[TILE_ROWS] = {0};
     switch (policy) {
     case POLICY_BONUS:
-        tile_adjust(tile, strengths);
-        tile_select(tile, 0);
+        tile_prefer(tile, strengths);
         break;
     case POLICY_RANGE:
         tile_adjust(tile, none);
@@ -81,9 +79,7 @@ static inline void tile_apply_policy(struct route_tile *tile, uint32_t policy, c
     default:
         tile_adjust(tile, none);
         tile_select(tile, 0);
-        return;
     }
-    tile_report(tile, tally);
 }
 
 #endif

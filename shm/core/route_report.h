@@ -2,22 +2,19 @@
 #ifndef HOTSET_ROUTE_REPORT_H
 #define HOTSET_ROUTE_REPORT_H
 
-#include "route_row.h"
+#include "route_tile.h"
 
-#define REPORT_OUTSIDERS 63u
-
-static inline int contains(const int32_t *ids, uint32_t count, int32_t id) {
-    for (uint32_t i = 0; i < count; i++)
-        if (ids[i] == id) return 1;
-    return 0;
+static inline uint64_t row_rank(const struct route_row *row, int32_t expert) {
+    return rank_key(row_logit(row, expert), (uint32_t)expert);
 }
 
 /* `out` belongs to the true top k; `in` took its place. Returns the mass lost. */
-static inline float report_exchange(const struct route_tile *tile, const struct route_row *row, uint32_t out, uint32_t in,
+static inline float report_exchange(struct route_tile *tile, struct route_row *row, uint32_t out, uint32_t in,
                                     struct route_tally *tally) {
+    float scale = row_scale(tile, row);
     tally->changed++;
     if (!bit_test(tile->snapshot->preferred, out)) bit_set(tally->displaced, out);
-    return (row->share[out] - row->share[in]) * row->scale;
+    return (row_share(row, (int32_t)out) - row_share(row, (int32_t)in)) * scale;
 }
 
 /* The position of the largest of some keys. */
@@ -29,13 +26,13 @@ static inline uint32_t largest_position(const uint64_t *keys, uint32_t count) {
 
 /* Given the experts outside of the selection that may belong in it: the best of them that rank above the worst of the
  * selection are in the true top k in their place. */
-static inline void report_outsiders(const struct route_tile *tile, const struct route_row *row, const int32_t *outsiders,
+static inline void report_outsiders(struct route_tile *tile, struct route_row *row, const int32_t *outsiders,
                                     uint32_t count, struct route_tally *tally) {
-    uint64_t above[REPORT_OUTSIDERS], below[ROUTE_MAX_TOP_K]; /* ranks, those of the selection upside down */
+    uint64_t above[ROUTE_MAX_EXPERTS], below[ROUTE_MAX_TOP_K]; /* ranks, those of the selection upside down */
     uint32_t k = tile->rule->top_k;
     float lost = 0;
-    for (uint32_t i = 0; i < k; i++) below[i] = ~rank_key(row->logits, (uint32_t)row->ids[i]);
-    for (uint32_t i = 0; i < count; i++) above[i] = rank_key(row->logits, (uint32_t)outsiders[i]);
+    for (uint32_t i = 0; i < k; i++) below[i] = ~row_rank(row, row->ids[i]);
+    for (uint32_t i = 0; i < count; i++) above[i] = row_rank(row, outsiders[i]);
     for (uint32_t exchanges = 0; exchanges < count && exchanges < k; exchanges++) {
         uint32_t best = largest_position(above, count), worst = largest_position(below, k);
         if (above[best] < ~below[worst]) break;
@@ -47,13 +44,13 @@ static inline void report_outsiders(const struct route_tile *tile, const struct 
 }
 
 /* The same by comparison with the true top k, where groups may be left out. */
-static inline void report_against_truth(const struct route_tile *tile, const struct route_row *row, const int32_t *truth,
+static inline void report_against_truth(struct route_tile *tile, struct route_row *row, const int32_t *truth,
                                         struct route_tally *tally) {
     uint64_t below[ROUTE_MAX_TOP_K];
     uint32_t k = tile->rule->top_k, count = 0;
     float lost = 0;
     for (uint32_t i = 0; i < k; i++)
-        if (!contains(truth, k, row->ids[i])) below[count++] = ~rank_key(row->logits, (uint32_t)row->ids[i]);
+        if (!contains(truth, k, row->ids[i])) below[count++] = ~row_rank(row, row->ids[i]);
     for (uint32_t i = 0; i < k && count; i++) {
         if (contains(row->ids, k, truth[i])) continue;
         uint32_t worst = largest_position(below, count);
@@ -63,55 +60,86 @@ static inline void report_against_truth(const struct route_tile *tile, const str
     tally->lost_mass += lost;
 }
 
-static inline void report_plain(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
+/* The same with the true top k of the row's logits. */
+static inline void report_given(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
     const struct route_rule *rule = tile->rule;
-    int32_t truth[ROUTE_MAX_TOP_K];
-    memcpy(row->adjusted, row->logits, rule->num_experts * sizeof *row->logits);
-    limit_groups(rule, row->adjusted);
-    select_top_k(row->adjusted, rule->num_experts, rule->top_k, truth);
-    row_shares(rule, row);
-    report_against_truth(tile, row, truth, tally);
+    float limited[ROUTE_MAX_EXPERTS];
+    memcpy(limited, row->given, rule->num_experts * sizeof *limited);
+    limit_groups(rule, limited);
+    select_top_k(limited, rule->num_experts, rule->top_k, row->truth);
+    report_against_truth(tile, row, row->truth, tally);
 }
 
 #if ROUTE_VECTOR
+/* Only experts that reach the selection's least logit may belong in it. */
+static inline void report_vector(struct route_tile *tile, struct route_row *row, float least, struct route_tally *tally) {
+    uint32_t experts = tile->rule->num_experts, count = 0;
+    uint64_t bits[ROUTE_WORDS];
+    int32_t outsiders[ROUTE_MAX_EXPERTS];
+    vector_reaching(row->given, experts, least, bits);
+    for (uint32_t i = 0; i < tile->rule->top_k; i++) bits[row->ids[i] / 64] &= ~(UINT64_C(1) << (row->ids[i] % 64));
+    for (uint32_t word = 0; word * 64 < experts; word++)
+        for (uint64_t left = bits[word]; left; left &= left - 1)
+            outsiders[count++] = (int32_t)(word * 64 + (uint32_t)__builtin_ctzll(left));
+    if (count) report_outsiders(tile, row, outsiders, count, tally);
+}
+
+/* Slot by slot of route_preference.h: from the last one on, so that each row's exchanges are in the same order as above. */
+static inline void columns_report(struct route_tile *tile, const float *amounts, struct route_tally *tally) {
+    struct route_columns *columns = &tile->columns;
+    uint32_t k = tile->rule->top_k, rows = (uint32_t)((UINT64_C(1) << tile->rows) - 1);
+    keys unbiased[COLUMN_PARTS][NETWORK_ROWS];
+    float lost[TILE_ROWS] = {0};
+    if (!columns_unbiased(tile, amounts, unbiased)) {
+        for (uint32_t r = 0; r < tile->rows; r++) report_given(tile, &tile->row[r], tally);
+        return;
+    }
+    for (uint32_t i = k; i-- > 0;) {
+        _Alignas(64) int32_t in[TILE_ROWS], out[TILE_ROWS];
+        keys selected[COLUMN_PARTS], truth[COLUMN_PARTS];
+        for (uint32_t part = 0; part < COLUMN_PARTS; part++) {
+            keys other = columns->others[part][k - 1 - i];
+            selected[part] = keys_max(columns->preferred[part][i], other);
+            truth[part] = keys_max(unbiased[part][i], other);
+        }
+        column_ids(selected, in);
+        column_ids(truth, out);
+        for (uint32_t changed = ids_differ(in, out) & rows; changed; changed &= changed - 1) {
+            uint32_t r = (uint32_t)__builtin_ctz(changed);
+            lost[r] += report_exchange(tile, &tile->row[r], (uint32_t)out[r], (uint32_t)in[r], tally);
+        }
+    }
+    for (uint32_t r = 0; r < tile->rows; r++) tally->lost_mass += lost[r];
+}
+
 static inline float least_logit(const struct route_row *row, uint32_t k) {
-    float least = row->logits[row->ids[0]];
+    float least = row_logit(row, row->ids[0]);
     for (uint32_t i = 1; i < k; i++) {
-        float z = row->logits[row->ids[i]];
+        float z = row_logit(row, row->ids[i]);
         least = z < least ? z : least;
     }
     return least;
 }
+#endif
 
-/* Only experts that reach the selection's least logit may belong in it. */
-static inline void report_vector(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
-    uint32_t experts = tile->rule->num_experts, k = tile->rule->top_k, count = 0;
-    uint64_t bits[ROUTE_WORDS];
-    int32_t outsiders[REPORT_OUTSIDERS];
-    uint32_t outside = vector_reaching(row->logits, experts, least_logit(row, k), bits) - k;
-    if (!outside) return;
-    if (outside > REPORT_OUTSIDERS) { /* a bonus far beyond the logits */
-        report_plain(tile, row, tally);
+/* `amounts`: what POLICY_BONUS added. */
+static inline void tile_report(struct route_tile *tile, uint32_t policy, const float *amounts, struct route_tally *tally) {
+#if ROUTE_VECTOR
+    if (tile->transposed && policy == POLICY_BONUS) {
+        columns_report(tile, amounts, tally);
         return;
     }
-    row_shares(tile->rule, row);
-    for (uint32_t i = 0; i < k; i++) bits[row->ids[i] / 64] &= ~(UINT64_C(1) << (row->ids[i] % 64));
-    for (uint32_t word = 0; word * 64 < experts; word++)
-        for (uint64_t left = bits[word]; left; left &= left - 1)
-            outsiders[count++] = (int32_t)(word * 64 + (uint32_t)__builtin_ctzll(left));
-    report_outsiders(tile, row, outsiders, count, tally);
-}
+#else
+    (void)amounts;
 #endif
-
-static inline void tile_report(struct route_tile *tile, struct route_tally *tally) {
     for (uint32_t r = 0; r < tile->rows; r++) {
+        struct route_row *row = &tile->row[r];
+        if (!row->statistics.finite) continue;
+        if (policy != POLICY_BONUS) report_against_truth(tile, row, row->truth, tally);
 #if ROUTE_VECTOR
-        if (tile->row[r].vector) {
-            report_vector(tile, &tile->row[r], tally);
-            continue;
-        }
+        else if (row->vector) report_vector(tile, row, least_logit(row, tile->rule->top_k), tally);
 #endif
-        if (tile->row[r].statistics.finite) report_plain(tile, &tile->row[r], tally);
+        else report_given(tile, row, tally);
     }
 }
 

@@ -1,7 +1,7 @@
-/* A row on its way from logits to ids and weights, and the steps that concern it alone.
+/* A row on its way from logits to ids and weights, and the tile of rows that go through the steps together.
  *
- * Rows go through the steps side by side, a tile of them at a time: each step has a long chain of results that wait for
- * each other, and the processor looks ahead far enough to overlap rows within a step, but not across a whole row.
+ * A tile of columns holds its rows transposed: a block is one expert of as many rows as it has lanes, and every step
+ * does all rows at once. The others hold row after row: single rows, and what columns cannot do.
  *
  * ROUTE_VECTOR is 1 in a kernel that has lanes, else 0. */
 #ifndef HOTSET_ROUTE_ROW_H
@@ -10,20 +10,40 @@
 #include "route_plain.h"
 #if ROUTE_VECTOR
 #include "route_vector.h"
+#define TILE_ROWS BLOCK_LANES
+#else
+#define TILE_ROWS 8u
 #endif
 
-#define TILE_ROWS 8u
-#define TILE_FLOATS 2176u /* of each array of a tile: 8 rows of up to 256 experts, or 2 of 1,024, padded */
+#define COLUMN_EXPERTS 512u
+#define TILE_FLOATS (TILE_ROWS * (COLUMN_EXPERTS + 8)) /* of each array of a tile; its rows are fewer above 512 experts */
 #define TILE_LANES (ROUTE_MAX_EXPERTS + 64)
 
+#if ROUTE_VECTOR
+#define COLUMN_PARTS (BLOCK_LANES / KEY_LANES) /* vectors of keys that one block makes */
+
+/* What only tiles of columns need. */
+struct route_columns {
+    _Alignas(64) float max[BLOCK_LANES], min[BLOCK_LANES]; /* of each row's logits */
+    _Alignas(64) float scale[BLOCK_LANES];                 /* of each row, once computed */
+    _Alignas(64) float chosen[NETWORK_ROWS][BLOCK_LANES];  /* logits of the selected experts by rank */
+    /* The preferred experts, then the others, each filled up to a multiple of eight with a column of -inf. */
+    uint32_t order[COLUMN_EXPERTS + 16], num_preferred, num_all;
+    uint64_t tags[COLUMN_EXPERTS + 16];
+    keys preferred[COLUMN_PARTS][NETWORK_ROWS], others[COLUMN_PARTS][NETWORK_ROWS]; /* POLICY_BONUS: the best of either */
+};
+#endif
+
 struct route_row {
-    const float *logits;
-    float *share;    /* gate probability times a factor common to the row */
-    float *adjusted; /* the scores that were selected from */
-    float scale;     /* the factor that makes share probabilities; 0 = not computed yet */
-    int vector;      /* the vector steps apply: softmax gate, all logits finite, and these padded with -inf */
+    const float *given;  /* the caller's logits */
+    const float *logits; /* the same, `step` apart and padded with -inf */
+    float *adjusted;     /* the scores that were selected from, `step` apart */
+    uint32_t step;       /* 1, or TILE_ROWS in columns */
+    int vector;   /* the vector steps apply: softmax gate, all logits finite */
+    float *share; /* gate probability times a factor common to the row; NULL in columns */
+    float scale;  /* the factor that makes shares probabilities; 0 = not computed yet */
     struct row_statistics statistics;
-    int32_t ids[ROUTE_MAX_TOP_K];   /* the selection, best first */
+    int32_t *ids;                   /* the selection, best first: the caller's array */
     int32_t truth[ROUTE_MAX_TOP_K]; /* the true top k, where the policy needs it */
 };
 
@@ -32,11 +52,15 @@ struct route_tile {
     const struct route_rule *rule;
     const struct route_snapshot *snapshot;
     uint32_t rows, stride; /* rows in use; floats from one row to the next */
+    int transposed; /* columns */
     struct route_row row[TILE_ROWS];
-    _Alignas(64) float share[TILE_FLOATS];
+    _Alignas(64) float logits[TILE_FLOATS]; /* where the caller's do not do: columns, and rows that blocks would overrun */
     _Alignas(64) float adjusted[TILE_FLOATS];
-    _Alignas(64) float padded[TILE_FLOATS];                         /* logits that blocks would overrun */
+    _Alignas(64) float share[TILE_FLOATS];
     _Alignas(64) float preferred[TILE_LANES], others[TILE_LANES]; /* lanes of the preferred experts, and of the rest */
+#if ROUTE_VECTOR
+    struct route_columns columns;
+#endif
 };
 
 static inline uint32_t round_up(uint32_t value, uint32_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -62,33 +86,31 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
     return tile->stride * TILE_ROWS <= TILE_FLOATS ? TILE_ROWS : TILE_FLOATS / tile->stride;
 }
 
+/* `logits`: of all rows of the tile. */
 static inline void row_begin(struct route_tile *tile, uint32_t index, const float *logits) {
     struct route_row *row = &tile->row[index];
     uint32_t experts = tile->rule->num_experts;
-    row->logits = logits;
-    row->share = tile->share + index * tile->stride;
+    row->given = row->logits = logits + (size_t)index * experts;
     row->adjusted = tile->adjusted + index * tile->stride;
-    row->scale = 0;
+    row->step = 1;
     row->vector = 0;
+    row->share = tile->share + index * tile->stride;
+    row->scale = 0;
 #if ROUTE_VECTOR
-    if (tile->rule->gating != GATING_SIGMOID && vector_statistics(logits, experts, &row->statistics)) {
-        row->vector = 1;
-        if (experts == tile->stride) return;
-        row->logits = tile->padded + index * tile->stride;
-        vector_pad(logits, experts, tile->padded + index * tile->stride, tile->stride);
-        return;
+    row->vector = tile->rule->gating != GATING_SIGMOID && vector_statistics(row->given, experts, &row->statistics);
+    if (row->vector && experts != tile->stride) {
+        float *padded = tile->logits + index * tile->stride;
+        vector_pad(row->given, experts, padded, tile->stride);
+        row->logits = padded;
     }
 #endif
-    row->statistics = plain_statistics(logits, experts);
+    if (!row->vector) row->statistics = plain_statistics(row->given, experts);
 }
 
-/* The factor that makes row->share probabilities; computes both when they are first needed. */
-static inline float row_shares(const struct route_rule *rule, struct route_row *row) {
-    if (row->scale != 0) return row->scale;
-#if ROUTE_VECTOR
-    if (row->vector) return row->scale = vector_shares(row->logits, rule->num_experts, row->statistics.max, row->share);
-#endif
-    return row->scale = plain_shares(rule, row->logits, &row->statistics, row->share);
+static inline float row_logit(const struct route_row *row, int32_t expert) { return row->logits[(uint32_t)expert * row->step]; }
+
+static inline float row_share(const struct route_row *row, int32_t expert) {
+    return row->share ? row->share[expert] : softmax_exp(row_logit(row, expert) - row->statistics.max);
 }
 
 #endif

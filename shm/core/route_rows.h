@@ -4,11 +4,12 @@
 
 #include "route_kernel.h"
 #include "route_policy.h"
+#include "route_report.h"
 #include "route_weights.h"
 
-static inline void row_prefetch(const struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
+static inline void row_prefetch(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
     const struct route_rule *rule = tile->rule;
-    float scale = row_shares(rule, row);
+    float scale = row_scale(tile, row);
     for (uint32_t e = 0; e < rule->num_experts; e++)
         if (row->share[e] * scale >= rule->prefetch_threshold && !bit_test(tile->snapshot->resident, e) &&
             !contains(row->ids, rule->top_k, (int32_t)e))
@@ -20,16 +21,23 @@ static void route_rows(const struct route_rule *rule, const struct route_call *c
                        uint32_t rows, int32_t *ids, float *weights, struct route_tally *tally) {
     struct route_tile tile;
     uint32_t k = rule->top_k, room = tile_begin(&tile, rule, call, snapshot);
-    float strengths[TILE_ROWS];
+    _Alignas(64) float strengths[TILE_ROWS];
+#if ROUTE_VECTOR
+    if (columns_apply(rule, call, rows)) columns_prepare(&tile);
+#endif
     for (uint32_t first = 0; first < rows; first += room) {
-        tile.rows = rows - first < room ? rows - first : room;
-        for (uint32_t r = 0; r < tile.rows; r++) {
-            strengths[r] = call->strengths ? call->strengths[first + r] : call->strength;
-            row_begin(&tile, r, logits + (size_t)(first + r) * rule->num_experts);
-        }
-        tile_apply_policy(&tile, call->policy, strengths, tally);
         int32_t *tile_ids = ids + (size_t)first * k;
-        tile_finish(&tile, tile_ids, weights + (size_t)first * k, tally);
+        tile.rows = rows - first < room ? rows - first : room;
+        for (uint32_t r = 0; r < TILE_ROWS; r++)
+            strengths[r] = r >= tile.rows ? 0 : call->strengths ? call->strengths[first + r] : call->strength;
+        tile_load(&tile, call, logits + (size_t)first * rule->num_experts, tile_ids);
+        tile_apply_policy(&tile, call->policy, strengths, tally);
+#if ROUTE_VECTOR
+        if (tile.transposed) columns_gather(&tile);
+        if (tile.transposed && !rule->renormalize) columns_scale(&tile);
+#endif
+        if (call->policy != POLICY_OFF) tile_report(&tile, call->policy, strengths, tally);
+        tile_weights(&tile, weights + (size_t)first * k, tally);
         for (uint32_t r = 0; r < tile.rows && call->want_prefetch; r++)
             if (tile.row[r].statistics.finite) row_prefetch(&tile, &tile.row[r], tally);
         if (rows == 1) return; /* its ids are its tally */

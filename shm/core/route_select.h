@@ -13,17 +13,23 @@ static inline uint32_t ordered_bits(float value) {
 }
 
 /* Experts by rank: larger is better, ties go to the lowest id. */
-static inline uint64_t rank_key(const float *scores, uint32_t id) {
-    return (uint64_t)ordered_bits(scores[id]) << 32 | (UINT32_MAX - id);
+static inline uint64_t rank_key(float score, uint32_t id) {
+    return (uint64_t)ordered_bits(score) << 32 | (UINT32_MAX - id);
 }
 static inline uint32_t rank_id(uint64_t key) { return UINT32_MAX - (uint32_t)key; }
+
+static inline int contains(const int32_t *ids, uint32_t count, int32_t id) {
+    for (uint32_t i = 0; i < count; i++)
+        if (ids[i] == id) return 1;
+    return 0;
+}
 
 /* The `k` best of `count` scores into `ids`, best first. Keys are unique, so ties need no case of their own. */
 static inline void select_top_k(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
     uint64_t best[ROUTE_MAX_TOP_K];
     uint32_t held = 0;
     for (uint32_t id = 0; id < count; id++) {
-        uint64_t key = rank_key(scores, id);
+        uint64_t key = rank_key(scores[id], id);
         if (held == k && key < best[k - 1]) continue;
         uint32_t at = held < k ? held++ : k - 1;
         for (; at > 0 && best[at - 1] < key; at--) best[at] = best[at - 1];

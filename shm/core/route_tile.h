@@ -1,13 +1,34 @@
-/* Scores and selection, for all rows of a tile step by step. */
+/* The steps from logits to a selection, for all rows of a tile. */
 #ifndef HOTSET_ROUTE_TILE_H
 #define HOTSET_ROUTE_TILE_H
 
 #include "route_row.h"
+#if ROUTE_VECTOR
+#include "route_preference.h"
+#endif
+
+/* Takes up tile->rows rows, whose selections go to `ids`. */
+static inline void tile_load(struct route_tile *tile, const struct route_call *call, const float *logits, int32_t *ids) {
+    for (uint32_t r = 0; r < tile->rows; r++) tile->row[r].ids = ids + r * tile->rule->top_k;
+    tile->transposed = 0;
+#if ROUTE_VECTOR
+    tile->transposed = columns_apply(tile->rule, call, tile->rows) && columns_begin(tile, logits);
+#else
+    (void)call;
+#endif
+    for (uint32_t r = 0; r < tile->rows && !tile->transposed; r++) row_begin(tile, r, logits);
+}
 
 /* Fills row->adjusted with the logits, amounts[r] added to the preferred experts. In plain C, NaN then marks the experts
  * of groups that are left out. */
 static inline void tile_adjust(struct route_tile *tile, const float *amounts) {
     const struct route_rule *rule = tile->rule;
+#if ROUTE_VECTOR
+    if (tile->transposed) {
+        columns_adjust(tile, tile->preferred, block_load(amounts));
+        return;
+    }
+#endif
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
 #if ROUTE_VECTOR
@@ -24,6 +45,12 @@ static inline void tile_adjust(struct route_tile *tile, const float *amounts) {
 /* Fills row->adjusted with the logits of the preferred experts, and -inf. */
 static inline void tile_restrict(struct route_tile *tile) {
     const struct route_rule *rule = tile->rule;
+#if ROUTE_VECTOR
+    if (tile->transposed) {
+        columns_adjust(tile, tile->others, block_all(-INFINITY));
+        return;
+    }
+#endif
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
 #if ROUTE_VECTOR
@@ -38,9 +65,27 @@ static inline void tile_restrict(struct route_tile *tile) {
     }
 }
 
+#if ROUTE_VECTOR
+/* Columns of selections into row->truth, or into row->ids. */
+static inline void tile_take(struct route_tile *tile, int into_truth, int32_t (*chosen)[BLOCK_LANES]) {
+    for (uint32_t r = 0; r < tile->rows; r++) {
+        int32_t *ids = into_truth ? tile->row[r].truth : tile->row[r].ids;
+        for (uint32_t i = 0; i < tile->rule->top_k; i++) ids[i] = chosen[i][r];
+    }
+}
+#endif
+
 /* Selects from row->adjusted: into row->truth, or into row->ids. */
 static inline void tile_select(struct route_tile *tile, int into_truth) {
     const struct route_rule *rule = tile->rule;
+#if ROUTE_VECTOR
+    if (tile->transposed) {
+        _Alignas(64) int32_t chosen[NETWORK_ROWS][BLOCK_LANES];
+        columns_select(tile, chosen);
+        tile_take(tile, into_truth, chosen);
+        return;
+    }
+#endif
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
         int32_t *ids = into_truth ? row->truth : row->ids;
@@ -52,6 +97,34 @@ static inline void tile_select(struct route_tile *tile, int into_truth) {
 #endif
         select_top_k(row->adjusted, rule->num_experts, rule->top_k, ids);
     }
+}
+
+/* Selects with amounts[r] added to the preferred experts, into row->ids. */
+static inline void tile_prefer(struct route_tile *tile, const float *amounts) {
+#if ROUTE_VECTOR
+    if (tile->transposed) {
+        _Alignas(64) int32_t chosen[NETWORK_ROWS][BLOCK_LANES];
+        columns_prefer(tile, amounts, chosen);
+        tile_take(tile, 0, chosen);
+        return;
+    }
+#endif
+    tile_adjust(tile, amounts);
+    tile_select(tile, 0);
+}
+
+/* The factor that makes row_share() probabilities; computes what it needs when it is first called. */
+static inline float row_scale(struct route_tile *tile, struct route_row *row) {
+    if (row->scale != 0) return row->scale;
+#if ROUTE_VECTOR
+    if (tile->transposed) {
+        columns_scale(tile);
+        return row->scale;
+    }
+    if (row->vector)
+        return row->scale = vector_shares(row->logits, tile->rule->num_experts, row->statistics.max, row->share);
+#endif
+    return row->scale = plain_shares(tile->rule, row->logits, &row->statistics, row->share);
 }
 
 #endif

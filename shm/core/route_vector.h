@@ -83,11 +83,14 @@ static inline void vector_select(const float *scores, uint32_t count, uint32_t k
     else network_select(scores, count, k, ids);
 }
 
-/* softmax over a block of logits, in place; -inf where there are fewer. The factor that makes the results sum to 1. */
-static inline float vector_softmax(float *logits) {
-    block z = block_load(logits), p = block_exp(block_sub(z, block_all(block_fold_max(z))));
-    block_store(logits, p);
-    return 1.0f / block_fold_sum(p);
+/* softmax over the logits of `k` experts, at most a block, times `factor`. */
+static inline void vector_softmax(const float *logits, const int32_t *ids, uint32_t k, float factor, float *weights) {
+    _Alignas(64) float selected[BLOCK_LANES];
+    block_store(selected, block_all(-INFINITY));
+    for (uint32_t i = 0; i < k; i++) selected[i] = logits[ids[i]];
+    block z = block_load(selected), p = block_exp(block_sub(z, block_all(block_fold_max(z))));
+    block_store(selected, block_mul(p, block_all(1.0f / block_fold_sum(p) * factor)));
+    memcpy(weights, selected, k * sizeof *weights);
 }
 
 /* A float of all ones where `mask` has a bit, of zeros elsewhere. */
@@ -96,17 +99,15 @@ static inline void vector_lanes(const uint64_t *mask, uint32_t count, float *lan
         block_store(lanes + e, block_from_mask(mask_from_bits((uint32_t)(mask[e / 64] >> (e % 64)))));
 }
 
-/* Which logits reach `bound`, which is finite: sets bits up to the next multiple of 64. Returns how many. */
-static inline uint32_t vector_reaching(const float *logits, uint32_t count, float bound, uint64_t *bits) {
+/* Which logits reach `bound`, which is finite: sets bits up to the next multiple of 64. Does not overrun. */
+static inline void vector_reaching(const float *logits, uint32_t count, float bound, uint64_t *bits) {
     block least = block_all(bound);
-    uint32_t found = 0;
-    for (uint32_t e = 0; e < count; e += 64) {
-        bits[e / 64] = 0;
-        for (uint32_t i = 0; i < 64 && e + i < count; i += BLOCK_LANES)
-            bits[e / 64] |= (uint64_t)mask_bits(block_at_least(block_load(logits + e + i), least)) << i;
-        found += (uint32_t)__builtin_popcountll(bits[e / 64]);
+    for (uint32_t e = 0; e < count; e += BLOCK_LANES) {
+        uint32_t left = count - e;
+        block z = left >= BLOCK_LANES ? block_load(logits + e) : block_load_padded(logits + e, left, -INFINITY);
+        if (e % 64 == 0) bits[e / 64] = 0;
+        bits[e / 64] |= (uint64_t)mask_bits(block_at_least(z, least)) << (e % 64);
     }
-    return found;
 }
 
 #endif

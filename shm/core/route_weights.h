@@ -2,7 +2,7 @@
 #ifndef HOTSET_ROUTE_WEIGHTS_H
 #define HOTSET_ROUTE_WEIGHTS_H
 
-#include "route_row.h"
+#include "route_tile.h"
 
 /* A row without any finite logit: the order still holds (+inf first), but there is nothing to weigh. */
 static inline void row_without_finite(const struct route_rule *rule, struct route_row *row, float *weights) {
@@ -14,7 +14,8 @@ static inline void row_without_finite(const struct route_rule *rule, struct rout
     }
 }
 
-static inline void row_weights(const struct route_rule *rule, struct route_row *row, float *weights) {
+static inline void row_weights(struct route_tile *tile, struct route_row *row, float *weights) {
+    const struct route_rule *rule = tile->rule;
     uint32_t k = rule->top_k;
     float scale = 0, max = -INFINITY;
     int finite = rule->renormalize && rule->gating != GATING_SIGMOID;
@@ -28,7 +29,7 @@ static inline void row_weights(const struct route_rule *rule, struct route_row *
         for (uint32_t i = 0; i < k; i++) weights[i] = softmax_exp(weights[i] - max);
         scale = 1.0f / canonical_sum(weights, k);
     } else {
-        scale = row_shares(rule, row);
+        scale = row_scale(tile, row);
         for (uint32_t i = 0; i < k; i++) weights[i] = row->share[row->ids[i]];
         if (rule->renormalize) scale = 1.0f / canonical_sum(weights, k);
     }
@@ -36,39 +37,34 @@ static inline void row_weights(const struct route_rule *rule, struct route_row *
     for (uint32_t i = 0; i < k; i++) weights[i] *= scale;
 }
 
-/* Of all rows of a tile: ids and weights to `ids` and `weights`. */
-static inline void tile_finish(struct route_tile *tile, int32_t *ids, float *weights, struct route_tally *tally) {
+/* Of all rows of a tile. */
+static inline void tile_weights(struct route_tile *tile, float *weights, struct route_tally *tally) {
     const struct route_rule *rule = tile->rule;
     uint32_t k = rule->top_k;
 #if ROUTE_VECTOR
-    _Alignas(64) float selected[TILE_ROWS][BLOCK_LANES];
-    int renormalize = rule->renormalize && k <= BLOCK_LANES;
-    for (uint32_t r = 0; r < tile->rows; r++) {
-        struct route_row *row = &tile->row[r];
-        if (!row->vector) continue;
-        if (!rule->renormalize) row_shares(rule, row);
-        else if (renormalize) {
-            block_store(selected[r], block_all(-INFINITY));
-            for (uint32_t i = 0; i < k; i++) selected[r][i] = row->logits[row->ids[i]];
-        }
+    if (tile->transposed) {
+        _Alignas(64) float by_rank[NETWORK_ROWS][BLOCK_LANES];
+        columns_weights(tile, by_rank);
+        for (uint32_t r = 0; r < tile->rows; r++, weights += k)
+            for (uint32_t i = 0; i < k; i++) weights[i] = by_rank[i][r];
+        return;
     }
-    float scale[TILE_ROWS];
-    for (uint32_t r = 0; r < tile->rows && renormalize; r++)
-        if (tile->row[r].vector) scale[r] = vector_softmax(selected[r]) * rule->weight_scale;
 #endif
-    for (uint32_t r = 0; r < tile->rows; r++, ids += k, weights += k) {
+    for (uint32_t r = 0; r < tile->rows; r++, weights += k) {
         struct route_row *row = &tile->row[r];
         tally->nan_logits += row->statistics.nan;
         if (!row->statistics.finite) {
             tally->rows_without_finite++;
             row_without_finite(rule, row, weights);
+            continue;
         }
 #if ROUTE_VECTOR
-        else if (row->vector && renormalize)
-            for (uint32_t i = 0; i < k; i++) weights[i] = selected[r][i] * scale[r];
+        if (row->vector && rule->renormalize && k <= BLOCK_LANES) {
+            vector_softmax(row->logits, row->ids, k, rule->weight_scale, weights);
+            continue;
+        }
 #endif
-        else row_weights(rule, row, weights);
-        for (uint32_t i = 0; i < k; i++) ids[i] = row->ids[i];
+        row_weights(tile, row, weights);
     }
 }
 

@@ -34,6 +34,8 @@ def cases(draw: st.DrawFn, elements: st.SearchStrategy[float] | None = None) -> 
     else:
         row = st.lists(values, min_size=experts, max_size=experts)
         rows = np.array(draw(st.lists(row, min_size=1, max_size=3)), np.float32)
+    if draw(st.booleans()):  # one row is routed in another way than many, and many end in the middle of a tile
+        rows = np.stack([np.roll(rows[i % len(rows)], i) for i in range(19)])
     resident = draw(st.sets(st.integers(0, experts - 1)))
     return rows, k, sorted(resident)
 
