@@ -1,5 +1,9 @@
 /* Matrix products of float32 rows with stored weights. A template: see vector.h for the lanes, kernels.c for the copies.
- */
+ *
+ * AVX512-BF16 and VNNI are not used. One row waits for memory either way. For 32 rows of bfloat16 weights, tiles of
+ * vdpbf16ps gave 34 billion multiply-adds per second and these 41 (Sapphire Rapids, one thread), at a relative error of
+ * 1.6e-3 instead of 2e-7, because activations have to become bfloat16; as sums of two bfloat16 each, 20 billion at 2e-6.
+ * VNNI needs 8-bit activations, which alone are an error of 5e-3. */
 
 /* Adds to each of rows x outs sums the products of one block of 32 elements, 16 lanes at a time. */
 INLINE TARGET void V(dot_block)(const int rows, const int outs, enum weight_format format, const float *x,
