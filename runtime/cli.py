@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -12,6 +13,7 @@ import typer
 from hotset.runtime.errors import HotsetError
 
 INTERRUPTED = 130
+DEFAULT_MEMORIES = ["4GiB", "8GiB", "16GiB"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -93,6 +95,48 @@ def generate(
     else:
         print()
         _print_table(report)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or GGUF file; without it the shipped one.")
+    ] = None,
+    memory: Annotated[list[str], typer.Option(help="For everything: what fits in so much?")] = DEFAULT_MEMORIES,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Say what a model is and what of it fits in which memory, or why it cannot run, without loading it."""
+    from hotset.runtime.config import TRAINED_MODEL
+    from hotset.runtime.inspection import inspect_model
+
+    inspection = inspect_model(Path(model or TRAINED_MODEL), memory)
+    if as_json:
+        print(msgspec.json.encode(inspection).decode())
+    else:
+        _print_inspection(inspection)
+
+
+def _print_inspection(inspection: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hotset.runtime.config import format_nbytes
+
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in inspection.lines():
+        facts.add_row(name, value)
+    fits = Table(box=None, pad_edge=False)
+    for heading in ("memory", "experts resident", "of all", "KV tokens"):
+        fits.add_column(heading, justify="right")
+    for fit in inspection.fits:
+        if fit.needed is None:
+            fits.add_row(fit.memory, f"{fit.resident:,}", f"{fit.share:.1%}", f"{fit.kv_tokens:,}")
+        else:
+            fits.add_row(fit.memory, f"needs {format_nbytes(fit.needed)}", "", "")
+    console = Console(highlight=False)
+    console.print(facts)
+    console.print()
+    console.print(fits)
 
 
 def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""What a model is, and how much of it fits in which memory, from its headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from hotset.runtime.config import BackendConfig, format_nbytes
+from hotset.runtime.errors import MemoryTooSmall
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.gguf_folder import model_folder
+from hotset.runtime.plan import plan_instance
+from hotset.shm.kv_page_format import KvFormat
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """What an instance of `memory` has room for; or `needed` bytes that it has not, and zeros.
+
+    `resident` experts are in memory at once, `share` of all; `kv_tokens` is the room for tokens of all sequences.
+    """
+
+    memory: str
+    resident: int
+    share: float
+    kv_tokens: int
+    needed: int | None = None
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """`features`: what this model has of what its family may have."""
+
+    model: str
+    family: str
+    architecture: str
+    features: tuple[str, ...]
+    num_layers: int
+    hidden_size: int
+    num_experts: int
+    experts_per_token: int
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    dense_nbytes: int
+    expert_nbytes: int
+    expert_format: str
+    num_experts_in_all: int
+    kv_nbytes_per_token: int
+    fits: tuple[Fit, ...]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """For people: what, and how much."""
+        yield "model", f"{self.family} ({self.architecture})"
+        if self.features:
+            yield "", ", ".join(self.features)
+        yield "layers", f"{self.num_layers} of width {self.hidden_size}"
+        yield "experts", f"{self.experts_per_token} of {self.num_experts} per token and layer"
+        yield "one expert", f"{format_nbytes(self.expert_nbytes)}, {self.expert_format}"
+        every = self.num_experts_in_all * self.expert_nbytes
+        yield "all experts", f"{format_nbytes(every)} ({self.num_experts_in_all})"
+        yield "dense weights", format_nbytes(self.dense_nbytes)
+        yield "KV cache", f"{format_nbytes(self.kv_nbytes_per_token)} per token in float32"
+        yield "context", f"{self.max_position_embeddings:,} tokens, vocabulary {self.vocab_size:,}"
+
+
+def inspect_model(model: Path, memories: Sequence[str]) -> Inspection:
+    """Raises `UnsupportedModel` and the other errors of a model folder, or `ValueError` for a size."""
+    folder = model_folder(model)
+    config = ModelConfig.load(folder)
+    checkpoint = Checkpoint.open(folder, config)
+    return Inspection(
+        model=str(model),
+        family=config.family.name,
+        architecture=config.family.architecture,
+        features=tuple(_features(config)),
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        eos_token_ids=config.eos_token_ids,
+        dense_nbytes=checkpoint.dense_nbytes,
+        expert_nbytes=checkpoint.expert_nbytes,
+        expert_format=checkpoint.expert_dtype,
+        num_experts_in_all=config.num_experts_in_all,
+        kv_nbytes_per_token=config.kv_page_layout(1, KvFormat.FLOAT32).page_nbytes,
+        fits=tuple(_fit(memory, config, checkpoint) for memory in memories),
+    )
+
+
+def _fit(memory: str, config: ModelConfig, checkpoint: Checkpoint) -> Fit:
+    try:
+        plan = plan_instance(BackendConfig(model=str(checkpoint.folder), memory=memory), config, checkpoint)
+    except MemoryTooSmall as error:
+        return Fit(memory, 0, 0.0, 0, error.needed)
+    geometry = plan.geometry
+    share = geometry.num_slots / config.num_experts_in_all
+    return Fit(memory, geometry.num_slots, round(share, 4), geometry.num_pages * geometry.block_size)
+
+
+def _features(config: ModelConfig) -> Iterator[str]:
+    if config.dense_layers:
+        yield f"{len(config.dense_layers)} layers without experts"
+    if config.shared_intermediate_size:
+        yield "a shared expert"
+    if any(config.windows):
+        windowed = sum(window > 0 for window in config.windows)
+        yield f"window of {max(config.windows)} tokens in {windowed} layers"
+    if config.family.sinks:
+        yield "attention sinks"
+    if config.rope.type != "default":
+        yield f"{config.rope.type} rotary embeddings, factor {config.rope.factor:g}"
+    if config.clip_qkv is not None:
+        yield f"queries, keys and values clipped to {config.clip_qkv:g}"
