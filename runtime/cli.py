@@ -40,7 +40,10 @@ def generate(
     memory: Annotated[str | None, typer.Option(help="For everything: 4GiB ...; as many experts as fit.")] = None,
     expert_budget: Annotated[str | None, typer.Option(help="For experts alone: 50%, 500MB ...; default 50%.")] = None,
     routing: Annotated[str | None, typer.Option(help="Routing policy; off is the model's own choice.")] = None,
-    eviction: Annotated[str | None, typer.Option(help="Which expert goes: affinity or lru.")] = None,
+    eviction: Annotated[
+        str | None,
+        typer.Option(help="Which expert goes: affinity, td, lru, lfu, adaptive, lru+affinity."),
+    ] = None,
     prefetch: Annotated[str | None, typer.Option(help="off, or displaced: what routing passed over.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Memory for KV pages: 64MiB ...")] = None,

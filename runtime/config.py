@@ -9,9 +9,10 @@ from typing import Literal, get_args
 
 import msgspec
 
+from hotset.runtime.eviction import parse_eviction
+
 RoutingPolicy = Literal["off", "bonus", "range", "mass"]
 PrefetchPolicy = Literal["off", "displaced"]
-EvictionPolicy = Literal["affinity", "lru"]
 KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
 TRAINED_MODEL = Path(__file__).parent / "model" / "trained"
@@ -59,7 +60,9 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             against perplexity: on the shipped model it gives up 0.8 % of the gate's probability mass.
         prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
             model 2 to 7 % of them were used before they went again, so the default is "off".
-        eviction: which expert goes when a slot is needed.
+        eviction: which expert goes when a slot is needed: "affinity" the one used least lately, "td" the one that is
+            needed last as far as could be learned while serving, "lru", "lfu", "adaptive", and blends such as
+            "lru+affinity:0.5"; see `parse_eviction`.
         read_lanes: experts that are read from disk at once, each by a thread of the pager and into a slot that nobody
             else can use meanwhile. None is 4, or what a small expert budget leaves beyond the experts of one token
             per worker (`backend.plan.read_lanes`).
@@ -82,7 +85,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     range_strength: float = 0.1
     mass_budget: float = 0.004
     prefetch: PrefetchPolicy = "off"
-    eviction: EvictionPolicy = "affinity"
+    eviction: str = "affinity"
     read_lanes: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 256
@@ -110,6 +113,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"memory is {self.memory!r} and expert_budget is {self.expert_budget!r}, expected one of the two: "
                 "memory decides how many experts fit"
             )
+        parse_eviction(self.eviction)
         for name in ("cache_bonus", "range_strength", "mass_budget"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -117,7 +121,6 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name, choices in (
             ("routing", RoutingPolicy),
             ("prefetch", PrefetchPolicy),
-            ("eviction", EvictionPolicy),
             ("kv_cache_dtype", KvDtype),
         ):
             value, allowed = getattr(self, name), get_args(choices)

@@ -49,3 +49,13 @@ def parse_eviction(text: str) -> EvictionSettings:
     if admission not in get_args(Admission):
         raise ValueError(f"eviction is {text!r}, expected {EVICTION_SYNTAX}")
     return EvictionSettings(base, weight, cast("Admission", admission))
+
+
+def check_pool(policy: str, *, slots: int, cycle: int) -> None:
+    """A shared pool that LRU keeps, smaller than what one token uses in all layers, never hits: refuse it."""
+    settings = parse_eviction(policy)
+    if settings.base == "lru" and not settings.affinity_weight and slots < cycle:
+        raise ValueError(
+            f"eviction is {policy!r} with {slots} expert slots, expected at least {cycle}: one token uses that many, "
+            "so least-recently-used would have evicted each expert just before it is used again"
+        )

@@ -8,6 +8,7 @@ import msgspec
 
 from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
 from hotset.runtime.errors import BudgetTooSmall, MemoryTooSmall
+from hotset.runtime.eviction import check_pool
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.shm.kv_page_format import KvFormat
@@ -17,6 +18,7 @@ DEFAULT_READ_LANES = 4  # where there are slots enough
 SLOT_ALIGNMENT = 4096  # bytes; preadv and O_DIRECT want whole pages
 DEFAULT_EXPERT_BUDGET = "50%"
 MAX_DEFAULT_KV_NBYTES = 2**30
+DEMAND_WORDS = 1 << 16  # of a process: 18 steps of 16 sequences through 24 layers
 PROCESS_NBYTES = 32 << 20  # interpreter, numpy and this package: 20 to 28 MiB of PSS in each process were measured
 PAGE_TABLE_ENTRY_NBYTES = 8
 
@@ -117,6 +119,8 @@ class _Planner:
 
     def plan(self) -> InstancePlan:
         num_slots, num_pages = self._slots_and_pages()
+        cycle = self.num_experts // self.model.num_experts * self.model.experts_per_token  # of one token, all layers
+        check_pool(self.config.eviction, slots=num_slots, cycle=cycle)
         geometry = self._geometry(num_slots, num_pages)
         return InstancePlan(
             geometry=geometry,
@@ -184,6 +188,7 @@ class _Planner:
             block_size=config.block_size,
             max_sequences=config.max_num_seqs,
             max_model_len=self.max_model_len,
+            demand_words=DEMAND_WORDS,
         )
 
     def _read_lanes(self, num_slots: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from hotset.shm.segment import Segment
 
 NO_STREAM = 0xFFFF
 HEADER_WORDS = 8
@@ -36,3 +38,25 @@ def demands_of_steps(ids: npt.NDArray[np.integer]) -> Records:
     body[..., 1:] = ids.transpose(0, 2, 1, 3)
     records[..., HEADER_WORDS:] = body.reshape(steps, layers, rows * width)
     return records.reshape(-1)
+
+
+class DemandReader:
+    """Follows the rings of all processes of an instance; a killed process's successor goes on in its ring.
+
+    Args:
+        segment: the arena.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        geometry = segment.layout.geometry
+        self._arena = segment.arena
+        self._cursors = [0] * (geometry.num_processes if geometry.demand_words else 0)
+        self._words = np.empty(geometry.demand_words, np.uint16)
+
+    def read(self) -> Iterator[tuple[Records, bool]]:
+        """Per process that wrote something since the last call: its records, in order, and whether some were lost
+        before they could be read. The array is overwritten by the next."""
+        for process, cursor in enumerate(self._cursors):
+            count, self._cursors[process], lost = self._arena.read_demands(process, cursor, self._words)
+            if count or lost:
+                yield self._words[:count], lost

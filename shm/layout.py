@@ -24,6 +24,7 @@ MAX_SECTIONS = 40
 COUNTERS_PER_PROCESS = 64
 HISTOGRAM_BUCKETS = 256
 HISTOGRAMS_PER_PROCESS = 2
+DEMAND_RING_HEADER = 64  # bytes before the words
 MAX_ROW_NBYTES = (1 << 32) - PAGE  # the section table has 32 bits for a stride
 MAX_EXPERT_IDS = 1 << 24  # the slot word has 24 bits for the expert
 
@@ -76,6 +77,7 @@ class Section(enum.IntEnum):
     PAGE_GENERATIONS = 18
     KV_PAGES = 19
     EXPERT_SLOTS = 20
+    DEMANDS = 21
 
 
 LAYER_STATE = np.dtype(
@@ -129,6 +131,7 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16  # tokens per page
     max_sequences: int = 0
     max_model_len: int = 0  # tokens
+    demand_words: int = 0  # of each process's ring of recent demands (shm/core/demand_ring.h): a power of two, or 0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_experts", "num_processes", "block_size"):
@@ -137,6 +140,10 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.__struct_fields__:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.demand_words and (self.demand_words < CACHE_LINE or self.demand_words & (self.demand_words - 1)):
+            raise ValueError(
+                f"demand_words is {self.demand_words}, expected 0 or a power of two of at least {CACHE_LINE}"
+            )
         for name in ("slot_nbytes", "page_nbytes"):
             if getattr(self, name) > MAX_ROW_NBYTES:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at most {MAX_ROW_NBYTES}")
@@ -209,6 +216,8 @@ def _declarations(g: Geometry) -> Iterator[tuple[Section, npt.DTypeLike, int, in
     yield Section.PAGE_GENERATIONS, np.dtype("<u4"), pages, 1, 4
     yield Section.KV_PAGES, np.dtype("u1"), pages, g.page_nbytes, CACHE_LINE
     yield Section.EXPERT_SLOTS, np.dtype("u1"), g.num_slots, g.slot_nbytes, PAGE
+    rings = g.num_processes if g.demand_words else 0
+    yield Section.DEMANDS, np.dtype("<u2"), rings, DEMAND_RING_HEADER // 2 + g.demand_words, CACHE_LINE
 
 
 class Layout:

@@ -9,12 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from hotset.runtime.errors import HotsetError
 from hotset.shm.counters import Counter
 from hotset.shm.paging_queue import PagingMessage, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
 
 WAIT_MICROSECONDS = 50_000
+
+Int32 = npt.NDArray[np.int32]
 
 
 class ExpertUnavailable(HotsetError):
@@ -48,6 +53,13 @@ class ExpertAccess:
         """Under which counters hits and misses fall from now on."""
         self._hit_counter = Counter.PREFILL_EXPERT_HITS if prefill else Counter.DECODE_EXPERT_HITS
         self._miss_counter = Counter.PREFILL_EXPERT_MISSES if prefill else Counter.DECODE_EXPERT_MISSES
+
+    def note_demand(self, layer: int, experts: Int32, streams: Int32 | None = None) -> None:
+        """Tells whoever keeps the cache what this step of the layer uses, before it asks for any of it.
+
+        `experts` [rows, n] with the `streams` [rows] whose tokens they are for; without them, sets of no stream.
+        """
+        self._arena.write_demand(self._process, layer, experts, streams)
 
     def resident(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yields (expert, slot) of every expert, resident ones first; each is pinned until the next is asked for.

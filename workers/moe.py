@@ -62,12 +62,14 @@ class MixtureOfExperts:
         self._prefetch_displaced = prefetch_displaced
         self._config = config
         self._exact = np.zeros(0, np.bool_)
+        self._streams: npt.NDArray[np.int32] | None = None
 
-    def begin_step(self, exact: Sequence[bool], *, prefill: bool) -> None:
+    def begin_step(self, exact: Sequence[bool], *, prefill: bool, streams: Sequence[int]) -> None:
         """Before each forward step: which rows take exactly the experts that the gate chooses, whatever is resident,
-        and under which counters the hits fall."""
+        under which counters the hits fall, and whose tokens the rows of a decode step are."""
         self._exact = np.asarray(exact, np.bool_)
         self._access.count_as(prefill=prefill)
+        self._streams = None if prefill else np.asarray(streams, np.int32)
 
     def __call__(self, layer: int, hidden: Float32, gate_logits: Float32) -> Float32:
         """hidden [rows, hidden_size] and gate logits [rows, num_experts] -> weighted sum of the experts' outputs.
@@ -77,6 +79,10 @@ class MixtureOfExperts:
         routed = self._route(layer, gate_logits)
         selections = dict(group_by_expert(routed.experts))
         outputs = np.empty((*routed.experts.shape, hidden.shape[1]), np.float32)
+        if self._streams is None:  # a prefill uses most experts, in no order that says what comes next
+            self._access.note_demand(layer, np.fromiter(selections, np.int32)[np.newaxis])
+        else:
+            self._access.note_demand(layer, routed.experts, self._streams)
         for expert, slot in self._access.resident(layer, list(selections)):
             info = self._slot_info[slot, 0]
             expert_forward(

@@ -31,7 +31,7 @@ from hotset.shm.counters import Counter, Histogram
 from hotset.shm.layout import Section, SlotState
 from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment, SegmentError
-from hotset.workers.eviction.policy import make_eviction
+from hotset.workers.eviction.policy import Eviction
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
 from hotset.workers.idle_disk import IdleDisk
 from hotset.workers.read_lanes import Load, ReadLanes
@@ -58,7 +58,7 @@ class Pager:
         self._num_experts = geometry.num_experts
         model = ModelConfig.load(start.config.model)
         self._store = ExpertStore(Checkpoint.open(start.config.model, model))
-        self._eviction = make_eviction(start.config.eviction, self._segment, start.process)
+        self._eviction = Eviction(start.config.eviction, self._segment, start.process)
         self._urgent: dict[int, None] = {}  # in the order of arrival
         self._prefetches: dict[int, int] = {}  # with the layer's epoch at arrival
         self._loads: dict[int, Load] = {}
@@ -248,6 +248,7 @@ class Pager:
             self._finish_loads()
             self._receive_messages()
             if time.monotonic() >= self._next_rescan:
+                self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
             self._serve_urgent()
             self._serve_prefetch()

@@ -184,7 +184,7 @@ class Worker:
             members.append(SequenceRows(start, rows, sequence.block_table[:blocks]))
             exact.extend([sequence.exact_routing] * rows)
             start += rows
-        self._experts.begin_step(exact, prefill=prefill)
+        self._experts.begin_step(exact, prefill=prefill, streams=[sequence.run.row for sequence, _ in parts])
         logits = self._transformer.forward(Batch(token_ids, positions, members))
         self._arena.count(self._process, Counter.STEPS, 1)
         self._arena.count(self._process, Counter.PREFILL_TOKENS if prefill else Counter.DECODE_TOKENS, total)

@@ -22,7 +22,8 @@ from laboratory.traces import Trace, load_trace
 from rich.console import Console
 from rich.table import Table
 
-from hotset.workers.eviction.replay import MIN, check_pool, replay
+from hotset.runtime.eviction import check_pool
+from hotset.workers.eviction.replay import MIN, replay
 
 Number = TypeVar("Number", int, float)
 

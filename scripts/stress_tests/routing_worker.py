@@ -125,6 +125,7 @@ class RoutingWorker:
                 selected.update(self._route_single(layer, policy, row))
         else:
             selected.update(self._route_batch(layer, policy))
+        self._access.note_demand(layer, np.array([sorted(selected)], np.int32))
         for expert, slot in self._access.resident(layer, sorted(selected)):
             self._use(layer * self._geometry.num_experts + expert, slot)
         if self._random.random() < 0.02:

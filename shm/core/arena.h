@@ -39,6 +39,7 @@ enum section {
     SECTION_PAGE_GENERATIONS,/* u32[pages + 1]: how often a page was handed out: see kv_page.h. Writer: coordinator */
     SECTION_KV_PAGES,        /* bytes[pages + 1][page_nbytes]; page 0 is never handed out */
     SECTION_EXPERT_SLOTS,    /* bytes[slots][slot_nbytes] */
+    SECTION_DEMANDS,         /* struct demand_ring[processes]: which experts its steps used. Single writer a row */
     SECTION_COUNT
 };
 

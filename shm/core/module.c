@@ -1,5 +1,6 @@
 /* hotset.shm._core: the Python type Arena over arena.h. The logic is in the headers without Python.h, so that the
  * same code runs under the sanitizers, the crash stepper and the benchmarks; bind_*.h check arguments and call it. */
+#include "bind_demands.h"
 #include "bind_kv_pages.h"
 #include "bind_metrics.h"
 #include "bind_residency.h"
@@ -158,6 +159,7 @@ static PyMethodDef arena_methods[] = {
     {"count", FASTCALL(arena_count), "count(process, counter, amount): adds to a counter of the caller's own row."},
     RESIDENCY_METHODS,
     METRICS_METHODS,
+    DEMAND_METHODS,
     {NULL, NULL, 0, NULL},
 };
 

@@ -95,6 +95,7 @@ def test_memory_and_expert_budget_exclude_each_other() -> None:
         ("read_lanes", "four"),
         ("routing", "psychic"),
         ("eviction", "random"),
+        ("eviction", "td+affinity"),
         ("kv_cache_dtype", "int3"),
         ("max_model_len", 10**9),
         ("kv_cache_memory", "1"),

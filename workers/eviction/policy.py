@@ -1,63 +1,71 @@
-"""Which resident expert goes when a slot is needed."""
+"""Which resident expert goes when a slot is needed: the pager's side of the policies in core/policy.h.
+
+The policy learns from the rings of demands that the workers write (shm/core/demand_ring.h). A worker writes a step's
+demand before it asks for what it misses, so that the demand is known when its misses are served.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.runtime.config import EvictionPolicy
+from hotset.runtime.eviction import parse_eviction
+from hotset.shm.demands import DemandReader
 from hotset.shm.segment import Segment
+from hotset.workers.eviction.replay import make_policy
 
 
-class Eviction(Protocol):
-    """Orders resident experts from the one to evict first to the one to keep longest."""
+class Eviction:
+    """Orders resident experts from the one to evict first to the one to keep longest.
 
-    def order(self, experts: npt.NDArray[np.int64]) -> Iterator[int]:
-        """Indices into `experts` (global ids), the first victim first."""
-        ...
+    Experts are global ids. All layers share the slots; a layer that is down to its floor, a quarter of an equal share,
+    loses experts only when no other has one to give.
 
-    def prefers(self, candidate: int, victim: int) -> bool:
-        """Whether an expert that nobody waits for is worth the slot of a resident one (global ids)."""
-        ...
-
-
-class AffinityEviction:
-    """The least affinity goes first: a moving average of how often a layer's steps selected the expert.
-
-    Equal scores: the one that was selected longest ago.
+    Args:
+        policy: as `parse_eviction` takes it.
+        segment: the arena. What an earlier pager of the instance knew of affinity is there still.
+        process: the pager's row.
     """
 
-    def __init__(self, affinity: ExpertAffinity) -> None:
-        self._affinity = affinity
+    def __init__(self, policy: str, segment: Segment, process: int) -> None:
+        geometry = segment.layout.geometry
+        self._num_experts = geometry.num_experts
+        slots_per_layer = max(geometry.num_slots, 1) / geometry.num_layers
+        self._floor = int(slots_per_layer / 4)
+        self._policy = make_policy(
+            parse_eviction(policy),
+            num_layers=geometry.num_layers,
+            num_experts=geometry.num_experts,
+            num_streams=max(geometry.max_sequences, 1),
+            slots_per_layer=slots_per_layer,
+        )
+        self._demands = DemandReader(segment)
+        self._values = np.zeros((geometry.num_layers, geometry.num_experts))
+        self._last_used = np.zeros(self._values.shape, np.uint64)
+        affinity = ExpertAffinity(AffinityConfig(geometry.num_experts), segment=segment, process=process)
+        self._policy.seed_affinity(affinity.snapshot()[0].astype(np.float64))
+
+    def learn(self) -> None:
+        """Takes in what the workers have used since the last call."""
+        for records, lost in self._demands.read():
+            if lost:
+                self._policy.forget_streams()
+            self._policy.observe(records)
 
     def order(self, experts: npt.NDArray[np.int64]) -> Iterator[int]:
-        scores, epochs = self._affinity.snapshot()
-        yield from np.lexsort((epochs.ravel()[experts], scores.ravel()[experts])).tolist()
+        """Indices into `experts`, the first victim first."""
+        self.learn()
+        self._policy.values(self._values)
+        self._policy.last_used(self._last_used)
+        residents = np.bincount(experts // self._num_experts, minlength=len(self._values))
+        # Those that go last of all: the latest step's, if they are admitted, and those of layers at their floor.
+        protected = np.isin(experts, self._policy.kept()) | (residents <= self._floor)[experts // self._num_experts]
+        values, last_used = self._values.ravel()[experts], self._last_used.ravel()[experts]
+        yield from np.lexsort((experts, last_used, values, protected)).tolist()
 
     def prefers(self, candidate: int, victim: int) -> bool:
-        scores = self._affinity.snapshot()[0].ravel()
-        return bool(scores[candidate] > scores[victim])
-
-
-class LruEviction:
-    """The expert that was selected longest ago goes first: by the epoch of its affinity slot."""
-
-    def __init__(self, affinity: ExpertAffinity) -> None:
-        self._affinity = affinity
-
-    def order(self, experts: npt.NDArray[np.int64]) -> Iterator[int]:
-        _, epochs = self._affinity.snapshot()
-        yield from np.argsort(epochs.ravel()[experts], kind="stable").tolist()
-
-    def prefers(self, candidate: int, victim: int) -> bool:
-        epochs = self._affinity.snapshot()[1].ravel()
-        return bool(epochs[candidate] > epochs[victim])
-
-
-def make_eviction(policy: EvictionPolicy, segment: Segment, process: int) -> Eviction:
-    affinity = ExpertAffinity(AffinityConfig(segment.layout.geometry.num_experts), segment=segment, process=process)
-    return {"affinity": AffinityEviction, "lru": LruEviction}[policy](affinity)
+        """Whether an expert that nobody waits for is worth the slot of a resident one."""
+        return bool(self._values.ravel()[candidate] > self._values.ravel()[victim])

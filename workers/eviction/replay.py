@@ -38,16 +38,6 @@ def make_policy(
     )
 
 
-def check_pool(policy: str, *, slots: int, cycle: int) -> None:
-    """A shared pool that LRU keeps, smaller than what one token uses in all layers, never hits: refuse it."""
-    settings = parse_eviction(policy)
-    if settings.base == "lru" and not settings.affinity_weight and slots < cycle:
-        raise ValueError(
-            f"eviction is {policy!r} with {slots} expert slots, expected at least {cycle}: one token uses that many, "
-            "so least-recently-used would have evicted each expert just before it is used again"
-        )
-
-
 def replay(
     records: Records,
     policy: str,

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from hotset.runtime.eviction import check_pool
 from hotset.shm.demands import Records, demand_of_set, demands_of_steps
-from hotset.workers.eviction.replay import ReplayResult, check_pool, replay
+from hotset.workers.eviction.replay import ReplayResult, replay
 
 # shijiuzhang/moe-cache-eval's conformance trace: 3 layers alike, 4 experts each, 5 steps.
 TOY_STEPS = [(0, 1), (0, 2), (0, 1), (0, 3), (0, 1)]

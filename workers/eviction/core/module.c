@@ -109,7 +109,7 @@ static PyObject *policy_type_seed(PyObject *self, PyObject *argument) {
     if (!policy) return NULL;
     PyObject *done = copy_table(argument, "scores", policy, policy->affinity, 0);
     if (done)
-        for (uint32_t layer = 0; policy->steps && layer < policy->num_layers; layer++) policy_value(policy, layer);
+        for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
     return done;
 }
 

@@ -165,12 +165,12 @@ static inline void policy_value_blend(struct policy *policy, uint32_t layer) {
     int frequency = policy_prefers_frequency(policy, uses);
     const uint64_t *last_used = policy->last_used + first;
     double most = 1, weight = policy->affinity_weight;
-    uint64_t oldest = policy->steps - 1;
+    uint64_t oldest = policy->steps;
     for (uint32_t e = 0; e < policy->num_experts; e++) {
         most = uses[e] > most ? uses[e] : most;
         oldest = last_used[e] < oldest ? last_used[e] : oldest;
     }
-    double longest = (double)(policy->steps - oldest);
+    double longest = policy->steps > oldest ? (double)(policy->steps - oldest) : 1;
     for (uint32_t e = 0; e < policy->num_experts; e++) {
         double base = frequency ? uses[e] / most : (double)(last_used[e] - oldest) / longest;
         policy->value[first + e] = (1 - weight) * base + weight * policy->affinity[first + e];
