@@ -25,7 +25,7 @@ from hotset.shm.kv_page_format import KvFormat, KvPageLayout
 from hotset.workers.compute import _kernels
 
 Floats = npt.NDArray[np.float32]
-BLOCK, KV_HEADS, HEAD_DIM, LAYERS = 16, 8, 64, 4
+BLOCK, KV_HEADS, HEAD_DIM, LAYERS = 16, 8, 64, 16
 
 
 class Row(NamedTuple):

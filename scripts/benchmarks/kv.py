@@ -32,7 +32,7 @@ import xxhash
 from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.kv.page_pool import PagePool
 from hotset.shm import _core
-from hotset.shm.kv_page_format import KvFormat, encode
+from hotset.shm.kv_page_format import Bytes, Floats, KvFormat, encode
 
 BLOCK = 16
 TOKENS = 4096
@@ -294,15 +294,20 @@ def compaction() -> Iterator[Row]:
 
 
 def row_formats() -> Iterator[Row]:
-    """One token of 512 values; 4,096 distinct rows, so that nothing is learnt by heart. The call from Python counts
-    too.
+    """One token of 512 values; 4,096 distinct rows, so that nothing is learnt by heart, 64 tokens at once as in a step
+    of many sequences. The calls from Python count too.
     """
     rows = np.random.default_rng(3).standard_normal((4096, 8, 64)).astype(np.float32)
     bounds = {KvFormat.Q8_0: 300.0, KvFormat.Q4_0: 400.0}
     for index, format in enumerate(KvFormat):
-        out = np.empty((4096 * 8, format.nbytes(64)), np.uint8)
-        flat = rows.reshape(-1, 64)
-        ours = median_ns(partial(_core.encode_kv_rows, index, flat, out), 1) / 4096
+        out = np.empty((64 * 8, format.nbytes(64)), np.uint8)
+        steps = rows.reshape(64, 64 * 8, 64)
+
+        def ours_of_all(index: int = index, out: Bytes = out, steps: Floats = steps) -> None:
+            for step in steps:
+                _core.encode_kv_rows(index, step, out)
+
+        ours = median_ns(ours_of_all, 1) / 4096
         numpy = median_ns(partial(encode, rows[:64], format), 1) / 64
         yield Row(
             f"encode one token of 512 values, {format.value}",

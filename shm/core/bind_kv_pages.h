@@ -22,7 +22,12 @@ static PyObject *core_encode_kv_rows(PyObject *module, PyObject *const *args, Py
     PyObject *result = NULL;
     if (take_array(args[2], "out", &UINT8, 1, 2, shape, &out)) {
         const struct kv_codec *codec = portable ? &KV_CODEC_PLAIN : kv_fastest_codec();
-        result = PyLong_FromSsize_t(kv_encode(codec, (enum kv_format)format, values.buf, rows, width, out.buf));
+        ptrdiff_t refused = -1;
+        if (codec->any_refused((enum kv_format)format, values.buf, rows * width))
+            refused = kv_find_refused((enum kv_format)format, values.buf, rows * width);
+        else
+            kv_encode(codec, (enum kv_format)format, values.buf, rows, width, out.buf);
+        result = PyLong_FromSsize_t(refused);
         PyBuffer_Release(&out);
     }
     PyBuffer_Release(&values);

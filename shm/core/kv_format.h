@@ -150,15 +150,14 @@ static inline const struct kv_codec *kv_fastest_codec(void) {
     return &KV_CODEC_PLAIN;
 }
 
-/* Encodes `rows` rows of `width` values each into consecutive rows of kv_row_nbytes(format, width) bytes.
- * Returns -1, or the position of the first value that the format cannot hold, and then nothing is written. */
-static inline ptrdiff_t kv_encode(const struct kv_codec *codec, enum kv_format format, const float *values, size_t rows,
-                                  size_t width, uint8_t *out) {
-    if (codec->any_refused(format, values, rows * width)) return kv_find_refused(format, values, rows * width);
+/* Encodes `rows` rows of `width` values each, which the format can hold, into consecutive rows of
+ * kv_row_nbytes(format, width) bytes. */
+static inline void kv_encode(const struct kv_codec *codec, enum kv_format format, const float *values, size_t rows,
+                             size_t width, uint8_t *out) {
     size_t per_block = kv_values_per_block(format), beyond = width % per_block;
     if (!beyond) {
         codec->encode_blocks(format, values, rows * width, out);
-        return -1;
+        return;
     }
     size_t whole = width - beyond, whole_nbytes = whole / per_block * kv_block_nbytes(format);
     for (size_t row = 0; row < rows; row++, values += width, out += kv_row_nbytes(format, width)) {
@@ -167,7 +166,6 @@ static inline ptrdiff_t kv_encode(const struct kv_codec *codec, enum kv_format f
         codec->encode_blocks(format, values, whole, out);
         codec->encode_blocks(format, last, KV_QUANT_BLOCK, out + whole_nbytes);
     }
-    return -1;
 }
 
 #endif
