@@ -28,7 +28,7 @@
 #define POLICY_IDLE_STEPS 8u    /* a stream that a layer has not seen for so many steps wants nothing any more */
 #define GUARD_LAYERS 4u         /* that are simulated at most, and ... */
 #define GUARD_EVERY 4u          /* ... at most every fourth: all of them would cost more than learning does */
-#define GUARD_RATE (1 / 4096.)  /* of the running means of their hit rates, per step of a guarded layer */
+#define GUARD_STEPS 2048.       /* of the guarded layers, over which their hit rates are averaged */
 #define GUARD_MARGIN 0.002      /* by which the other must be ahead to take over */
 
 enum policy_base { POLICY_LRU, POLICY_LFU, POLICY_ADAPTIVE, POLICY_AFFINITY, POLICY_TD, POLICY_BASES };
@@ -39,7 +39,7 @@ struct guard {
     uint32_t every; /* layers 0, every, 2 * every ... are simulated */
     uint32_t count;
     struct pool td[GUARD_LAYERS], affinity[GUARD_LAYERS];
-    double td_rate, affinity_rate;
+    double steps, td_rate, affinity_rate;
     int td_leads;
 };
 
@@ -215,7 +215,7 @@ static inline double guard_hit_rate(struct policy *policy, struct pool *pool, co
     uint32_t hits = pool_hits(pool, 0, policy->experts, policy->count);
     pool_admit(pool, 0, policy->experts, policy->count, value + first, policy->last_used + first,
                policy_kept(policy, calibrated));
-    return rate + GUARD_RATE * ((double)hits / policy->count - rate);
+    return rate + ((double)hits / policy->count - rate) / policy->guard.steps;
 }
 
 /* Before TD learns from the demand the shadows are asked whether they have its experts. */
@@ -223,6 +223,7 @@ static inline void policy_guard(struct policy *policy) {
     struct guard *guard = &policy->guard;
     if (policy->layer % guard->every || !policy->count) return;
     uint32_t index = policy->layer / guard->every;
+    if (guard->steps < GUARD_STEPS) guard->steps++;
     guard->td_rate = guard_hit_rate(policy, &guard->td[index], policy->td_value, 1, guard->td_rate);
     guard->affinity_rate = guard_hit_rate(policy, &guard->affinity[index], policy->affinity, 0, guard->affinity_rate);
     double ahead = guard->td_rate - guard->affinity_rate;
