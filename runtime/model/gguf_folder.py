@@ -25,7 +25,7 @@ import xxhash
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from hotset.runtime.model.tensor_index import TENSORS_JSON, StoredTensor
 
-_VERSION: Final = 1  # of what this module writes
+_VERSION: Final = 2  # of what this module writes
 _STORED: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0", "Q4_0": "q4_0"}
 _EXPERT_MATRICES: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
@@ -160,6 +160,7 @@ def _write_folder(path: Path, folder: Path) -> None:
     except Exception as error:  # the library raises plain Exception
         raise CorruptCheckpoint(path, f"{path} has a tokenizer that does not fit together: {error}.") from error
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_bytes(msgspec.json.encode(_special_tokens(metadata)))
     if template := metadata.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template)
     (folder / TENSORS_JSON).write_bytes(msgspec.json.encode(stored))
@@ -201,6 +202,13 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
     if rope.get("rope_type", "none") != "none":
         config["rope_scaling"] = rope
     return config
+
+
+def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """By the names that chat templates use."""
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
+    return {name: metadata["tokenizer.ggml.tokens"][id] for name, id in ids.items() if id is not None}
 
 
 def _end_of_text_ids(metadata: Mapping[str, Any]) -> list[int]:

@@ -14,6 +14,7 @@ from model_factory import make_model
 from safetensors.numpy import save_file
 
 from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.model.chat_template import ChatTemplate
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from hotset.runtime.model.gguf_folder import gguf_folder
 from hotset.runtime.model.gguf_tokenizer import build_tokenizer
@@ -123,6 +124,15 @@ def test_a_truncated_file_is_noticed_when_it_is_opened(tmp_path: Path) -> None:
         InProcessModel(folder)
     with pytest.raises(CorruptCheckpoint):
         InProcessModel(gguf_folder(path))
+
+
+def test_a_chat_template_has_the_special_tokens(tmp_path: Path) -> None:
+    options = {"tokenizer.chat_template": "{{ bos_token }}|{{ messages[0].content }}", "tokenizer.ggml.bos_token_id": 3}
+    folder = gguf_folder(write_gguf(folder_of("olmoe", tmp_path), tmp_path / "model.gguf", "F32", **options))
+    beginning = Tokenizer(folder).decode([3])
+    assert beginning
+    rendered = ChatTemplate.load(folder).render([{"role": "user", "content": "Hi"}])
+    assert rendered == f"{beginning}|Hi"
 
 
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-4o"])
