@@ -13,11 +13,13 @@ from collections.abc import Hashable, Iterator, Mapping
 class PrefixNode:
     """A run of consecutive published pages.
 
-    Invariants: `len(tokens) == len(pages) * page_nbytes`; `start` = pages in front of it, up to the root; the key of a
-    child is its own first page's tokens, so siblings differ in their first page; only a root has no pages.
+    Invariants: `len(key) + len(tail) == len(pages) * page_nbytes`; siblings differ in their first page; only a root has
+    no pages.
 
     Attributes:
-        tokens: packed int32 ids, in place so that the last page goes and the next one comes at constant cost.
+        start: pages in front of it, up to the root.
+        key: packed int32 ids of its first page, by which its parent finds it.
+        tail: those of the other pages, in place so that the last page goes and the next one comes at constant cost.
         last_use: tick of the last lookup or release that ended in this node. Lookups that passed through to a child
             are not noted here: a node is never evicted before its children, and inherits their tick.
         priority, retention, priority_until: see `EvictionOrder`.
