@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
@@ -152,14 +152,14 @@ def _family(file: ConfigFile) -> Family:
     return family
 
 
-def _end_of_text(folder: Path, family: Family) -> Iterable[int]:
+def _end_of_text(folder: Path, family: Family) -> Iterator[int]:
     """What ends an answer besides the id in config.json."""
     generation, tokenizer = folder / "generation_config.json", folder / "tokenizer_config.json"
-    ids = ConfigFile.read(generation).integers("eos_token_id") if generation.is_file() else ()
-    if not ids and family.end_of_text and tokenizer.is_file():
+    if generation.is_file():
+        yield from ConfigFile.read(generation).integers("eos_token_id")
+    if family.end_of_text and tokenizer.is_file():
         added = ConfigFile.read(tokenizer).section("added_tokens_decoder")
-        return [int(id) for id in added if added.section(id).get("content") in family.end_of_text]
-    return ids
+        yield from (int(id) for id in added if added.section(id).get("content") in family.end_of_text)
 
 
 def _dtype(file: ConfigFile) -> str:

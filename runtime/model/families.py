@@ -34,8 +34,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
         bias_option: the key of config.json that gives `biased` projections of the attention a bias, if there is one;
             `bias_default` is its value where it is not given.
         shared_expert: besides the chosen experts there is one that every row goes through, behind a gate of its own.
-        end_of_text: further tokens that end an answer, by their names in tokenizer_config.json, where
-            generation_config.json has none.
+        end_of_text: further tokens that end an answer, by their names in tokenizer_config.json; the
+            generation_config.json of converted checkpoints does not have them all.
         rope_theta, rms_norm_eps: where config.json does not give them.
     """
 

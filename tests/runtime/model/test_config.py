@@ -115,7 +115,7 @@ def test_gpt_oss_ends_at_a_tool_call_too(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     assert ModelConfig.load(folder).eos_token_ids == (2, 12)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
-    assert ModelConfig.load(folder).eos_token_ids == (2, 11)
+    assert ModelConfig.load(folder).eos_token_ids == (2, 11, 12)
 
 
 def test_no_end_of_text(folder: Path) -> None:
