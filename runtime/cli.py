@@ -142,6 +142,28 @@ def _print_inspection(inspection: Any) -> None:
     console.print(fits)
 
 
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed model: new, or of a pack that was interrupted.")],
+    format: Annotated[
+        str | None, typer.Option(help="Of the experts: bf16, q8_0 or q4_0; default: as they are.")
+    ] = None,
+) -> None:
+    """Write a model with each expert in one aligned, checksummed block, which is what the pager reads best."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hotset.runtime.model.gguf_folder import model_folder
+    from hotset.runtime.model.pack import Packer
+
+    packer = Packer(model_folder(Path(model)), out, format)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("packing experts", total=packer.count)
+        packer.run(lambda finished: bar.update(task, completed=finished))
+    print(f"{packer.count} experts of {packer.expert_nbytes} bytes are in {out}")
+
+
 def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any]:
     """The JSON object: lists for text and token_ids where there were several prompts."""
     tokens = sum(len(completion.token_ids) for completion in completions)

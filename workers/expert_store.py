@@ -12,6 +12,7 @@ import xxhash
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint, ExpertLocation
+from hotset.runtime.model.pack_manifest import PackManifest
 from hotset.runtime.model.tensor_index import STORED_DTYPES, TensorLocation
 from hotset.shm.layout import WeightFormat
 
@@ -41,14 +42,19 @@ class Chunk(NamedTuple):
 class ExpertStore:
     """Reads experts of an open checkpoint, their parts one behind the other (runtime/model/expert_parts.py).
 
-    The checksum of the first whole read is the store's checksum from then on (INV-1): weights that change under a
-    running instance are refused instead of served. `read` may be called from several threads at once.
+    A packed model comes with checksums (INV-1). Of others, the checksum of the first whole read is the store's checksum
+    from then on: weights that change under a running instance are refused instead of served. `read` may be called
+    from several threads at once.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._num_experts = checkpoint.config.num_experts
         self._checksums: list[int | None] = [None] * (checkpoint.config.num_layers * self._num_experts)
+        self._manifest = PackManifest.of(checkpoint.folder)
+        if self._manifest is not None:
+            for layer, checksums in self._manifest.checksums.items():
+                self._checksums[layer * self._num_experts : (layer + 1) * self._num_experts] = checksums
         self._files: dict[str, int] = {}
         self.nbytes = checkpoint.expert_nbytes
         self._format = WeightFormat[checkpoint.expert_dtype.upper()]
@@ -93,7 +99,8 @@ class ExpertStore:
         checksum = xxhash.xxh3_64_intdigest(memoryview(slot)[: self.nbytes])
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
-            problem = f"its checksum is {checksum:#x}, it was {expected:#x} when it was first read"
+            origin = "when it was first read" if self._manifest is None else "when it was packed"
+            problem = f"its checksum is {checksum:#x}, it was {expected:#x} {origin}"
             first = location.parts[0]
             layer, expert = divmod(expert_id, self._num_experts)
             raise ExpertReadError(str(first.file), layer, expert, first.offset, problem)

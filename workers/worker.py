@@ -88,7 +88,7 @@ class Worker:
         _kernels.set_num_threads(threads_per_worker(start.plan.num_workers))
         geometry = start.plan.geometry
         model = ModelConfig.load(start.config.model)
-        checkpoint = Checkpoint.open(start.config.model, model)
+        self._checkpoint = checkpoint = Checkpoint.open(start.config.model, model)
         self._segment = Segment.attach(start.instance, geometry)
         self._arena = self._segment.arena
         self._token_ids = self._segment.view(Section.TOKEN_IDS)
@@ -248,7 +248,9 @@ class Worker:
                 self._step(prefill, parts)
             except ExpertUnavailable as error:
                 self._arena.unpin_all(self._process)
-                self._fail([sequence.run.row for sequence, _ in parts], str(error))
+                first = self._checkpoint.expert(error.layer, error.expert).parts[0]
+                reason = f"{error}: {first.file} at byte {first.offset}"
+                self._fail([sequence.run.row for sequence, _ in parts], reason)
             except UnstorableRow as error:
                 # The next step takes the others from where they are: nothing of this one has been committed.
                 owners = [sequence.run.row for sequence, rows in parts for _ in range(rows)]
