@@ -45,10 +45,26 @@ static inline void columns_pad(const float **rows, uint32_t first, uint32_t coun
     }
 }
 
+/* What the rows of all tiles of columns have in common; not again before a tile of rows has come in between. */
+static inline void columns_rows(struct route_tile *tile) {
+    if (tile->row[0].step == BLOCK_LANES) return;
+    for (uint32_t r = 0; r < BLOCK_LANES; r++) {
+        struct route_row *row = &tile->row[r];
+        row->logits = tile->logits + r;
+        row->adjusted = tile->adjusted + r;
+        row->step = BLOCK_LANES;
+        row->vector = 1;
+        row->share = NULL;
+        row->scale = &tile->scale[r];
+        row->max = &tile->columns.max[r];
+        row->statistics = (struct row_statistics){.finite = tile->rule->num_experts};
+    }
+}
+
 /* Makes columns of tile->rows rows. 0 if a logit is not finite: then row after row is the way. */
 static inline int columns_begin(struct route_tile *tile, const float *logits) {
     uint32_t experts = tile->rule->num_experts;
-    const float *rows[BLOCK_LANES];
+    const float *rows[BLOCK_LANES], *next = logits + (size_t)tile->rows * experts;
     float padded[BLOCK_LANES][8];
     block max = block_all(-INFINITY), min = block_all(INFINITY), odd = block_all(0);
     for (uint32_t r = 0; r < BLOCK_LANES; r++) /* lanes without a row repeat the last one */
@@ -59,7 +75,7 @@ static inline int columns_begin(struct route_tile *tile, const float *logits) {
         if (experts - first < 8) columns_pad(rows, first, experts - first, padded);
         block_transpose(rows, first, columns);
         for (uint32_t r = 0; r < BLOCK_LANES; r += 2) /* the next tile's, a line of 16 logits each */
-            __builtin_prefetch(rows[BLOCK_LANES - 1] + experts + (size_t)first * BLOCK_LANES + r * 8);
+            __builtin_prefetch(next + (size_t)first * BLOCK_LANES + r * 8);
 #pragma GCC unroll 8
         for (uint32_t i = 0; i < 8; i++) {
             block_store(tile->logits + (first + i) * BLOCK_LANES, columns[i]);
@@ -73,16 +89,8 @@ static inline int columns_begin(struct route_tile *tile, const float *logits) {
     block_store(tile->logits + experts * BLOCK_LANES, block_all(-INFINITY));
     block_store(tile->columns.max, max);
     block_store(tile->columns.min, min);
-    for (uint32_t r = 0; r < tile->rows; r++) {
-        struct route_row *row = &tile->row[r];
-        row->logits = tile->logits + r;
-        row->adjusted = tile->adjusted + r;
-        row->step = BLOCK_LANES;
-        row->vector = 1;
-        row->share = NULL;
-        row->scale = 0;
-        row->statistics = (struct row_statistics){tile->columns.max[r], tile->columns.min[r], experts, 0, 0};
-    }
+    block_store(tile->scale, block_all(0));
+    columns_rows(tile);
     return 1;
 }
 
@@ -154,8 +162,15 @@ static inline void columns_scale(struct route_tile *tile) {
         for (uint32_t e = i + SUM_LANES; e < experts; e += SUM_LANES)
             sums[i] = block_add(sums[i], block_exp(block_sub(column(tile, e), max)));
     }
-    block_store(tile->columns.scale, block_div(block_all(1), columns_fold(sums, lanes)));
-    for (uint32_t r = 0; r < tile->rows; r++) tile->row[r].scale = tile->columns.scale[r];
+    block_store(tile->scale, block_div(block_all(1), columns_fold(sums, lanes)));
+}
+
+/* Each row's statistics, which POLICY_RANGE looks at. */
+static inline void columns_statistics(struct route_tile *tile) {
+    for (uint32_t r = 0; r < tile->rows; r++) {
+        tile->row[r].statistics.max = tile->columns.max[r];
+        tile->row[r].statistics.min = tile->columns.min[r];
+    }
 }
 
 /* Fills tile->columns.chosen from the rows' selections. */
@@ -177,7 +192,7 @@ static inline void columns_weights(const struct route_tile *tile, float (*weight
         parts[i] = block_exp(block_sub(block_load(tile->columns.chosen[i]), max));
         block_store(weights[i], parts[i]);
     }
-    scale = tile->rule->renormalize ? block_div(block_all(1), columns_fold(parts, k)) : block_load(tile->columns.scale);
+    scale = tile->rule->renormalize ? block_div(block_all(1), columns_fold(parts, k)) : block_load(tile->scale);
     scale = block_mul(scale, block_all(tile->rule->weight_scale));
     for (uint32_t i = 0; i < k; i++) block_store(weights[i], block_mul(block_load(weights[i]), scale));
 }

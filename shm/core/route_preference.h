@@ -50,8 +50,9 @@ static inline int columns_unbiased(struct route_tile *tile, const float *amounts
     _Alignas(64) float logits[NETWORK_ROWS][BLOCK_LANES];
     int unsorted = 0;
     columns_ids(columns->preferred, compared, ids);
-    for (uint32_t i = 0; i < compared; i++) {
+    for (uint32_t i = 0; i < compared; i++) /* all before the first is loaded, which waits for its last lane's store */
         for (uint32_t r = 0; r < BLOCK_LANES; r++) logits[i][r] = tile->logits[(uint32_t)ids[i][r] * BLOCK_LANES + r];
+    for (uint32_t i = 0; i < compared; i++) {
         ordered_block ordered = block_ordered(block_add(block_load(logits[i]), block_all(0))); /* -0 + 0 is +0 */
         for (uint32_t part = 0; part < COLUMN_PARTS; part++) {
             ranking[part][i] = column_rescored(ordered, columns->preferred[part][i], part);

@@ -94,21 +94,25 @@ static inline void columns_report(struct route_tile *tile, const float *amounts,
         for (uint32_t r = 0; r < tile->rows; r++) report_given(tile, &tile->row[r], tally);
         return;
     }
-    for (uint32_t i = k; i-- > 0;) {
-        _Alignas(64) int32_t in[TILE_ROWS], out[TILE_ROWS];
+    _Alignas(64) int32_t in[NETWORK_ROWS][TILE_ROWS], out[NETWORK_ROWS][TILE_ROWS];
+    uint64_t changed[2] = {0, 0}; /* a bit per slot and row: one loop over all, for each end of a loop is mispredicted */
+    for (uint32_t at = 0; at < k; at++) {
         keys selected[COLUMN_PARTS], truth[COLUMN_PARTS];
+        uint32_t slot = k - 1 - at;
         for (uint32_t part = 0; part < COLUMN_PARTS; part++) {
-            keys other = columns->others[part][k - 1 - i];
-            selected[part] = keys_max(columns->preferred[part][i], other);
-            truth[part] = keys_max(unbiased[part][i], other);
+            keys other = columns->others[part][at];
+            selected[part] = keys_max(columns->preferred[part][slot], other);
+            truth[part] = keys_max(unbiased[part][slot], other);
         }
-        column_ids(selected, in);
-        column_ids(truth, out);
-        for (uint32_t changed = ids_differ(in, out) & rows; changed; changed &= changed - 1) {
-            uint32_t r = (uint32_t)__builtin_ctz(changed);
-            lost[r] += report_exchange(tile, &tile->row[r], (uint32_t)out[r], (uint32_t)in[r], tally);
-        }
+        column_ids(selected, in[at]);
+        column_ids(truth, out[at]);
+        changed[at * TILE_ROWS / 64] |= (uint64_t)(ids_differ(in[at], out[at]) & rows) << (at * TILE_ROWS % 64);
     }
+    for (uint32_t word = 0; word < 2; word++)
+        for (uint64_t left = changed[word]; left; left &= left - 1) {
+            uint32_t bit = word * 64 + (uint32_t)__builtin_ctzll(left), at = bit / TILE_ROWS, r = bit % TILE_ROWS;
+            lost[r] += report_exchange(tile, &tile->row[r], (uint32_t)out[at][r], (uint32_t)in[at][r], tally);
+        }
     for (uint32_t r = 0; r < tile->rows; r++) tally->lost_mass += lost[r];
 }
 

@@ -25,7 +25,6 @@
 /* What only tiles of columns need. */
 struct route_columns {
     _Alignas(64) float max[BLOCK_LANES], min[BLOCK_LANES]; /* of each row's logits */
-    _Alignas(64) float scale[BLOCK_LANES];                 /* of each row, once computed */
     _Alignas(64) float chosen[NETWORK_ROWS][BLOCK_LANES];  /* logits of the selected experts by rank */
     /* The preferred experts, then the others, each filled up to a multiple of eight with a column of -inf. */
     uint32_t order[COLUMN_EXPERTS + 16], num_preferred, num_all;
@@ -41,7 +40,8 @@ struct route_row {
     uint32_t step;       /* 1, or TILE_ROWS in columns */
     int vector;   /* the vector steps apply: softmax gate, all logits finite */
     float *share; /* gate probability times a factor common to the row; NULL in columns */
-    float scale;  /* the factor that makes shares probabilities; 0 = not computed yet */
+    float *scale; /* the factor that makes shares probabilities; 0 = not computed yet */
+    float *max;   /* of the finite logits */
     struct row_statistics statistics;
     int32_t *ids;                   /* the selection, best first: the caller's array */
     int32_t truth[ROUTE_MAX_TOP_K]; /* the true top k, where the policy needs it */
@@ -57,6 +57,7 @@ struct route_tile {
     _Alignas(64) float logits[TILE_FLOATS]; /* where the caller's do not do: columns, and rows that blocks would overrun */
     _Alignas(64) float adjusted[TILE_FLOATS];
     _Alignas(64) float share[TILE_FLOATS];
+    _Alignas(64) float scale[TILE_ROWS];
     _Alignas(64) float preferred[TILE_LANES], others[TILE_LANES]; /* lanes of the preferred experts, and of the rest */
 #if ROUTE_VECTOR
     struct route_columns columns;
@@ -71,6 +72,7 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
     uint32_t experts = rule->num_experts;
     tile->rule = rule;
     tile->snapshot = snapshot;
+    tile->row[0].step = 0;
 #if ROUTE_VECTOR
     tile->stride = experts <= 8 ? BLOCK_LANES : round_up(experts, EXP_BLOCKS * BLOCK_LANES);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);
@@ -95,7 +97,9 @@ static inline void row_begin(struct route_tile *tile, uint32_t index, const floa
     row->step = 1;
     row->vector = 0;
     row->share = tile->share + index * tile->stride;
-    row->scale = 0;
+    row->scale = &tile->scale[index];
+    row->max = &row->statistics.max;
+    *row->scale = 0;
 #if ROUTE_VECTOR
     row->vector = tile->rule->gating != GATING_SIGMOID && vector_statistics(row->given, experts, &row->statistics);
     if (row->vector && experts != tile->stride) {
@@ -110,7 +114,7 @@ static inline void row_begin(struct route_tile *tile, uint32_t index, const floa
 static inline float row_logit(const struct route_row *row, int32_t expert) { return row->logits[(uint32_t)expert * row->step]; }
 
 static inline float row_share(const struct route_row *row, int32_t expert) {
-    return row->share ? row->share[expert] : softmax_exp(row_logit(row, expert) - row->statistics.max);
+    return row->share ? row->share[expert] : softmax_exp(row_logit(row, expert) - *row->max);
 }
 
 #endif

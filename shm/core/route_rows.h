@@ -21,15 +21,15 @@ static void route_rows(const struct route_rule *rule, const struct route_call *c
                        uint32_t rows, int32_t *ids, float *weights, struct route_tally *tally) {
     struct route_tile tile;
     uint32_t k = rule->top_k, room = tile_begin(&tile, rule, call, snapshot);
-    _Alignas(64) float strengths[TILE_ROWS];
+    _Alignas(64) float strengths[TILE_ROWS] = {0};
 #if ROUTE_VECTOR
     if (columns_apply(rule, call, rows)) columns_prepare(&tile);
 #endif
     for (uint32_t first = 0; first < rows; first += room) {
         int32_t *tile_ids = ids + (size_t)first * k;
         tile.rows = rows - first < room ? rows - first : room;
-        for (uint32_t r = 0; r < TILE_ROWS; r++)
-            strengths[r] = r >= tile.rows ? 0 : call->strengths ? call->strengths[first + r] : call->strength;
+        for (uint32_t r = 0; r < tile.rows; r++)
+            strengths[r] = call->strengths ? call->strengths[first + r] : call->strength;
         tile_load(&tile, call, logits + (size_t)first * rule->num_experts, tile_ids);
         tile_apply_policy(&tile, call->policy, strengths, tally);
 #if ROUTE_VECTOR

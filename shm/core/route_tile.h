@@ -13,6 +13,7 @@ static inline void tile_load(struct route_tile *tile, const struct route_call *c
     tile->transposed = 0;
 #if ROUTE_VECTOR
     tile->transposed = columns_apply(tile->rule, call, tile->rows) && columns_begin(tile, logits);
+    if (tile->transposed && call->policy == POLICY_RANGE) columns_statistics(tile);
 #else
     (void)call;
 #endif
@@ -115,16 +116,16 @@ static inline void tile_prefer(struct route_tile *tile, const float *amounts) {
 
 /* The factor that makes row_share() probabilities; computes what it needs when it is first called. */
 static inline float row_scale(struct route_tile *tile, struct route_row *row) {
-    if (row->scale != 0) return row->scale;
+    if (*row->scale != 0) return *row->scale;
 #if ROUTE_VECTOR
     if (tile->transposed) {
         columns_scale(tile);
-        return row->scale;
+        return *row->scale;
     }
     if (row->vector)
-        return row->scale = vector_shares(row->logits, tile->rule->num_experts, row->statistics.max, row->share);
+        return *row->scale = vector_shares(row->logits, tile->rule->num_experts, row->statistics.max, row->share);
 #endif
-    return row->scale = plain_shares(tile->rule, row->logits, &row->statistics, row->share);
+    return *row->scale = plain_shares(tile->rule, row->logits, &row->statistics, row->share);
 }
 
 #endif
