@@ -32,39 +32,46 @@ static inline void columns_prefer(struct route_tile *tile, const float *amounts,
     columns_ids(best, tile->rule->top_k, chosen);
 }
 
-/* Whether some row has a ninth preferred expert with the score of the eighth, whose logits are `eighth`. */
+/* Whether some row has more than eight preferred experts whose score reaches `eighth`. */
 static inline int columns_ninth_ties(const struct route_tile *tile, block eighth, block amounts) {
-    block least = block_add(eighth, amounts), count = block_all(0);
+    block count = block_all(0);
     for (uint32_t i = 0; i < tile->columns.num_preferred; i++) {
         block score = block_add(column(tile, tile->columns.order[i]), amounts);
-        count = block_add(count, block_where(block_at_least(score, least), block_all(1)));
+        count = block_add(count, block_where(block_at_least(score, eighth), block_all(1)));
     }
     return mask_bits(block_above(count, block_all(NETWORK_ROWS))) != 0;
+}
+
+/* Whether a ninth preferred expert may matter: if the eighth is selected, or has the score of the last that may be. */
+static inline int columns_ninth_matters(const struct route_tile *tile, block last, block eighth) {
+    const struct route_columns *columns = &tile->columns;
+    if (columns->num_preferred <= NETWORK_ROWS) return 0;
+    if (tile->rule->top_k < NETWORK_ROWS) return mask_bits(block_equal(last, eighth)) != 0;
+    int selected = 0;
+    for (uint32_t part = 0; part < COLUMN_PARTS; part++)
+        selected |= keys_any_below(columns->others[part][0], columns->preferred[part][NETWORK_ROWS - 1]);
+    return selected;
 }
 
 /* The preferred experts' ranking by their logits alone. 0 if it may be another one than with the bonus. */
 static inline int columns_unbiased(struct route_tile *tile, const float *amounts, keys (*ranking)[NETWORK_ROWS]) {
     struct route_columns *columns = &tile->columns;
-    uint32_t k = tile->rule->top_k, compared = k < NETWORK_ROWS ? k + 1 : k; /* the next one too: it may tie with the last */
     _Alignas(64) int32_t ids[NETWORK_ROWS][BLOCK_LANES];
     _Alignas(64) float logits[NETWORK_ROWS][BLOCK_LANES];
     int unsorted = 0;
-    columns_ids(columns->preferred, compared, ids);
-    for (uint32_t i = 0; i < compared; i++) /* all before the first is loaded, which waits for its last lane's store */
+    columns_ids(columns->preferred, NETWORK_ROWS, ids);
+    for (uint32_t i = 0; i < NETWORK_ROWS; i++) /* all before the first is loaded, which waits for its last lane's store */
         for (uint32_t r = 0; r < BLOCK_LANES; r++) logits[i][r] = tile->logits[(uint32_t)ids[i][r] * BLOCK_LANES + r];
-    for (uint32_t i = 0; i < compared; i++) {
+    for (uint32_t i = 0; i < NETWORK_ROWS; i++) {
         ordered_block ordered = block_ordered(block_add(block_load(logits[i]), block_all(0))); /* -0 + 0 is +0 */
         for (uint32_t part = 0; part < COLUMN_PARTS; part++) {
             ranking[part][i] = column_rescored(ordered, columns->preferred[part][i], part);
             if (i > 0) unsorted |= keys_any_below(ranking[part][i - 1], ranking[part][i]);
         }
     }
-    if (unsorted) return 0;
-    if (k < NETWORK_ROWS || columns->num_preferred <= NETWORK_ROWS) return 1;
-    int all_preferred = 0; /* of some row's selection */
-    for (uint32_t part = 0; part < COLUMN_PARTS; part++)
-        all_preferred |= keys_any_below(columns->others[part][0], columns->preferred[part][NETWORK_ROWS - 1]);
-    return !all_preferred || !columns_ninth_ties(tile, block_load(logits[NETWORK_ROWS - 1]), block_load(amounts));
+    block bonus = block_load(amounts), eighth = block_add(block_load(logits[NETWORK_ROWS - 1]), bonus);
+    block last = block_add(block_load(logits[tile->rule->top_k - 1]), bonus);
+    return !unsorted && !(columns_ninth_matters(tile, last, eighth) && columns_ninth_ties(tile, eighth, bonus));
 }
 
 #endif

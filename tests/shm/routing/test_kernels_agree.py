@@ -75,6 +75,22 @@ def test_kernels_agree_bit_for_bit(
         assert its_scores == scores, kernel
 
 
+def test_kernels_agree_where_the_bonus_rounds_logits_to_the_same_score() -> None:
+    """Then the preferred experts may rank in another order than without it, also behind the last one selected."""
+    rng = np.random.default_rng(5)
+    pool = np.array([-1, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 0, -0.0, 1e-9, 2e-9, 3e-9], np.float32)
+    for experts in (5, 9, 16, 25, 40, 64) * 10:
+        rows = rng.choice(pool, (33, experts)).astype(np.float32)
+        resident = np.flatnonzero(rng.random(experts) < rng.choice([0.3, 0.6, 0.95])).tolist()
+        config = RouterConfig(experts, int(rng.integers(1, min(experts, 8) + 1)), cache_bonus=1.0)
+        plain, _ = routed(config, rows, resident, "plain")
+        for kernel in _core.route_kernels():
+            result, _ = routed(config, rows, resident, kernel)
+            assert result.experts.tolist() == plain.experts.tolist(), kernel
+            for field in ("displaced", "lost_mass", "changed"):
+                assert getattr(result, field) == getattr(plain, field), (kernel, field)
+
+
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (16, 4), (60, 4), (64, 8), (128, 8), (256, 9)])
