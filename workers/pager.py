@@ -219,19 +219,24 @@ class Pager:
                 self._lanes.cancel(load)  # a prefetch gives its lane and its slot
         return slot
 
-    def _serve_prefetch(self) -> None:
-        """Begins one prefetch if nothing else is going on and the disk is mostly idle."""
-        while self._prefetches and not self._urgent and not self._loads and self._idle_disk.is_idle():
-            expert, epoch = self._prefetches.popitem()
-            if not self._arena.requested(expert, False) or self._is_settled(expert):
-                continue
-            wanted = self._epoch(expert) - epoch <= PREFETCH_EPOCHS
-            slot = self._take_slot(expert, prefetched=True) if wanted else None
-            if slot is None:
-                self._arena.withdraw_prefetch(expert)
-                self._count(Counter.PREFETCH_DROPPED)
-            else:
-                self._begin(expert, slot, urgent=False)
+    def _serve_prefetch(self) -> bool:
+        """Begins or drops one prefetch if nothing else is going on and the disk is mostly idle; the latest one first.
+
+        One only, so that an urgent request never waits behind a queue of them; whether there was one.
+        """
+        if not self._prefetches or self._urgent or self._loads or not self._idle_disk.is_idle():
+            return False
+        expert, epoch = self._prefetches.popitem()
+        if not self._arena.requested(expert, False) or self._is_settled(expert):
+            return True
+        wanted = self._epoch(expert) - epoch <= PREFETCH_EPOCHS
+        slot = self._take_slot(expert, prefetched=True) if wanted else None
+        if slot is None:
+            self._arena.withdraw_prefetch(expert)
+            self._count(Counter.PREFETCH_DROPPED)
+        else:
+            self._begin(expert, slot, urgent=False)
+        return True
 
     # ---- the loop
 
@@ -251,8 +256,8 @@ class Pager:
                 self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
             self._serve_urgent()
-            self._serve_prefetch()
-            poll.poll(max(0.0, self._next_rescan - time.monotonic()) * 1000)
+            if not self._serve_prefetch():
+                poll.poll(max(0.0, self._next_rescan - time.monotonic()) * 1000)
 
     def close(self) -> None:
         """Returns when nothing writes to the arena any more."""

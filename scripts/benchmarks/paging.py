@@ -162,7 +162,12 @@ class PagerUnderTest:
 
     def __init__(self, folder: Path, expert_nbytes: int, **settings: Any) -> None:
         config = BackendConfig(
-            model=str(folder), workers=1, expert_budget=SLOTS * (expert_nbytes + 4096), max_num_seqs=1, **settings
+            model=str(folder),
+            workers=1,
+            expert_budget=SLOTS * (expert_nbytes + 4096),
+            max_num_seqs=1,
+            eviction="affinity",  # with which `fill_prefetch_queue` makes what it asks for worth a slot
+            **settings,
         )
         model = ModelConfig.load(folder)
         plan = plan_instance(config, model, Checkpoint.open(folder, model))
@@ -250,6 +255,8 @@ def measure_urgent_latency(experts: Experts, pager: PagerUnderTest, mib: int) ->
         for _ in pager.access.resident(0, [target]):
             samples[full].append(time.perf_counter() - began)
         pager.forget_prefetches()
+    if not pager.counter(Counter.PREFETCH_PAGE_INS):
+        raise RuntimeError("the pager has served no prefetch: the queue was not what it was meant to be")
     empty, queued = (1e3 * statistics.median(samples[full]) for full in (False, True))
     return UrgentLatency(mib, empty, queued, pager.page_in_p99())
 
