@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.instance import Instance
 from hotset.runtime.messages import FromPager, PagerReady, StartPager, StopWorking
@@ -175,7 +174,6 @@ class PagerUnderTest:
         self.arena = self.instance.arena
         self.queue = PagingQueue.attach(self.instance.name)
         self.access = ExpertAccess(self.instance.segment, self.queue, WORKER)
-        self.affinity = ExpertAffinity(AffinityConfig(model.num_experts), segment=self.instance.segment, process=WORKER)
         self._child: Child[FromPager] = Child("hotset.workers.pager", FromPager)
         self._child.channel.send(StartPager(self.instance.name, plan, config, plan.pager_process))
         answer = self._child.channel.wait()
@@ -209,7 +207,8 @@ class PagerUnderTest:
     def fill_prefetch_queue(self, candidates: list[int]) -> None:
         """All that are absent, each worth more than what is resident."""
         absent = [expert for expert in candidates if self.arena.find(expert) < 0]
-        self.affinity.update(absent)
+        # What the eviction policy knows of an expert is how often steps used it.
+        self.access.note_demand(0, np.array([absent], np.int32))
         asked = [expert for expert in absent if self.arena.request_prefetch(expert)]
         if asked:
             self.queue.send(PagingMessage(0, asked, priority=PagingPriority.PREFETCH))
