@@ -177,6 +177,7 @@ def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any
         "tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0,
         "hit_rate": round(stats.decode_hit_rate, 4),
         "prefill_hit_rate": round(stats.prefill_hit_rate, 4),
+        "regret": msgspec.to_builtins(stats.regret),
         "page_ins": {"urgent": stats.urgent_page_ins, "prefetch": stats.prefetch_page_ins},
         "routing_us": {"mean": round(stats.routing.mean, 3), "p99": round(stats.routing.p99, 3)},
         "kv_pages_used": stats.kv_pages_peak,
@@ -184,6 +185,13 @@ def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any
         "expert_bytes_budget": stats.expert_budget_bytes,
         "workers": stats.workers,
     }
+
+
+def _regret_text(regret: dict[str, Any] | None) -> str:
+    if regret is None:
+        return "not known yet"
+    rates = f"LRU {regret['lru_hit_rate']:.1%}, Belady's MIN {regret['min_hit_rate']:.1%}"
+    return f"{rates}, on {regret['demands']} layer steps with {regret['crowd']:.2f} of a layer's slots in use each"
 
 
 def _print_table(report: dict[str, Any]) -> None:
@@ -196,6 +204,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("tokens", f"{report['tokens']} in {report['seconds']:.2f} s"),
         ("tokens/s", f"{report['tokens_per_second']:.1f}"),
         ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
+        ("would have hit", _regret_text(report["regret"])),
         ("page-ins", f"{page_ins['urgent']} urgent, {page_ins['prefetch']} prefetch"),
         ("routing", f"mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
         ("KV pages used", f"{report['kv_pages_used']}"),

@@ -20,8 +20,10 @@ from hotset.runtime.messages import (
     CheckCache,
     Defragment,
     ExpertFailed,
+    ForgetDemands,
     FromClient,
     FromPager,
+    FromRegret,
     FromWorker,
     GetStats,
     InstanceFailed,
@@ -29,26 +31,30 @@ from hotset.runtime.messages import (
     PagerReady,
     ProcessFailed,
     Progress,
+    RegretMeasured,
     ResetStats,
     SequenceFailed,
     SequenceStopped,
     Shutdown,
     StartInstance,
     StartPager,
+    StartRegret,
     StartWorker,
     StatsReply,
     StopWorking,
     Submit,
     ToPager,
+    ToRegret,
     ToWorker,
     WorkerReady,
 )
-from hotset.runtime.stats import BackendStats, InstanceCounters
+from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
 from hotset.runtime.supervision import Child, enter_child
 from hotset.shm.segment import SegmentError
 
 WORKER_MODULE = "hotset.workers.worker"
 PAGER_MODULE = "hotset.workers.pager"
+REGRET_MODULE = "hotset.workers.regret"
 STOP_SECONDS = 1.0  # children that have not left by then are killed
 MAX_FAILED_STARTS = 3  # in a row
 
@@ -70,6 +76,8 @@ class Coordinator:
         self._workers = [self._spawn_worker(process) for process in range(self._plan.num_workers)]
         self._pager = self._spawn_pager()
         self._ready_workers: set[int] = set()
+        self._helper: Child[FromRegret] | None = None
+        self._regret: Regret | None = None
         self._pager_ready = False
         self._announced = False
         self._failed_starts = 0
@@ -97,6 +105,14 @@ class Coordinator:
         self._selector.register(child.pidfd, selectors.EVENT_READ, self._on_pager_death)
         return child
 
+    def _start_helper(self) -> None:
+        """When everybody else is up: the figures that it computes are wanted last."""
+        helper: Child[FromRegret] = Child(REGRET_MODULE, FromRegret)
+        self._helper = helper
+        self._selector.register(helper.channel, selectors.EVENT_READ, self._on_helper)
+        self._selector.register(helper.pidfd, selectors.EVENT_READ, self._on_helper_death)
+        self._send(helper, StartRegret(self._name, self._plan))
+
     def _start_worker(self, process: int) -> None:
         self._send_worker(process, StartWorker(self._name, self._plan, self._config, process))
 
@@ -107,17 +123,19 @@ class Coordinator:
         self._send(self._workers[process], message)
 
     @staticmethod
-    def _send(child: Child[FromWorker] | Child[FromPager], message: ToWorker | ToPager) -> None:
+    def _send(
+        child: Child[FromWorker] | Child[FromPager] | Child[FromRegret], message: ToWorker | ToPager | ToRegret
+    ) -> None:
         try:
             child.channel.send(message)
         except ChannelClosed:
             pass  # its pidfd tells the rest
 
-    def _forget(self, child: Child[FromWorker] | Child[FromPager]) -> None:
+    def _forget(self, child: Child[FromWorker] | Child[FromPager] | Child[FromRegret]) -> None:
         self._unregister(child.channel)
         self._unregister(child.pidfd)
 
-    def _unregister(self, source: Channel[FromWorker] | Channel[FromPager] | int) -> None:
+    def _unregister(self, source: Channel[FromWorker] | Channel[FromPager] | Channel[FromRegret] | int) -> None:
         if source in self._selector.get_map():
             self._selector.unregister(source)
 
@@ -153,7 +171,27 @@ class Coordinator:
         self._pager = self._spawn_pager()
         self._start_pager()
 
+    def _on_helper_death(self) -> None:
+        """Its figures are missing from now on; nothing else needs it."""
+        if self._helper is not None:
+            self._forget(self._helper)
+            self._helper.reap()
+            self._helper = self._regret = None
+
     # ---- messages
+
+    def _on_helper(self) -> None:
+        if self._helper is None:
+            return
+        try:
+            for message in self._helper.channel.receive():
+                match message:
+                    case RegretMeasured(regret):
+                        self._regret = regret
+                    case ProcessFailed(reason):
+                        print(f"the regret helper ended: {reason}", file=sys.stderr, flush=True)
+        except ChannelClosed:
+            self._unregister(self._helper.channel)
 
     def _on_worker(self, process: int) -> None:
         try:
@@ -199,6 +237,7 @@ class Coordinator:
         if self._announced or not self._pager_ready or len(self._ready_workers) < len(self._workers):
             return
         self._announced = True
+        self._start_helper()
         self._client.send(InstanceReady([worker.pid for worker in self._workers], self._pager.pid))
 
     def _on_client(self) -> None:
@@ -216,6 +255,9 @@ class Coordinator:
                     self._dispatcher.check_cache(query)
                 case ResetStats():
                     self._counters.reset()
+                    self._regret = None
+                    if self._helper is not None:
+                        self._send(self._helper, ForgetDemands())
                 case StartInstance() | Shutdown():
                     raise ChannelClosed("the client is done")
         self._dispatcher.dispatch(self._ready_workers)
@@ -227,6 +269,7 @@ class Coordinator:
             worker_restarts=self._worker_restarts,
             pager_restarts=self._pager_restarts,
             pins_reclaimed=self._pins_reclaimed,
+            regret=self._regret,
         )
 
     # ---- the loop
@@ -249,7 +292,7 @@ class Coordinator:
 
     def close(self) -> None:
         """Stops the children and removes every IPC object; nothing of the instance is left afterwards."""
-        children = [*self._workers, self._pager]
+        children = [*self._workers, self._pager, *([self._helper] if self._helper is not None else [])]
         for child in children:
             self._send(child, StopWorking())
         deadline = time.monotonic() + STOP_SECONDS

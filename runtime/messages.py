@@ -8,7 +8,7 @@ from hotset.runtime.completion import FinishReason
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.plan import InstancePlan
 from hotset.runtime.sampling_params import SamplingParams
-from hotset.runtime.stats import BackendStats
+from hotset.runtime.stats import BackendStats, Regret
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -205,9 +205,27 @@ class ExpertFailed(Message, frozen=True, tag=True):
     reason: str
 
 
+# ---- coordinator -> regret helper, regret helper -> coordinator
+
+
+class StartRegret(Message, frozen=True, tag=True):
+    instance: str
+    plan: InstancePlan
+
+
+class ForgetDemands(Message, frozen=True, tag=True):
+    """The counts begin anew, and so does the replay."""
+
+
+class RegretMeasured(Message, frozen=True, tag=True):
+    regret: Regret
+
+
 FromClient = StartInstance | Submit | Abort | GetStats | Defragment | CheckCache | ResetStats | Shutdown
 ToClient = InstanceReady | InstanceFailed | Generated | StatsReply | Defragmented | CacheChecked
 ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
 FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
 ToPager = StartPager | StopWorking
 FromPager = PagerReady | ExpertFailed | ProcessFailed
+ToRegret = StartRegret | ForgetDemands | StopWorking
+FromRegret = RegretMeasured | ProcessFailed

@@ -196,14 +196,14 @@ class _Planner:
         return self.config.read_lanes or max(1, min(DEFAULT_READ_LANES, num_slots - self.pinned_slots))
 
     def _processes_nbytes(self) -> int:
-        """Coordinator, pager, workers and client, and a worker's float32 activations of the largest step."""
+        """Coordinator, pager, regret helper, workers, client, and a worker's activations of the largest step."""
         config, model = self.config, self.model
         row = 8 * model.hidden_size + 3 * (model.num_heads + model.num_kv_heads) * model.head_dim + model.num_experts
         row += model.experts_per_token * (model.hidden_size + 2 * model.intermediate_size)
         row += 3 * model.widest_feed_forward
         logits = 3 * config.max_num_seqs * model.vocab_size  # as computed, scaled and sorted
         activations = 4 * (config.max_num_batched_tokens * row + logits)
-        return (config.workers + 3) * PROCESS_NBYTES + config.workers * activations
+        return (config.workers + 4) * PROCESS_NBYTES + config.workers * activations
 
     def _bookkeeping_nbytes(self, geometry: Geometry) -> int:
         arena = Layout(geometry).nbytes

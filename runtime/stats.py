@@ -14,6 +14,22 @@ from hotset.shm.layout import COUNTERS_PER_PROCESS
 from hotset.shm.segment import Segment
 
 
+class Regret(msgspec.Struct, frozen=True):
+    """What other policies would have hit on the latest decode steps, with as many slots, from an empty cache: whether
+    it is the memory, the policy or the routing that is worth changing.
+
+    Attributes:
+        demands: steps of a layer that were replayed.
+        lru_hit_rate, min_hit_rate: of least recently used, and of Belady's MIN, which knows the future.
+        crowd: r, the distinct experts per step of a layer divided by the slots per layer.
+    """
+
+    demands: int
+    lru_hit_rate: float
+    min_hit_rate: float
+    crowd: float
+
+
 class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot. Counts are since the start, or since the last `reset_stats`.
 
@@ -51,6 +67,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     pager_restarts: int
     pins_reclaimed: int
     workers: int
+    regret: Regret | None  # None until a first replay is done, some tenths of a second after the first decode step
 
     @property
     def decode_hit_rate(self) -> float:
@@ -90,6 +107,7 @@ class InstanceCounters:
         worker_restarts: int,
         pager_restarts: int,
         pins_reclaimed: int,
+        regret: Regret | None,
     ) -> BackendStats:
         """The snapshot that a user gets: what the arena has counted, and what the coordinator knows besides."""
         counts, routing, cache = self.counts(), self._metrics.summary(), scheduler.cache
@@ -126,6 +144,7 @@ class InstanceCounters:
             pager_restarts=pager_restarts,
             pins_reclaimed=pins_reclaimed,
             workers=plan.num_workers,
+            regret=regret,
         )
 
     def _totals(self) -> npt.NDArray[np.uint64]:

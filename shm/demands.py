@@ -15,11 +15,11 @@ HEADER_WORDS = 8
 Records = npt.NDArray[np.uint16]
 
 
-def demand_of_set(layer: int, experts: Sequence[int]) -> Records:
-    """A record of one set, of no stream in particular."""
+def demand_of_set(layer: int, experts: Sequence[int], stream: int = 0) -> Records:
+    """A record of one set."""
     record = np.zeros(HEADER_WORDS + 1 + len(experts), np.uint16)
     record[:4] = len(record), layer, 1, len(experts)
-    record[HEADER_WORDS] = NO_STREAM
+    record[HEADER_WORDS] = stream
     record[HEADER_WORDS + 1 :] = experts
     return record
 
@@ -38,6 +38,20 @@ def demands_of_steps(ids: npt.NDArray[np.integer]) -> Records:
     body[..., 1:] = ids.transpose(0, 2, 1, 3)
     records[..., HEADER_WORDS:] = body.reshape(steps, layers, rows * width)
     return records.reshape(-1)
+
+
+def split_records(records: Records) -> Iterator[Records]:
+    """One record after the other."""
+    at = 0
+    while at < len(records):
+        end = at + int(records[at])
+        yield records[at:end]
+        at = end
+
+
+def stamp_of(record: Records) -> int:
+    """When it was written, in ns of the monotonic clock."""
+    return int.from_bytes(record[4:8].tobytes(), "little")
 
 
 class DemandReader:

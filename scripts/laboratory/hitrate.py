@@ -59,7 +59,7 @@ def measure(
                     policy,
                     num_layers=trace.num_layers,
                     num_experts=trace.num_experts,
-                    slots=slots,
+                    slots=slots if floor is None else slots * trace.num_layers,
                     num_streams=batch,
                     shared=floor is not None,
                     floor=min(floor or 0, slots),

@@ -37,7 +37,7 @@ def test_a_set_belongs_to_no_stream(segment: Segment) -> None:
     reader = DemandReader(segment)
     segment.arena.write_demand(0, 1, np.array([[3, 5]], np.int32), None)
     ((records, _),) = reader.read()
-    expected = demand_of_set(1, [3, 5])
+    expected = demand_of_set(1, [3, 5], NO_STREAM)
     expected[4:8] = records[4:8]
     assert records.tolist() == expected.tolist()
     assert records[HEADER_WORDS] == NO_STREAM

@@ -14,8 +14,9 @@ MIN = "min"  # Belady's: knows the future; not a policy that one can serve with
 
 
 class ReplayResult(msgspec.Struct, frozen=True):
-    """Distinct experts per layer step, counted once each."""
+    """Distinct experts per step of a layer, counted once each; steps of no stream (prefills) are not counted."""
 
+    events: int
     hits: int
     misses: int
 
@@ -55,14 +56,15 @@ def replay(
         records: of steps in order; see shm/core/demands.h.
         policy: "min", or what `parse_eviction` takes.
         num_layers, num_experts: of the model.
-        slots: per layer.
+        slots: per layer, or of the shared pool.
         num_streams: tokens per step.
-        shared: one pool of `slots * num_layers` instead of one of `slots` for each layer.
+        shared: one pool of `slots` instead of one for each layer.
         floor: experts that each layer keeps in a shared pool.
     """
+    per_layer = slots / num_layers if shared else slots
     settings = EvictionSettings("lru") if policy == MIN else parse_eviction(policy)
     core = make_policy(
-        settings, num_layers=num_layers, num_experts=num_experts, num_streams=num_streams, slots_per_layer=slots
+        settings, num_layers=num_layers, num_experts=num_experts, num_streams=num_streams, slots_per_layer=per_layer
     )
     run = core.replay_min if policy == MIN else core.replay
     return ReplayResult(*run(records, slots, shared=shared, floor=floor))

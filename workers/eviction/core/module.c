@@ -171,11 +171,12 @@ static PyObject *replay(PyObject *self, PyObject *args, PyObject *kwargs, int cl
     int shared = 0;
     if (!policy) return NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OI|pI", names, &records, &slots, &shared, &floor)) return NULL;
-    if (!in_range("slots", slots, 1, policy->num_experts) || !in_range("floor", floor, 0, slots)) return NULL;
+    unsigned most = policy->num_experts * (shared ? policy->num_layers : 1);
+    if (!in_range("slots", slots, 1, most) || !in_range("floor", floor, 0, slots)) return NULL;
     Py_buffer view;
     if (!take_records(records, policy, &view)) return NULL;
     struct replay_pools pools;
-    struct replay_result result = {0, 0};
+    struct replay_result result = {0};
     int done;
     Py_BEGIN_ALLOW_THREADS
     done = replay_pools_init(&pools, policy, slots, shared, floor);
@@ -185,7 +186,8 @@ static PyObject *replay(PyObject *self, PyObject *args, PyObject *kwargs, int cl
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&view);
     if (!done) return PyErr_NoMemory();
-    return Py_BuildValue("KK", (unsigned long long)result.hits, (unsigned long long)result.misses);
+    return Py_BuildValue("KKK", (unsigned long long)result.events, (unsigned long long)result.hits,
+                         (unsigned long long)result.misses);
 }
 
 static PyObject *policy_type_replay(PyObject *self, PyObject *args, PyObject *kwargs) {
@@ -225,7 +227,7 @@ static PyMethodDef policy_methods[] = {
     {"seed_affinity", policy_type_seed, METH_O, "seed_affinity(scores f64[layers, experts]): from an earlier run."},
     {"forget_streams", policy_type_forget_streams, METH_NOARGS, "forget_streams(): after a gap in the demands."},
     {"estimates", POSITIONAL(policy_type_estimates), "estimates(stream, layer, out f32[experts]) of a td policy."},
-    {"replay", KEYWORDS(policy_type_replay), "replay(records, slots, shared=False, floor=0) -> (hits, misses)."},
+    {"replay", KEYWORDS(policy_type_replay), "replay(records, slots, shared=False, floor=0) -> (events, hits, misses)."},
     {"replay_min", KEYWORDS(policy_type_replay_min), "replay_min(records, slots, shared=False, floor=0): Belady's MIN."},
     {NULL, NULL, 0, NULL},
 };

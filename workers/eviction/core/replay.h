@@ -6,7 +6,7 @@
 #include "policy.h"
 
 struct replay_result {
-    uint64_t hits, misses;
+    uint64_t events, hits, misses; /* of sets that belong to streams */
 };
 
 /* The caches of a replay: one of all layers, or one each. */
@@ -22,7 +22,7 @@ static inline int replay_pools_init(struct replay_pools *all, const struct polic
     if (!all->pools) return 0;
     for (uint32_t i = 0; i < all->count; i++)
         if (!pool_init(&all->pools[i], global ? policy->num_layers : 1, policy->num_experts,
-                       global ? slots * policy->num_layers : slots, floor))
+                       slots, floor))
             return 0;
     return 1;
 }
@@ -32,16 +32,20 @@ static inline void replay_pools_free(struct replay_pools *all) {
     free(all->pools);
 }
 
-/* Counts the latest demand's hits and misses, then lets its experts in. */
-static inline void replay_step(struct replay_pools *all, const struct policy *policy, const double *value,
-                               const uint8_t *kept, struct replay_result *result) {
+/* Counts the latest demand's hits and misses, then lets its experts in. A set of no stream is a prefill's: it moves the
+ * cache, but is not counted. */
+static inline void replay_step(struct replay_pools *all, const struct policy *policy, const uint16_t *record,
+                               const double *value, const uint8_t *kept, struct replay_result *result) {
     int global = all->count == 1 && all->pools->num_layers > 1;
     struct pool *pool = &all->pools[all->count > 1 ? policy->layer : 0];
     uint32_t layer = global ? policy->layer : 0;
     size_t first = global ? 0 : (size_t)policy->layer * policy->num_experts;
     uint32_t hits = pool_hits(pool, layer, policy->experts, policy->count);
-    result->hits += hits;
-    result->misses += policy->count - hits;
+    if (policy->count && record[DEMAND_HEADER_WORDS] != DEMAND_NO_STREAM) {
+        result->events++;
+        result->hits += hits;
+        result->misses += policy->count - hits;
+    }
     pool_admit(pool, layer, policy->experts, policy->count, value + first, policy->last_used + first, kept);
 }
 
@@ -49,7 +53,7 @@ static inline void replay_policy(struct policy *policy, const uint16_t *records,
                                  struct replay_pools *pools, struct replay_result *result) {
     for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH]) {
         policy_observe(policy, records + at);
-        replay_step(pools, policy, policy->value, policy_kept(policy, policy_td_leads(policy)), result);
+        replay_step(pools, policy, records + at, policy->value, policy_kept(policy, policy_td_leads(policy)), result);
     }
 }
 
@@ -80,7 +84,7 @@ static inline int replay_min(struct policy *policy, const uint16_t *records, siz
             policy_collect(policy, records + starts[record]);
             for (uint32_t i = 0; i < policy->count; i++)
                 value[(size_t)policy->layer * policy->num_experts + policy->experts[i]] = next[use++];
-            replay_step(pools, policy, value, NULL, result);
+            replay_step(pools, policy, records + starts[record], value, NULL, result);
         }
     }
     int done = starts && next && value;
