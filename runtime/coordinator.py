@@ -292,7 +292,10 @@ class Coordinator:
 
     def close(self) -> None:
         """Stops the children and removes every IPC object; nothing of the instance is left afterwards."""
-        children = [*self._workers, self._pager, *([self._helper] if self._helper is not None else [])]
+        if self._helper is not None:
+            self._helper.kill()  # it holds nothing, and at its priority it would be the last to hear that it may leave
+            self._helper.reap()
+        children = [*self._workers, self._pager]
         for child in children:
             self._send(child, StopWorking())
         deadline = time.monotonic() + STOP_SECONDS
