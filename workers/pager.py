@@ -203,7 +203,7 @@ class Pager:
         was_urgent = load.urgent
         if not self._lanes.promote(load):
             return False
-        if not was_urgent:
+        if load.urgent and not was_urgent:  # one that had ended already stays a prefetch
             self._idle_disk.urgent_load_began()
         self._arena.withdraw_request(load.expert)
         return True
