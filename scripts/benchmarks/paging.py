@@ -16,6 +16,8 @@ import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,7 +30,6 @@ import msgspec
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import save_file
 
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.instance import Instance
@@ -80,42 +81,13 @@ class UrgentLatency(msgspec.Struct):
 
 
 def write_model(folder: Path, expert_mib: int) -> None:
-    """One layer of random experts in float16; the dense tensors are there because a checkpoint needs them."""
-    chance = np.random.default_rng(expert_mib)
+    """One layer of random experts; the dense tensors are there because a checkpoint needs them."""
     inner = round(expert_mib * 2**20 / (3 * 2 * HIDDEN_SIZE))
-    matrix = inner * HIDDEN_SIZE
-    num_experts = FILE_NBYTES // (3 * 2 * matrix)
-    tensors: dict[str, Any] = {}
-    for expert in range(num_experts):
-        gate, up, down = chance.integers(0, 2**16, (3, matrix), np.uint16).view(np.float16)
-        name = f"model.layers.0.mlp.experts.{expert}"
-        tensors[f"{name}.gate_proj.weight"] = gate.reshape(inner, HIDDEN_SIZE)
-        tensors[f"{name}.up_proj.weight"] = up.reshape(inner, HIDDEN_SIZE)
-        tensors[f"{name}.down_proj.weight"] = down.reshape(HIDDEN_SIZE, inner)
-    square, row, layer = (HIDDEN_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE,), "model.layers.0"
-    shapes = {"model.embed_tokens": (2, HIDDEN_SIZE), "model.norm": row, "lm_head": (2, HIDDEN_SIZE)}
-    shapes |= {f"{layer}.self_attn.{name}_proj": square for name in "qkvo"}
-    shapes |= {f"{layer}.self_attn.{name}_norm": row for name in "qk"}
-    shapes |= {f"{layer}.{name}_layernorm": row for name in ("input", "post_attention")}
-    shapes |= {f"{layer}.mlp.gate": (num_experts, HIDDEN_SIZE)}
-    tensors |= {f"{name}.weight": np.zeros(shape, np.float16) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors")
-    config = {
-        "architectures": ["OlmoeForCausalLM"],
-        "model_type": "olmoe",
-        "vocab_size": 2,
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": inner,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "num_experts": num_experts,
-        "num_experts_per_tok": TOP_K,
-        "max_position_embeddings": 16,
-        "eos_token_id": 0,
-        "torch_dtype": "float16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    num_experts = FILE_NBYTES // (3 * 2 * inner * HIDDEN_SIZE)
+    sizes = {"layers": 1, "experts": num_experts, "top-k": TOP_K, "hidden-size": HIDDEN_SIZE, "expert-size": inner}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    script = Path(__file__).parents[1] / "make_model.py"
+    subprocess.run([sys.executable, "-P", script, folder, "--family", "olmoe", *options], check=True)
     os.sync()  # pages that are still to be written cannot be dropped from the page cache
 
 
@@ -127,7 +99,7 @@ class Experts:
         self.count = checkpoint.config.num_experts
         self.nbytes = checkpoint.expert_nbytes
         self.offsets = [min(part.offset for part in checkpoint.expert(0, n).parts) for n in range(self.count)]
-        self.fd = os.open(folder / "model.safetensors", os.O_RDONLY)
+        self.fd = os.open(checkpoint.expert(0, 0).parts[0].file, os.O_RDONLY)
 
     def drop_from_page_cache(self) -> None:
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
