@@ -7,12 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import IO, Any, Generic, TypeVar
 
-from hotset.runtime.channel import Channel, channel_pair
+from hotset.runtime.channel import Channel, ChannelClosed, channel_pair
+from hotset.runtime.errors import HotsetError
+from hotset.runtime.messages import ProcessFailed
 from hotset.shm import _core
+from hotset.shm.segment import SegmentError
 
 Received = TypeVar("Received")
+Start = TypeVar("Start")
 
 # Read by the math libraries when numpy is first imported, so it must be in the environment before.
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -85,3 +90,23 @@ def enter_child(arguments: list[str], received: Any, *, dies_with_parent: bool =
         raise SystemExit(0)
     os.set_inheritable(fd, False)
     return Channel[Any](socket.socket(fileno=fd), received)
+
+
+def run_child(
+    arguments: list[str], received: Any, start: type[Start], serve: Callable[[Channel[Any], Start], None]
+) -> int:
+    """The life of a child that begins with a message of type `start`: `serve` returns when it is told to stop.
+
+    Returns its exit status: 0 also when the parent is gone or had it stop at once, 1 after a `ProcessFailed`.
+    """
+    channel = enter_child(arguments, received)
+    try:
+        message = channel.wait()
+        if isinstance(message, start):
+            serve(channel, message)
+    except ChannelClosed:
+        return 0
+    except (HotsetError, SegmentError, OSError) as error:
+        channel.send(ProcessFailed(str(error)))
+        return 1
+    return 0

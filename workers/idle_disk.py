@@ -13,25 +13,18 @@ class IdleDisk:
     """A moving average of the share of time in which no urgent load was under way."""
 
     def __init__(self) -> None:
-        self._urgent_loads = 0
+        self._busy = False
         self._idle_share = 1.0
         self._updated = time.monotonic()
 
-    def urgent_load_began(self) -> None:
-        self._update()
-        self._urgent_loads += 1
-
-    def urgent_load_ended(self) -> None:
-        self._update()
-        self._urgent_loads -= 1
+    def note(self, *, busy: bool) -> None:
+        """Whether an urgent load is under way from now on."""
+        now = time.monotonic()
+        old = math.exp((self._updated - now) / MEMORY_SECONDS)
+        self._idle_share = old * self._idle_share + (1 - old) * (not self._busy)
+        self._busy, self._updated = busy, now
 
     def is_idle(self) -> bool:
         """Whether no urgent load is under way, and few were lately."""
-        self._update()
-        return self._urgent_loads == 0 and self._idle_share >= LEAST_IDLE_SHARE
-
-    def _update(self) -> None:
-        now = time.monotonic()
-        old = math.exp((self._updated - now) / MEMORY_SECONDS)
-        self._idle_share = old * self._idle_share + (1 - old) * (self._urgent_loads == 0)
-        self._updated = now
+        self.note(busy=self._busy)
+        return not self._busy and self._idle_share >= LEAST_IDLE_SHARE

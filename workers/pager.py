@@ -14,23 +14,21 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hotset.runtime.channel import Channel, ChannelClosed
-from hotset.runtime.errors import HotsetError
+from hotset.runtime.channel import Channel
 from hotset.runtime.messages import (
     ExpertFailed,
     PagerReady,
-    ProcessFailed,
     StartPager,
     StopWorking,
     ToPager,
 )
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.supervision import enter_child
+from hotset.runtime.supervision import run_child
 from hotset.shm.counters import Counter, Histogram
 from hotset.shm.layout import Section, SlotState
 from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
-from hotset.shm.segment import Segment, SegmentError
+from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
 from hotset.workers.idle_disk import IdleDisk
@@ -111,15 +109,17 @@ class Pager:
     def _begin(self, expert: int, slot: int, *, urgent: bool) -> None:
         (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
         load = self._loads[expert] = Load(expert, slot, urgent=urgent)
-        if urgent:
-            self._idle_disk.urgent_load_began()
+        self._note_disk()
         self._lanes.begin(load)
+
+    def _note_disk(self) -> None:
+        """After every change of `_loads`, or of whether one of them is urgent."""
+        self._idle_disk.note(busy=any(load.urgent for load in self._loads.values()))
 
     def _finish_loads(self) -> None:
         for load in self._lanes.take_finished():
             del self._loads[load.expert]
-            if load.urgent:
-                self._idle_disk.urgent_load_ended()
+            self._note_disk()
             if load.cancelled:
                 self._free_slot(load.slot)
                 self._count(Counter.PREFETCH_DROPPED)
@@ -200,11 +200,9 @@ class Pager:
 
     def _overtake(self, load: Load) -> bool:
         """An urgent request for what is being loaded already. Its bit is cleared only if the load is sure to end."""
-        was_urgent = load.urgent
         if not self._lanes.promote(load):
             return False
-        if load.urgent and not was_urgent:  # one that had ended already stays a prefetch
-            self._idle_disk.urgent_load_began()
+        self._note_disk()
         self._arena.withdraw_request(load.expert)
         return True
 
@@ -268,23 +266,16 @@ class Pager:
         self._arena.count(self._process, counter, amount)
 
 
-def main(arguments: list[str]) -> int:
-    channel: Channel[ToPager] = enter_child(arguments, ToPager)
+def serve(channel: Channel[ToPager], start: StartPager) -> None:
+    pager = Pager(channel, start)
     try:
-        start = channel.wait()
-        if not isinstance(start, StartPager):
-            return 0
-        pager = Pager(channel, start)
-        try:
-            pager.run()
-        finally:
-            pager.close()
-    except ChannelClosed:
-        return 0
-    except (HotsetError, SegmentError, OSError) as error:
-        channel.send(ProcessFailed(str(error)))
-        return 1
-    return 0
+        pager.run()
+    finally:
+        pager.close()
+
+
+def main(arguments: list[str]) -> int:
+    return run_child(arguments, ToPager, StartPager, serve)
 
 
 if __name__ == "__main__":

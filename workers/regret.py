@@ -15,14 +15,13 @@ from collections import deque
 
 import numpy as np
 
-from hotset.runtime.channel import Channel, ChannelClosed
-from hotset.runtime.errors import HotsetError
-from hotset.runtime.messages import ForgetDemands, ProcessFailed, RegretMeasured, StartRegret, StopWorking, ToRegret
+from hotset.runtime.channel import Channel
+from hotset.runtime.messages import ForgetDemands, RegretMeasured, StartRegret, StopWorking, ToRegret
 from hotset.runtime.stats import Regret
-from hotset.runtime.supervision import enter_child
+from hotset.runtime.supervision import run_child
 from hotset.shm.demands import DemandReader, Records, split_records, stamp_of
 from hotset.shm.layout import Geometry
-from hotset.shm.segment import Segment, SegmentError
+from hotset.shm.segment import Segment
 from hotset.workers.eviction.replay import MIN, replay
 
 WINDOW_DEMANDS = 16_384  # of one step and layer each
@@ -98,17 +97,7 @@ def follow(channel: Channel[ToRegret], start: StartRegret) -> None:
 
 def main(arguments: list[str]) -> int:
     os.nice(19)
-    channel: Channel[ToRegret] = enter_child(arguments, ToRegret)
-    try:
-        start = channel.wait()
-        if isinstance(start, StartRegret):
-            follow(channel, start)
-    except ChannelClosed:
-        return 0
-    except (HotsetError, SegmentError, OSError) as error:
-        channel.send(ProcessFailed(str(error)))
-        return 1
-    return 0
+    return run_child(arguments, ToRegret, StartRegret, follow)
 
 
 if __name__ == "__main__":

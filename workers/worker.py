@@ -14,12 +14,10 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.channel import Channel, ChannelClosed
+from hotset.runtime.channel import Channel
 from hotset.runtime.completion import completion
-from hotset.runtime.errors import HotsetError
 from hotset.runtime.messages import (
     PagesGranted,
-    ProcessFailed,
     Progress,
     RowProgress,
     RunSequence,
@@ -34,12 +32,12 @@ from hotset.runtime.messages import (
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import MemoryAwareRouter
-from hotset.runtime.supervision import enter_child
+from hotset.runtime.supervision import run_child
 from hotset.shm.counters import Counter
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Section
 from hotset.shm.paging_queue import PagingQueue
-from hotset.shm.segment import Segment, SegmentError
+from hotset.shm.segment import Segment
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
@@ -258,18 +256,7 @@ class Worker:
 
 
 def main(arguments: list[str]) -> int:
-    channel: Channel[ToWorker] = enter_child(arguments, ToWorker)
-    try:
-        start = channel.wait()
-        if not isinstance(start, StartWorker):
-            return 0
-        Worker(channel, start).run()
-    except ChannelClosed:
-        return 0
-    except (HotsetError, SegmentError, OSError) as error:
-        channel.send(ProcessFailed(str(error)))
-        return 1
-    return 0
+    return run_child(arguments, ToWorker, StartWorker, lambda channel, start: Worker(channel, start).run())
 
 
 if __name__ == "__main__":
