@@ -11,7 +11,6 @@ output matrix in Q6_K) are converted to Q8_0 into the folder. Such experts are r
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 import xxhash
 
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from hotset.runtime.model.model_cache import cache_root
 from hotset.runtime.model.tensor_index import TENSORS_JSON, StoredTensor
 
 _VERSION: Final = 2  # of what this module writes
@@ -108,7 +108,7 @@ def gguf_folder(path: Path) -> Path:
         raise ModelNotFound(path, f"There is no GGUF file at {path}.")
     state = path.stat()
     identity = f"{_VERSION} {path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    folder = _cache() / f"{path.stem}-{xxhash.xxh3_64_hexdigest(identity.encode())}"
+    folder = cache_root() / "gguf" / f"{path.stem}-{xxhash.xxh3_64_hexdigest(identity.encode())}"
     if not (folder / TENSORS_JSON).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -121,10 +121,6 @@ def gguf_folder(path: Path) -> Path:
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return folder
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotset" / "gguf"
 
 
 def _write_folder(path: Path, folder: Path) -> None:

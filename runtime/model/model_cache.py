@@ -1,0 +1,44 @@
+"""Where hotset keeps what it makes or learns of a model: a folder of the user's cache for each model file or folder.
+
+Everything in it can be deleted at any time and is made or learned again. Two instances of one model may write at the
+same time, so whoever writes a file there replaces it whole (`replace_file`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import xxhash
+
+_WEIGHTS = (".safetensors", ".gguf")
+
+
+def cache_root() -> Path:
+    """`$XDG_CACHE_HOME/hotset`, or `~/.cache/hotset`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotset"
+
+
+def model_cache(model: Path) -> Path:
+    """The cache folder of a model folder or file. It need not exist; other weights have another."""
+    model = model.resolve()
+    files = [model] if model.is_file() else sorted(file for file in model.iterdir() if file.suffix in _WEIGHTS)
+    identity = [str(model)]
+    for file in files:
+        state = file.stat()
+        identity.append(f"{file.name} {state.st_size} {state.st_mtime_ns}")
+    return cache_root() / "models" / f"{model.stem}-{xxhash.xxh3_64_hexdigest(chr(10).join(identity).encode())}"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that readers find the old content or the new one, never a part. Raises `OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        Path(made).replace(path)
+    except BaseException:
+        Path(made).unlink(missing_ok=True)
+        raise

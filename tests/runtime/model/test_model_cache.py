@@ -1,0 +1,52 @@
+"""The cache folder of a model, and files in it that are replaced whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hotset.runtime.model.model_cache import cache_root, model_cache, replace_file
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "a-model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_model_has_one_folder_of_the_users_cache(model: Path, cache: Path):
+    assert cache_root() == cache / "hotset"
+    assert model_cache(model) == model_cache(model / ".." / model.name)
+    assert model_cache(model).is_relative_to(cache_root())
+    assert model_cache(model).name.startswith("a-model-")
+
+
+def test_other_weights_at_the_same_path_have_another_folder(model: Path):
+    before = model_cache(model)
+    (model / "model.safetensors").write_bytes(b"other weights")
+    assert model_cache(model) != before
+
+
+def test_a_file_is_replaced_whole_and_a_failure_leaves_the_old_one(model: Path, monkeypatch: pytest.MonkeyPatch):
+    path = model_cache(model) / "heat"
+    replace_file(path, b"first")
+    replace_file(path, b"second")
+    assert path.read_bytes() == b"second"
+    monkeypatch.setattr(Path, "replace", _fail)
+    with pytest.raises(OSError, match="no space"):
+        replace_file(path, b"third")
+    assert path.read_bytes() == b"second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def _fail(self: Path, target: Path) -> Path:
+    raise OSError("no space")
