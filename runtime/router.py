@@ -30,9 +30,9 @@ MAX_EXPERTS = 1024
 MAX_TOP_K = 32
 
 Gating = Literal["softmax_top_k", "top_k_softmax", "sigmoid"]
-Policy = Literal["off", "bonus", "range", "mass"]
+Policy = Literal["off", "bonus", "range", "mass", "resnorm"]
 _GATINGS: tuple[Gating, ...] = ("softmax_top_k", "top_k_softmax", "sigmoid")  # in the order of enum route_gating
-_POLICIES: tuple[Policy, ...] = ("off", "bonus", "range", "mass")  # in the order of enum route_policy
+_POLICIES: tuple[Policy, ...] = ("off", "bonus", "range", "mass", "resnorm")  # in the order of enum route_policy
 _EPOCHS = {None: 0, 1: 1, 0: 2}  # to enum route_epochs
 
 
@@ -54,7 +54,11 @@ class RouterConfig(msgspec.Struct, frozen=True):
         policy: "off" is the true top-k. "bonus": see `cache_bonus`. "range" (Cache-Prior, Skliar et al., TMLR 2025):
             the bonus is `range_strength` times the running mean over tokens of max - min of the layer's logits, and
             the token's own top `keep_top` get it too. "mass" replaces experts that are not resident by resident ones
-            while the gate probability given up stays <= `mass_budget` per token.
+            while the gate probability given up stays <= `mass_budget` per token. "resnorm" adds `resnorm_strength` *
+            p_1 * |x| / n to their probability: p_1 is the token's largest, |x| the norm of the residual that enters
+            the layer and n the mean norm of the layer's expert outputs, for where |x| is large beside n a wrong
+            expert does little harm. `route_batch` takes |x| / n as `residual_ratio`; without it, it is 1.
+            Not with gating "sigmoid".
         gating: "softmax_top_k" (OLMoE, Qwen) takes probabilities over all experts, "top_k_softmax" (Mixtral,
             gpt-oss) over the selected ones, "sigmoid" (DeepSeek) sigmoid scores.
         renormalize: the weights of a row sum to `weight_scale`; "top_k_softmax" always does that.
@@ -76,6 +80,7 @@ class RouterConfig(msgspec.Struct, frozen=True):
     range_strength: float = 0.2
     keep_top: int = 1
     mass_budget: float = 0.004
+    resnorm_strength: float = 0.1
     gating: Gating = "softmax_top_k"
     renormalize: bool = False
     weight_scale: float = 1.0
@@ -105,16 +110,30 @@ class RouterConfig(msgspec.Struct, frozen=True):
                 f"{self.top_groups} of {self.num_groups} groups of {self.num_experts} experts do not fit: expected "
                 f"groups of equal size, and at least top_k = {self.top_k} experts in those that are selected"
             )
-        for name in ("range_strength", "mass_budget", "weight_scale", "max_lost_mass", "max_strength"):
+        for name in (
+            "range_strength",
+            "mass_budget",
+            "resnorm_strength",
+            "weight_scale",
+            "max_lost_mass",
+            "max_strength",
+        ):
             _check_range(name, getattr(self, name), 0, float(np.finfo(np.float32).max))
         _check_range("target_hit_rate", self.target_hit_rate, 0, 1)
-        for name, choices in (("policy", _POLICIES), ("gating", _GATINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        if self.gating not in _GATINGS:
+            raise ValueError(f"gating is {self.gating!r}, expected one of {', '.join(_GATINGS)}")
+        _check_policy(self.policy, self.gating)
         if self.affinity is not None and self.affinity.num_experts != self.num_experts:
             raise ValueError(
                 f"affinity.num_experts is {self.affinity.num_experts}, expected num_experts = {self.num_experts}"
             )
+
+
+def _check_policy(policy: str, gating: Gating) -> None:
+    if policy not in _POLICIES:
+        raise ValueError(f"policy is {policy!r}, expected one of {', '.join(_POLICIES)}")
+    if policy == "resnorm" and gating == "sigmoid":
+        raise ValueError("policy is 'resnorm', which needs a softmax gate's probabilities, and gating is 'sigmoid'")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -206,6 +225,7 @@ class MemoryAwareRouter:
             config.cache_bonus,
             config.range_strength,
             config.mass_budget,
+            config.resnorm_strength,
             config.keep_top,
             config.prefetch_threshold,
             config.prefer_loading,
@@ -231,7 +251,7 @@ class MemoryAwareRouter:
     ) -> RouteResult:
         """Routes one token, float32 [num_experts]; advances the layer's affinity by one epoch.
 
-        `policy` and `strength` (its bonus, range_strength or mass_budget) replace the configured ones.
+        `policy` and `strength`, its cache_bonus, range_strength and so on, replace the configured ones.
         """
         row = self._vector(logits, "logits")
         result = self.route_batch(row[np.newaxis], layer, policy=policy, strength=strength, prefetch=True)
@@ -249,6 +269,7 @@ class MemoryAwareRouter:
         strength: float | Float32 | None = None,
         epochs: Literal[0, 1] | None = None,
         prefetch: bool = False,
+        residual_ratio: Float32 | None = None,
     ) -> BatchRouteResult:
         """Routes a batch, float32 [tokens, num_experts], against one snapshot of the residency mask.
 
@@ -256,13 +277,17 @@ class MemoryAwareRouter:
             logits: C-contiguous.
             layer: index.
             policy: replaces the configured one.
-            strength: replaces the configured cache_bonus, range_strength or mass_budget; float32 [tokens] gives each
-                token its own, and 0 is "off" for that token.
+            strength: replaces the configured cache_bonus, range_strength, mass_budget or resnorm_strength; float32
+                [tokens] gives each token its own, and 0 is "off" for that token.
             epochs: None advances the layer's affinity by one epoch per token, as the same single calls would. 1
                 advances it by one in all and boosts each selected expert once: a step of a serving loop. 0 does the
                 same within the current epoch: a further batch of the same step.
             prefetch: fill `prefetches`.
+            residual_ratio: float32 [tokens], what policy "resnorm" multiplies its strength by: see `RouterConfig`.
+                Refused with other policies.
         """
+        if residual_ratio is not None:
+            strength = self._residual_strength(policy, strength, residual_ratio)
         tokens = np.shape(logits)[0] if np.ndim(logits) == 2 else 0
         experts = np.empty((tokens, self.config.top_k), np.int32)
         weights = np.empty((tokens, self.config.top_k), np.float32)
@@ -352,11 +377,22 @@ class MemoryAwareRouter:
             self._segment.close()
             self._owns_memory = False
 
+    def _residual_strength(
+        self, policy: Policy | None, strength: float | Float32 | None, residual_ratio: Float32
+    ) -> Float32:
+        if (policy or self.config.policy) != "resnorm":
+            raise ValueError(
+                f"residual_ratio is given with policy {policy or self.config.policy!r}, expected policy 'resnorm'"
+            )
+        if strength is None:
+            configured = self.config.policy == "resnorm" and self.config.memory_aware
+            strength = self.strength if configured else self.config.resnorm_strength
+        return np.asarray(strength * residual_ratio, np.float32)
+
     def _policy(self, policy: Policy | None) -> int | None:
         if policy is None:
             return None
-        if policy not in _POLICIES:
-            raise ValueError(f"policy is {policy!r}, expected one of {', '.join(_POLICIES)}")
+        _check_policy(policy, self.config.gating)
         return _POLICIES.index(policy)
 
     def _vector(self, values: Any, name: str) -> Float32:

@@ -87,6 +87,7 @@ class Router:
         bonus: float,
         range: float,
         mass: float,
+        resnorm: float,
         keep_top: int,
         prefetch_threshold: float,
         prefer_loading: bool,

@@ -17,6 +17,17 @@ def ranking(scores: Float32) -> list[int]:
     return np.lexsort((np.arange(scores.size), -np.where(nan, 0, scores), nan)).tolist()
 
 
+def rank_of(scores: Float32) -> npt.NDArray[np.int64]:
+    """Of each id, its place in `ranking(scores)`."""
+    return np.argsort(ranking(scores))
+
+
+def shares_of_largest(logits: Float32) -> npt.NDArray[np.float64]:
+    """Probabilities divided by the largest."""
+    shares = probabilities(logits)
+    return shares / shares.max()
+
+
 def probabilities(logits: Float32) -> npt.NDArray[np.float64]:
     """Softmax in float64; NaN has none, and beside +inf nothing else has."""
     wide = np.where(np.isnan(logits), -np.inf, logits.astype(np.float64))
@@ -48,6 +59,9 @@ def select(
             mask[truth[:keep_top]] = True
             bonus = np.float32(strength) * mean_range
             return ranking(logits + np.where(mask, bonus, np.float32(0)))[:k]
+    if policy == "resnorm":
+        scores = shares_of_largest(logits) + np.where(mask & (logits > -np.inf), strength, 0)
+        return np.lexsort((np.arange(logits.size), rank_of(logits), -scores)).tolist()[:k]
     return exchange_within_mass(logits, truth, mask, strength)[0] if policy == "mass" else truth
 
 

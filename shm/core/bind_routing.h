@@ -97,18 +97,18 @@ static PyObject *id_set(const uint64_t *words, uint32_t count) {
 static int router_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     RouterObject *router = (RouterObject *)self;
     static char *names[] = {"arena", "affinity", "process", "top_k", "gating", "renormalize", "weight_scale",
-                            "num_groups", "top_groups", "policy", "bonus", "range", "mass", "keep_top",
+                            "num_groups", "top_groups", "policy", "bonus", "range", "mass", "resnorm", "keep_top",
                             "prefetch_threshold", "prefer_loading", "timing", "adaptive", "target_hit_rate",
                             "max_lost_mass", "max_strength", NULL};
     PyObject *owner, *affinity;
     unsigned process, top_k, gating, num_groups, top_groups, policy, keep_top;
     int renormalize, prefer_loading, timing, adaptive;
-    float weight_scale, bonus, range, mass, prefetch_threshold, max_strength;
+    float weight_scale, bonus, range, mass, resnorm, prefetch_threshold, max_strength;
     double target_hit_rate, max_lost_mass;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!IIIpfIIIfffIfpppddf", names, core_types.arena, &owner,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!IIIpfIIIffffIfpppddf", names, core_types.arena, &owner,
                                      core_types.affinity, &affinity, &process, &top_k, &gating, &renormalize,
-                                     &weight_scale, &num_groups, &top_groups, &policy, &bonus, &range, &mass, &keep_top,
-                                     &prefetch_threshold, &prefer_loading, &timing, &adaptive, &target_hit_rate,
+                                     &weight_scale, &num_groups, &top_groups, &policy, &bonus, &range, &mass, &resnorm,
+                                     &keep_top, &prefetch_threshold, &prefer_loading, &timing, &adaptive, &target_hit_rate,
                                      &max_lost_mass, &max_strength))
         return -1;
     const struct arena *arena = arena_of(owner);
@@ -136,6 +136,7 @@ static int router_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     router->strength[POLICY_BONUS] = bonus;
     router->strength[POLICY_RANGE] = range;
     router->strength[POLICY_MASS] = mass;
+    router->strength[POLICY_RESNORM] = resnorm;
     router->process = process;
     router->policy = policy;
     router->prefer_loading = prefer_loading;

@@ -32,6 +32,7 @@ enum route_policy {
     POLICY_BONUS = 1, /* resident experts get `strength` added to their logit */
     POLICY_RANGE = 2, /* Cache-Prior: they, and the token's own top J, get strength * running mean of max - min */
     POLICY_MASS = 3,  /* they replace others while the probability mass lost stays <= strength */
+    POLICY_RESNORM = 4, /* strength * the row's largest probability is added to their probability; softmax gates only */
     ROUTE_POLICIES
 };
 

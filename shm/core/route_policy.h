@@ -2,7 +2,7 @@
 #ifndef HOTSET_ROUTE_POLICY_H
 #define HOTSET_ROUTE_POLICY_H
 
-#include "route_tile.h"
+#include "route_resnorm.h"
 
 /* Moves the running mean of max - min by one row. The first row seeds it. */
 static inline void range_update(struct route_tally *tally, const struct row_statistics *statistics) {
@@ -75,6 +75,9 @@ static inline void tile_apply_policy(struct route_tile *tile, uint32_t policy, c
         tile_select(tile, 0);
         for (uint32_t r = 0; r < tile->rows; r++)
             if (tile->row[r].statistics.finite) row_exchange_within_mass(tile, &tile->row[r], strengths[r]);
+        break;
+    case POLICY_RESNORM:
+        tile_resnorm(tile, strengths);
         break;
     default:
         tile_adjust(tile, none);

@@ -4,10 +4,6 @@
 
 #include "route_tile.h"
 
-static inline uint64_t row_rank(const struct route_row *row, int32_t expert) {
-    return rank_key(row_logit(row, expert), (uint32_t)expert);
-}
-
 /* `out` belongs to the true top k; `in` took its place. Returns the mass lost. */
 static inline float report_exchange(struct route_tile *tile, struct route_row *row, uint32_t out, uint32_t in,
                                     struct route_tally *tally) {

@@ -76,7 +76,7 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
 #if ROUTE_VECTOR
     tile->stride = experts <= 8 ? BLOCK_LANES : round_up(experts, EXP_BLOCKS * BLOCK_LANES);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);
-    if (call->policy == POLICY_MASS) {
+    if (call->policy == POLICY_MASS || call->policy == POLICY_RESNORM) {
         uint64_t others[ROUTE_WORDS];
         for (uint32_t word = 0; word * 64 < experts; word++) others[word] = ~snapshot->preferred[word];
         vector_lanes(others, tile->stride, tile->others);
@@ -112,6 +112,10 @@ static inline void row_begin(struct route_tile *tile, uint32_t index, const floa
 }
 
 static inline float row_logit(const struct route_row *row, int32_t expert) { return row->logits[(uint32_t)expert * row->step]; }
+
+static inline uint64_t row_rank(const struct route_row *row, int32_t expert) {
+    return rank_key(row_logit(row, expert), (uint32_t)expert);
+}
 
 static inline float row_share(const struct route_row *row, int32_t expert) {
     return row->share ? row->share[expert] : softmax_exp(row_logit(row, expert) - *row->max);

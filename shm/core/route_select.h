@@ -38,4 +38,21 @@ static inline void select_top_k(const float *scores, uint32_t count, uint32_t k,
     for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)rank_id(best[i]);
 }
 
+/* The same of the scores whose bit in `mask` is `bit`; returns how many there are, at most `k`. */
+static inline uint32_t select_of_kind(const float *scores, uint32_t count, uint32_t k, const uint64_t *mask, int bit,
+                                      int32_t *ids) {
+    float of_kind[ROUTE_MAX_EXPERTS];
+    int32_t as_listed[ROUTE_MAX_EXPERTS];
+    uint32_t found = 0;
+    for (uint32_t id = 0; id < count; id++) {
+        as_listed[found] = (int32_t)id;
+        of_kind[found] = scores[id];
+        found += bit_test(mask, id) == bit;
+    }
+    k = found < k ? found : k;
+    select_top_k(of_kind, found, k, ids);
+    for (uint32_t i = 0; i < k; i++) ids[i] = as_listed[ids[i]];
+    return k;
+}
+
 #endif

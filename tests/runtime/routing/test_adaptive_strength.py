@@ -23,9 +23,16 @@ def run(batches: int = 200, **options: object) -> MemoryAwareRouter:
 
 
 def test_it_is_raised_until_the_target_is_met() -> None:
-    policies: tuple[Policy, ...] = ("bonus", "range", "mass")
+    policies: tuple[Policy, ...] = ("bonus", "range", "mass", "resnorm")
     for policy in policies:
-        router = run(policy=policy, target_hit_rate=0.5, max_lost_mass=1.0, cache_bonus=0.0, mass_budget=0.0)
+        router = run(
+            policy=policy,
+            target_hit_rate=0.5,
+            max_lost_mass=1.0,
+            cache_bonus=0.0,
+            mass_budget=0.0,
+            resnorm_strength=0.0,
+        )
         assert 0.49 <= router.hit_rate() <= 0.57, policy
 
 

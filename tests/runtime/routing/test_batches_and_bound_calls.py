@@ -23,7 +23,7 @@ def rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 32)).astype(np.float32)
 
 
-@pytest.mark.parametrize("policy", ["off", "bonus", "range", "mass"])
+@pytest.mark.parametrize("policy", ["off", "bonus", "range", "mass", "resnorm"])
 @pytest.mark.parametrize("tokens", [1, 2, 37, 1500])
 def test_a_batch_equals_the_sequence_of_single_calls(policy: Policy, tokens: int) -> None:
     logits = rows(tokens)
@@ -90,7 +90,7 @@ class TestEpochs:
 
 
 class TestPerTokenStrength:
-    @pytest.mark.parametrize("policy", ["bonus", "range", "mass"])
+    @pytest.mark.parametrize("policy", ["bonus", "range", "mass", "resnorm"])
     def test_zero_is_off_for_that_token(self, policy: Policy) -> None:
         logits = rows(40)
         strength = np.where(np.arange(40) % 2 == 0, 0, 0.8).astype(np.float32)
@@ -100,6 +100,17 @@ class TestPerTokenStrength:
         assert mixed.experts[::2].tolist() == off.experts[::2].tolist()
         assert mixed.experts[1::2].tolist() == strong.experts[1::2].tolist()
         assert mixed.weights[::2].tolist() == off.weights[::2].tolist()
+
+    def test_a_residual_ratio_multiplies_the_strength(self) -> None:
+        logits, ratios = rows(40), np.linspace(0, 4, 40, dtype=np.float32)
+        given = make("resnorm").route_batch(logits, 1, strength=0.2, residual_ratio=ratios)
+        expected = make("resnorm").route_batch(logits, 1, strength=np.float32(0.2) * ratios)
+        assert given.experts.tolist() == expected.experts.tolist()
+        configured = MemoryAwareRouter(RouterConfig(32, 4, resnorm_strength=0.2), num_layers=2)
+        configured.update_cache_state(RESIDENT, layer=1)
+        assert configured.route_batch(logits, 1, policy="resnorm", residual_ratio=ratios).experts.tolist() == (
+            expected.experts.tolist()
+        )
 
     def test_batches_longer_than_the_kernels_chunk(self) -> None:
         logits = rows(2500)

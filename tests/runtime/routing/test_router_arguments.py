@@ -43,6 +43,16 @@ CALLS: list[tuple[Callable[[MemoryAwareRouter], Any], type[Exception], str]] = [
     (lambda r: r.route_batch(float32(4, 8), 3), IndexError, "layer is 3, expected 0 <= layer < 3"),
     (lambda r: r.route_batch(float32(4, 8), -1), IndexError, "layer is -1, expected 0 <= layer < 3"),
     (lambda r: r.route_batch(float32(4, 8), policy="best"), ValueError, "policy is 'best', expected one of off, bonus"),  # type: ignore[arg-type]
+    (
+        lambda r: r.route_batch(float32(4, 8), residual_ratio=float32(4)),
+        ValueError,
+        "residual_ratio is given with policy 'bonus', expected policy 'resnorm'",
+    ),
+    (
+        lambda r: r.route_batch(float32(4, 8), policy="resnorm", residual_ratio=float32(3)),
+        ValueError,
+        r"strength has shape \(3,\), expected \(4,\)",
+    ),
     (lambda r: r.route_batch(float32(4, 8), epochs=2), ValueError, "epochs is 2, expected None .* 1 .* or 0"),  # type: ignore[arg-type]
     (lambda r: r.route_batch(float32(4, 8), strength=-0.5), ValueError, "strength is negative or not finite"),
     (

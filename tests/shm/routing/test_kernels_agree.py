@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
 from hotset.shm import _core
 
-POLICIES = ["off", "bonus", "range", "mass"]
+POLICIES = ["off", "bonus", "range", "mass", "resnorm"]
 
 
 def bits(array: np.ndarray) -> list[int]:

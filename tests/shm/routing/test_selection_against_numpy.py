@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from routing_reference import exchange_within_mass, next_mean_range, probabilities, ranking, select
+from routing_reference import exchange_within_mass, next_mean_range, probabilities, ranking, select, shares_of_largest
 
 from hotset.runtime.router import MemoryAwareRouter, RouterConfig
 
@@ -99,6 +99,33 @@ class TestSelection:
         assert result.lost_mass <= budget * len(rows) + 1e-5
 
     @SETTINGS
+    @given(cases(), st.sampled_from([0.0, 0.01, 0.1, 0.5, 2.0]))
+    def test_an_amount_in_units_of_the_largest_probability(
+        self, case: tuple[np.ndarray, int, list[int]], strength: float
+    ) -> None:
+        rows, k, resident = case
+        assume(has_finite(rows))
+        mask = np.isin(np.arange(rows.shape[1]), resident)
+        for row in rows:  # float32 cannot tell which of two that are this close comes first
+            shares = shares_of_largest(row)
+            between = shares[mask][:, np.newaxis] + np.float32(strength) - shares[~mask]
+            assume(strength == 0 or bool(np.all(np.abs(between) > 1e-6)))
+        result = router(rows, k, resident, policy="resnorm", resnorm_strength=strength).route_batch(rows)
+        assert result.experts.tolist() == [select(row, k, resident, "resnorm", np.float32(strength)) for row in rows]
+
+    @SETTINGS
+    @given(cases(), st.lists(st.sampled_from([0.0, 0.02, 0.3, 1.5]), min_size=19, max_size=19))
+    def test_a_strength_of_each_row(self, case: tuple[np.ndarray, int, list[int]], strengths: list[float]) -> None:
+        rows, k, resident = case
+        assume(has_finite(rows))
+        each = np.array(strengths[: len(rows)], np.float32)
+        result = router(rows, k, resident, policy="resnorm").route_batch(rows, strength=each)
+        for row, strength, experts in zip(rows, each, result.experts.tolist(), strict=True):
+            alone = router(row[np.newaxis], k, resident, policy="resnorm").route(row, strength=float(strength))
+            assert experts == alone.experts.tolist()
+            assert strength > 0 or experts == ranking(row)[:k]
+
+    @SETTINGS
     @given(cases())
     def test_weights_are_those_of_the_unmodified_logits(self, case: tuple[np.ndarray, int, list[int]]) -> None:
         rows, k, resident = case
@@ -117,11 +144,11 @@ class TestSelection:
             np.testing.assert_allclose(weights, 2.5 * probabilities(row[experts]), rtol=0, atol=2.5e-6)
 
     @SETTINGS
-    @given(cases())
-    def test_the_reported_cost_of_the_preference(self, case: tuple[np.ndarray, int, list[int]]) -> None:
+    @given(cases(), st.sampled_from(["bonus", "range", "mass", "resnorm"]))
+    def test_the_reported_cost_of_the_preference(self, case: tuple[np.ndarray, int, list[int]], policy: str) -> None:
         rows, k, resident = case
         assume(has_finite(rows))
-        result = router(rows, k, resident, cache_bonus=1.0).route_batch(rows)
+        result = router(rows, k, resident, policy=policy).route_batch(rows, strength=1.0)
         lost, changed, displaced = 0.0, 0, set[int]()
         for row, experts in zip(rows, result.experts.tolist(), strict=True):
             truth, share = ranking(row)[:k], probabilities(row)
