@@ -55,7 +55,7 @@ class Experts:
         for layer in range(config.num_layers):
             self._slots.append([read_expert(checkpoint, layer, expert) for expert in range(config.num_experts)])
 
-    def __call__(self, layer: int, hidden: Floats, gate_logits: Floats) -> Floats:
+    def __call__(self, layer: int, hidden: Floats, gate_logits: Floats, residual: Floats) -> Floats:
         ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self._config.hidden_size), np.float32)
         for expert, assignments in group_by_expert(ids):

@@ -65,7 +65,7 @@ class InProcessModel:
             new = np.array(chosen[-1:], np.int32)
         return chosen
 
-    def _experts(self, layer: int, hidden: FloatRows, gate_logits: FloatRows) -> FloatRows:
+    def _experts(self, layer: int, hidden: FloatRows, gate_logits: FloatRows, residual: FloatRows) -> FloatRows:
         ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self.config.hidden_size), np.float32)
         for expert, assignments in group_by_expert(ids):

@@ -62,7 +62,8 @@ class ExpertAccess:
         self._arena.write_demand(self._process, layer, experts, streams)
 
     def resident(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yields (expert, slot) of every expert, resident ones first; each is pinned until the next is asked for.
+        """Yields (expert, slot) of every expert, resident ones first; each is pinned until the next is asked for, and
+        those that are missing are requested before the first is given.
 
         Raises `ExpertUnavailable`; the pins that are then still set are the caller's to clear (`Arena.unpin_all`).
         """
@@ -71,22 +72,25 @@ class ExpertAccess:
         waiting: dict[int, int] = {}  # expert -> pin
         remaining = list(reversed(experts))
         while remaining or waiting:
+            found: list[tuple[int, int, int]] = []
             missed: list[int] = []
             while remaining and free_pins:
                 expert, pin = remaining.pop(), free_pins.pop()
                 slot = arena.want(process, pin, first + expert)
-                if slot < 0:
+                if slot >= 0:
+                    found.append((expert, slot, pin))
+                else:
                     waiting[expert] = pin
                     missed.append(expert)
-                    continue
+            if missed:  # before the others are computed: the pager reads meanwhile
+                arena.count(process, self._miss_counter, len(missed))
+                self._request(layer, missed)
+            for expert, slot, pin in found:
                 self._note_hit(first + expert)
                 yield expert, slot
                 arena.unpin(process, pin)
                 free_pins.append(pin)
-            if missed:
-                arena.count(process, self._miss_counter, len(missed))
-                self._request(layer, missed)
-            if waiting:
+            if waiting and not (remaining and free_pins):
                 for expert, slot in self._wait(layer, waiting):
                     yield expert, slot
                     pin = waiting.pop(expert)

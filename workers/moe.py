@@ -71,8 +71,8 @@ class MixtureOfExperts:
         self._access.count_as(prefill=prefill)
         self._streams = None if prefill else np.asarray(streams, np.int32)
 
-    def __call__(self, layer: int, hidden: Float32, gate_logits: Float32) -> Float32:
-        """hidden [rows, hidden_size] and gate logits [rows, num_experts] -> weighted sum of the experts' outputs.
+    def __call__(self, layer: int, hidden: Float32, gate_logits: Float32, residual: Float32) -> Float32:
+        """hidden [rows, hidden_size], after its norm, and gate logits [rows, num_experts] -> weighted sum of outputs.
 
         An expert's rows are computed together, once, wherever in the batch they are. Raises `ExpertUnavailable`.
         """

@@ -29,9 +29,9 @@ _KERNEL_FORMATS = {
     KvFormat.Q4_0: _kernels.KV_Q4_0,
 }
 
-Experts = Callable[[int, Floats, Floats], Floats]
-"""(layer, hidden [n, hidden_size] after its norm, gate logits [n, num_experts]) -> mixture [n, hidden_size].
-"""
+Experts = Callable[[int, Floats, Floats, Floats], Floats]
+"""(layer, hidden [n, hidden_size] after its norm, gate logits [n, num_experts], hidden before its norm, which is not to
+be changed) -> mixture [n, hidden_size]."""
 
 
 class SequenceRows(msgspec.Struct, frozen=True):
@@ -114,16 +114,16 @@ class Transformer:
             _kernels.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, normed)
             hidden += self._attention(index, layer, normed, rows)
             _kernels.rms_norm(hidden, layer.feed_forward_norm, config.rms_norm_eps, normed)
-            hidden += self._feed_forward(index, layer, normed)
+            hidden += self._feed_forward(index, layer, normed, hidden)
         if not all_rows:
             hidden = hidden[[rows.row_start + rows.row_count - 1 for rows in batch.sequences]]
         _kernels.rms_norm(hidden, self._norm, config.rms_norm_eps, hidden)
         return self._head(hidden)
 
-    def _feed_forward(self, index: int, layer: LayerWeights, normed: Floats) -> Floats:
+    def _feed_forward(self, index: int, layer: LayerWeights, normed: Floats, hidden: Floats) -> Floats:
         if layer.dense is not None:
             return layer.dense(normed)
-        mixture = self._experts(index, normed, layer.router(normed))
+        mixture = self._experts(index, normed, layer.router(normed), hidden)
         if layer.shared is not None:
             mixture += layer.shared(normed)
         return mixture

@@ -142,7 +142,7 @@ def test_kv_pages_of_another_model_are_refused(model: InProcessModel) -> None:
 
     pages = np.zeros((8, 2, 2, 4, 4, 32), np.uint8)
     with pytest.raises(ValueError, match="expected \\[pages, 2, 2, block_size, 4, 34\\] for q8_0"):
-        Transformer(model.config, model.checkpoint, pages, KvFormat.Q8_0, lambda layer, hidden, gate: hidden)
+        Transformer(model.config, model.checkpoint, pages, KvFormat.Q8_0, lambda layer, hidden, gate, residual: hidden)
 
 
 def test_grouping_gives_every_assignment_to_its_expert_once() -> None:
