@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hotset.runtime.eviction import check_pool
+from hotset.runtime.eviction import check_pool, parse_eviction
 from hotset.shm.demands import NO_STREAM, Records, demand_of_set, demands_of_steps
-from hotset.workers.eviction.replay import ReplayResult, replay
+from hotset.workers.eviction._core import Cache
+from hotset.workers.eviction.replay import ReplayResult, make_policy, replay
 
 # shijiuzhang/moe-cache-eval's conformance trace: 3 layers alike, 4 experts each, 5 steps.
 TOY_STEPS = [(0, 1), (0, 2), (0, 1), (0, 3), (0, 1)]
@@ -176,3 +177,24 @@ def test_damaged_records_are_refused(records: Records, problem: str) -> None:
 def test_a_prefill_moves_the_cache_but_is_not_counted() -> None:
     records = np.concatenate([demand_of_set(0, [1, 2], NO_STREAM), demand_of_set(0, [2, 3])])
     assert replay(records, "lru", num_layers=1, num_experts=4, slots=2) == ReplayResult(1, hits=1, misses=1)
+
+
+def test_a_cache_used_step_by_step_hits_what_a_replay_hits_and_says_what_is_resident() -> None:
+    steps = random_steps(11, steps=200, layers=2, experts=70, largest=5)
+    for policy, shared, slots in (("lru@always", False, 9), ("affinity", False, 9), ("td", True, 18)):
+        whole = run(steps, policy, slots, 70, shared=shared)
+        cache = Cache(
+            make_policy(parse_eviction(policy), num_layers=2, num_experts=70, num_streams=1, slots_per_layer=9),
+            slots,
+            shared,
+        )
+        mask = np.zeros((2, 2), np.uint64)
+        hits = 0
+        for step in steps:
+            for layer, experts in enumerate(step):
+                before = {e for e in range(70) if int(mask[layer, e // 64]) >> e % 64 & 1}
+                found, missed = cache.use(demand_of_set(layer, experts), mask)
+                assert (found, missed) == (len(before & set(experts)), len(set(experts) - before))
+                hits += found
+        assert hits == whole.hits
+        assert sum(int(word).bit_count() for word in mask.ravel()) == 18

@@ -1,28 +1,5 @@
-/* hotset.workers.eviction._core: the type Policy over policy.h and replay.h; see _core.pyi. */
-#include "bind_arrays.h"
-#include "replay.h"
-
-typedef struct {
-    PyObject_HEAD
-    int ready;
-    struct policy policy;
-} PolicyObject;
-
-static const struct array_kind WORDS = {"uint16", "H", 2};
-static const struct array_kind FLOAT64 = {"float64", "d", 8};
-
-static struct policy *policy_of(PyObject *self) {
-    PolicyObject *object = (PolicyObject *)self;
-    if (object->ready) return &object->policy;
-    PyErr_SetString(PyExc_ValueError, "__init__ has not been called");
-    return NULL;
-}
-
-static int in_range(const char *name, unsigned value, unsigned low, unsigned high) {
-    if (value >= low && value <= high) return 1;
-    PyErr_Format(PyExc_ValueError, "%s is %u, expected %u to %u", name, value, low, high);
-    return 0;
-}
+/* hotset.workers.eviction._core: the types Policy and Cache over policy.h and replay.h; see _core.pyi. */
+#include "bind_cache.h"
 
 static int policy_type_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     PolicyObject *object = (PolicyObject *)self;
@@ -62,21 +39,6 @@ static void policy_type_dealloc(PyObject *self) {
     if (((PolicyObject *)self)->ready) policy_free(&((PolicyObject *)self)->policy);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
-}
-
-/* Opens `object` as records that fit the policy's model; 0 with an exception. */
-static int take_records(PyObject *object, const struct policy *policy, Py_buffer *view) {
-    if (!take_array(object, "records", &WORDS, 0, 1, (Py_ssize_t[]){ANY_LENGTH}, view)) return 0;
-    const uint16_t *words = view->buf;
-    size_t count = (size_t)view->shape[0];
-    for (size_t at = 0; at < count; at += words[at + DEMAND_LENGTH]) {
-        const char *problem = demand_problem(words + at, count - at, policy->num_layers, policy->num_experts);
-        if (!problem) continue;
-        PyErr_Format(PyExc_ValueError, "the array of records %s, at word %zu", problem, at);
-        PyBuffer_Release(view);
-        return 0;
-    }
-    return 1;
 }
 
 static PyObject *policy_type_observe(PyObject *self, PyObject *argument) {
@@ -171,8 +133,7 @@ static PyObject *replay(PyObject *self, PyObject *args, PyObject *kwargs, int cl
     int shared = 0;
     if (!policy) return NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OI|pI", names, &records, &slots, &shared, &floor)) return NULL;
-    unsigned most = policy->num_experts * (shared ? policy->num_layers : 1);
-    if (!in_range("slots", slots, 1, most) || !in_range("floor", floor, 0, slots)) return NULL;
+    if (!slots_in_range(policy, slots, shared, floor)) return NULL;
     Py_buffer view;
     if (!take_records(records, policy, &view)) return NULL;
     struct replay_pools pools;
@@ -252,9 +213,11 @@ static PyType_Spec policy_spec = {"hotset.workers.eviction._core.Policy", sizeof
                                   policy_slots};
 
 static int core_exec(PyObject *module) {
-    PyObject *type = PyType_FromSpec(&policy_spec);
-    if (!type || PyModule_AddObjectRef(module, "Policy", type) < 0) return -1;
-    Py_DECREF(type);
+    PyObject *policy = PyType_FromSpec(&policy_spec), *cache = PyType_FromSpec(&cache_spec);
+    if (!policy || PyModule_AddObjectRef(module, "Policy", policy) < 0) return -1;
+    if (!cache || PyModule_AddObjectRef(module, "Cache", cache) < 0) return -1;
+    cache_policy_type = (PyTypeObject *)policy; /* keeps the reference: the type lives as long as the process */
+    Py_DECREF(cache);
     return 0;
 }
 

@@ -1,0 +1,98 @@
+/* hotset.workers.eviction._core.Cache: a simulated cache that a Policy keeps, one demand at a time. */
+#ifndef HOTSET_BIND_CACHE_H
+#define HOTSET_BIND_CACHE_H
+
+#include "bind_policy.h"
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *policy; /* NULL until __init__ */
+    struct replay_pools pools;
+} CacheObject;
+
+static PyTypeObject *cache_policy_type;
+
+static int cache_type_init(PyObject *self, PyObject *args, PyObject *kwargs) {
+    CacheObject *cache = (CacheObject *)self;
+    static char *names[] = {"policy", "slots", "shared", "floor", NULL};
+    PyObject *object;
+    unsigned slots, floor = 0;
+    int shared = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!I|pI", names, cache_policy_type, &object, &slots, &shared, &floor))
+        return -1;
+    const struct policy *policy = policy_of(object);
+    if (!policy || !slots_in_range(policy, slots, shared, floor)) return -1;
+    if (cache->policy) {
+        PyErr_SetString(PyExc_ValueError, "the cache exists already");
+        return -1;
+    }
+    if (!replay_pools_init(&cache->pools, policy, slots, shared, floor)) {
+        replay_pools_free(&cache->pools);
+        PyErr_NoMemory();
+        return -1;
+    }
+    Py_INCREF(object);
+    cache->policy = object;
+    return 0;
+}
+
+static void cache_type_dealloc(PyObject *self) {
+    CacheObject *cache = (CacheObject *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    if (cache->policy) replay_pools_free(&cache->pools);
+    Py_XDECREF(cache->policy);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+/* Bit e of `words` is expert e of the layer. */
+static void cache_mask(const struct replay_pools *pools, const struct policy *policy, uint32_t layer, uint64_t *words) {
+    int shared = pools->count == 1;
+    const struct pool *pool = &pools->pools[shared ? 0 : layer];
+    const uint8_t *row = pool->resident + (shared ? (size_t)layer * policy->num_experts : 0);
+    for (uint32_t e = 0; e < policy->num_experts; e++)
+        words[e / 64] = (e % 64 ? words[e / 64] : 0) | (uint64_t)row[e] << (e % 64);
+}
+
+static PyObject *cache_type_use(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    CacheObject *cache = (CacheObject *)self;
+    Py_buffer records, mask;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    struct policy *policy = cache->policy ? policy_of(cache->policy) : NULL;
+    if (!policy) {
+        PyErr_SetString(PyExc_ValueError, "__init__ has not been called");
+        return NULL;
+    }
+    Py_ssize_t shape[2] = {policy->num_layers, (policy->num_experts + 63) / 64};
+    if (!take_array(args[1], "mask", &UINT64, 1, 2, shape, &mask)) return NULL;
+    if (!take_records(args[0], policy, &records)) {
+        PyBuffer_Release(&mask);
+        return NULL;
+    }
+    struct replay_result result = {0};
+    replay_policy(policy, records.buf, (size_t)records.shape[0], &cache->pools, &result);
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++)
+        cache_mask(&cache->pools, policy, layer, (uint64_t *)mask.buf + layer * shape[1]);
+    PyBuffer_Release(&records);
+    PyBuffer_Release(&mask);
+    return Py_BuildValue("KK", (unsigned long long)result.hits, (unsigned long long)result.misses);
+}
+
+static PyMethodDef cache_methods[] = {
+    {"use", (PyCFunction)(void (*)(void))cache_type_use, METH_FASTCALL,
+     "use(records u16[n], mask u64[layers, words]) -> (hits, misses); the mask then says what is resident."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot cache_slots[] = {
+    {Py_tp_doc, "Cache(policy, slots, shared=False, floor=0): empty; slots per layer, or of all layers together."},
+    {Py_tp_init, cache_type_init},
+    {Py_tp_dealloc, cache_type_dealloc},
+    {Py_tp_methods, cache_methods},
+    {0, NULL},
+};
+
+static PyType_Spec cache_spec = {"hotset.workers.eviction._core.Cache", sizeof(CacheObject), 0, Py_TPFLAGS_DEFAULT,
+                                 cache_slots};
+
+#endif
