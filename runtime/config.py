@@ -11,7 +11,7 @@ import msgspec
 
 from hotset.runtime.eviction import parse_eviction
 
-RoutingPolicy = Literal["off", "bonus", "range", "mass"]
+RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]
 PrefetchPolicy = Literal["off", "displaced"]
 KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
@@ -56,8 +56,10 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         routing: "off" selects by gate logits alone, and only then is text repeatable. The others prefer resident
             experts: "bonus" adds `cache_bonus` to their logits; "range" adds `range_strength` times the running mean
             of a layer's max - min; "mass" replaces others by them while the gate probability given up by a token
-            stays within `mass_budget`. See `RouterConfig`. The default, a mild "range", has not been calibrated
-            against perplexity: on the shipped model it gives up 0.8 % of the gate's probability mass.
+            stays within `mass_budget`; "resnorm" adds `resnorm_strength` times the token's largest probability to
+            theirs, the more the less experts add to the token's state. See `RouterConfig`. The default, a mild
+            "range", has not been calibrated against perplexity: on the shipped model it gives up 0.8 % of the gate's
+            probability mass.
         prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
             model 2 to 7 % of them were used before they went again, so the default is "off".
         eviction: which expert goes when a slot is needed: "affinity" the one used least lately, "td" the one that is
@@ -84,6 +86,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache_bonus: float = 0.15
     range_strength: float = 0.1
     mass_budget: float = 0.004
+    resnorm_strength: float = 0.1
     prefetch: PrefetchPolicy = "off"
     eviction: str = "affinity"
     read_lanes: int | None = None
@@ -114,7 +117,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "memory decides how many experts fit"
             )
         parse_eviction(self.eviction)
-        for name in ("cache_bonus", "range_strength", "mass_budget"):
+        for name in ("cache_bonus", "range_strength", "mass_budget", "resnorm_strength"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")

@@ -82,9 +82,9 @@ class Section(enum.IntEnum):
 
 LAYER_STATE = np.dtype(
     {
-        "names": ["affinity_epoch", "logit_range", "residency_generation"],
-        "formats": ["<u8", "<f4", "<u4"],
-        "offsets": [0, 8, 64],
+        "names": ["affinity_epoch", "logit_range", "expert_norm", "residency_generation"],
+        "formats": ["<u8", "<f4", "<f4", "<u4"],
+        "offsets": [0, 8, 12, 64],
         "itemsize": 128,
     }
 )

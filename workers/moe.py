@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
+from hotset.shm import _core
 from hotset.shm.layout import Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
-from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
+from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, row_norms
 from hotset.workers.expert_access import ExpertAccess
 
 Float32 = npt.NDArray[np.float32]
@@ -55,12 +56,14 @@ class MixtureOfExperts:
         *,
         prefetch_displaced: bool = False,
     ) -> None:
+        self._arena = segment.arena
         self._slots = segment.view(Section.EXPERT_SLOTS)
         self._slot_info = segment.view(Section.SLOT_INFO)
         self._access = ExpertAccess(segment, queue, process)
         self._router = router
         self._prefetch_displaced = prefetch_displaced
         self._config = config
+        self._measures_norms = router.config.policy == "resnorm"
         self._exact = np.zeros(0, np.bool_)
         self._streams: npt.NDArray[np.int32] | None = None
 
@@ -76,7 +79,7 @@ class MixtureOfExperts:
 
         An expert's rows are computed together, once, wherever in the batch they are. Raises `ExpertUnavailable`.
         """
-        routed = self._route(layer, gate_logits)
+        routed = self._route(layer, gate_logits, residual)
         selections = dict(group_by_expert(routed.experts))
         outputs = np.empty((*routed.experts.shape, hidden.shape[1]), np.float32)
         if self._streams is None:  # a prefill uses most experts, in no order that says what comes next
@@ -95,14 +98,26 @@ class MixtureOfExperts:
             )
         if self._prefetch_displaced:
             self._access.prefetch(layer, routed.displaced)
+        if self._measures_norms:
+            self._arena.note_expert_norm(layer, float(row_norms(outputs).mean()), len(outputs))
         # In rank order, so that the sum does not depend on which expert arrived first.
         return combine_in_rank_order(outputs, routed.weights)
 
-    def _route(self, layer: int, gate_logits: Float32) -> BatchRouteResult:
+    def _route(self, layer: int, gate_logits: Float32, residual: Float32) -> BatchRouteResult:
         """A step is one epoch of affinity, however many rows it has."""
         if self._exact.all():
             return self._router.route_batch(gate_logits, layer, policy="off", epochs=1)
-        if not self._exact.any():
-            return self._router.route_batch(gate_logits, layer, epochs=1)
-        strength = np.where(self._exact, 0, self._router.strength).astype(np.float32)  # 0 is "off" for a row
-        return self._router.route_batch(gate_logits, layer, strength=strength, epochs=1)
+        strength = None
+        if self._exact.any():
+            strength = np.where(self._exact, 0, self._router.strength).astype(np.float32)  # 0 is "off" for a row
+        ratio = residual_ratio(self._arena, layer, residual) if self._measures_norms else None
+        return self._router.route_batch(gate_logits, layer, strength=strength, epochs=1, residual_ratio=ratio)
+
+
+def residual_ratio(arena: _core.Arena, layer: int, residual: Float32) -> Float32:
+    """How large each residual [rows, hidden_size] is beside the layer's expert outputs, float32 [rows].
+
+    0, which makes routing exact, as long as no output has been seen.
+    """
+    norm = arena.expert_norm(layer)
+    return row_norms(residual) / np.float32(norm) if norm else np.zeros(len(residual), np.float32)

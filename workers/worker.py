@@ -98,6 +98,7 @@ class Worker:
                 cache_bonus=start.config.cache_bonus,
                 range_strength=start.config.range_strength,
                 mass_budget=start.config.mass_budget,
+                resnorm_strength=start.config.resnorm_strength,
             ),
             num_layers=model.num_layers,
             segment=self._segment,

@@ -70,7 +70,8 @@ struct arena_header {
 struct layer_state {
     atomic_u64 affinity_epoch;
     atomic_u32 logit_range; /* float bits: running mean of max - min of the gate logits (Cache-Prior); 0 = no row seen */
-    uint32_t reserved_route[13];
+    atomic_u32 expert_norm; /* float bits: running mean of the norms of the experts' outputs; 0 = no row seen */
+    uint32_t reserved_route[12];
     atomic_u32 residency_generation; /* futex: bumped whenever an expert of the layer became resident or failed */
     uint32_t reserved_futex[15];
 };

@@ -1,8 +1,9 @@
-/* Arena methods that record latencies and add up the rows of all processes. */
+/* Arena methods for what is measured: latencies, the rows of all processes added up, the norms of experts' outputs. */
 #ifndef HOTSET_BIND_METRICS_H
 #define HOTSET_BIND_METRICS_H
 
 #include "bind_arrays.h"
+#include "expert_norm.h"
 #include "histogram.h"
 
 static PyObject *arena_record_latency(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -63,10 +64,34 @@ static PyObject *arena_activation_totals(PyObject *self, PyObject *out) {
     Py_RETURN_NONE;
 }
 
+static PyObject *arena_expert_norm(PyObject *self, PyObject *arg) {
+    struct arena *arena = arena_of(self);
+    uint64_t layer;
+    if (!arena) return NULL;
+    if (!parse_indices(&arg, 1, 1, (const char *[]){"layer"}, (uint64_t[]){arena->num_layers}, &layer)) return NULL;
+    return PyFloat_FromDouble(expert_norm(arena, (uint32_t)layer));
+}
+
+static PyObject *arena_note_expert_norm(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[2];
+    if (!arena) return NULL;
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
+    PyObject *indices[2] = {args[0], args[2]};
+    if (!parse_indices(indices, 2, 2, (const char *[]){"layer", "rows"}, (uint64_t[]){arena->num_layers, UINT32_MAX}, v))
+        return NULL;
+    double mean = PyFloat_AsDouble(args[1]);
+    if (PyErr_Occurred()) return NULL;
+    expert_norm_update(arena, (uint32_t)v[0], (float)mean, v[1]);
+    Py_RETURN_NONE;
+}
+
 #define METRICS_METHODS                                                                                                \
     {"record_latency", FASTCALL(arena_record_latency), "record_latency(process, histogram, nanoseconds)"},             \
     {"counter_totals", arena_counter_totals, METH_O, "counter_totals(out u64[COUNTERS]): over all processes."},        \
     {"histogram_totals", FASTCALL(arena_histogram_totals), "histogram_totals(histogram, out u64[BUCKETS])."},          \
-    {"activation_totals", arena_activation_totals, METH_O, "activation_totals(out u64[layers, experts])."}
+    {"activation_totals", arena_activation_totals, METH_O, "activation_totals(out u64[layers, experts])."}, \
+    {"expert_norm", arena_expert_norm, METH_O, "expert_norm(layer): running mean of its outputs' norms; 0 is unknown."}, \
+    {"note_expert_norm", FASTCALL(arena_note_expert_norm), "note_expert_norm(layer, mean, rows): moves it."}
 
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from instances import PROMPTS, wait_until
 
@@ -160,6 +161,26 @@ def test_displaced_experts_are_prefetched_when_asked_for() -> None:
             stats = backend.stats()
             assert (stats.prefetch_page_ins > 0) == expected
             assert stats.prefetch_hits <= stats.prefetch_page_ins
+
+
+def test_resnorm_prefers_resident_experts_and_at_strength_0_none() -> None:
+    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+    exact = msgspec.structs.replace(params, routing="off")
+    misses: dict[float, int] = {}
+    for strength in (0.0, 0.5):
+        with Backend(workers=1, expert_budget="25%", routing="resnorm", resnorm_strength=strength) as backend:
+            answers = backend.generate(PROMPTS, params)
+            stats = backend.stats()
+            misses[strength] = stats.decode_expert_misses
+            assert (stats.lost_mass > 0) == (strength > 0)
+            exact_answers = backend.generate(PROMPTS, exact)
+            assert ([a.token_ids for a in answers] == [a.token_ids for a in exact_answers]) == (strength == 0)
+            backend.reset_stats()
+            preferring = backend.stream(PROMPTS[0], params)
+            backend.generate(PROMPTS[1:], exact)  # meanwhile: a step has rows of both kinds
+            list(preferring)
+            assert (backend.stats().lost_mass > 0) == (strength > 0)
+    assert misses[0.5] < 0.75 * misses[0.0]
 
 
 def test_numbers_add_up(backend: Backend) -> None:

@@ -45,6 +45,11 @@ def expert_forward(
     _kernels.expert(hidden, assignments, slot, weight_format, inner, outputs, layout, limit)
 
 
+def row_norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Euclidean norms along the last axis."""
+    return np.sqrt(np.einsum("...i,...i->...", rows, rows))
+
+
 def combine_in_rank_order(outputs: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sum of outputs [n, k, hidden_size] times weights [n, k], rank 0 first: the order in which the experts
     became available does not show in the result.
