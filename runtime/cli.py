@@ -158,6 +158,7 @@ def pack(
     from rich.console import Console
     from rich.progress import Progress
 
+    from hotset.runtime.config import format_nbytes
     from hotset.runtime.model.gguf_folder import model_folder
     from hotset.runtime.model.pack import Packer
 
@@ -165,7 +166,7 @@ def pack(
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("packing experts", total=packer.count)
         packer.run(lambda finished: bar.update(task, completed=finished))
-    print(f"{packer.count} experts of {packer.expert_nbytes} bytes are in {out}")
+    print(f"{packer.count} experts, {format_nbytes(packer.nbytes)}, are in {out}")
 
 
 def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any]:
