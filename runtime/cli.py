@@ -45,6 +45,9 @@ def generate(
         typer.Option(help="Which expert goes: affinity, td, lru, lfu, adaptive, lru+affinity."),
     ] = None,
     prefetch: Annotated[str | None, typer.Option(help="off, or displaced: what routing passed over.")] = None,
+    cold_start: Annotated[
+        bool, typer.Option("--cold-start", help="Neither begin with the last run's experts nor remember this one's.")
+    ] = False,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Memory for KV pages: 64MiB ...")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, q8_0 or q4_0.")] = None,
@@ -61,6 +64,7 @@ def generate(
         "routing": routing,
         "eviction": eviction,
         "prefetch": prefetch,
+        "warm_start": not cold_start,
         "max_model_len": max_model_len,
         "kv_cache_memory": kv_cache_memory,
         "kv_cache_dtype": kv_cache_dtype,
@@ -154,6 +158,7 @@ def pack(
     from rich.console import Console
     from rich.progress import Progress
 
+    from hotset.runtime.config import format_nbytes
     from hotset.runtime.model.gguf_folder import model_folder
     from hotset.runtime.model.pack import Packer
 
@@ -161,7 +166,7 @@ def pack(
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("packing experts", total=packer.count)
         packer.run(lambda finished: bar.update(task, completed=finished))
-    print(f"{packer.count} experts of {packer.expert_nbytes} bytes are in {out}")
+    print(f"{packer.count} experts, {format_nbytes(packer.nbytes)}, are in {out}")
 
 
 def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any]:
@@ -178,7 +183,11 @@ def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any
         "hit_rate": round(stats.decode_hit_rate, 4),
         "prefill_hit_rate": round(stats.prefill_hit_rate, 4),
         "regret": msgspec.to_builtins(stats.regret),
-        "page_ins": {"urgent": stats.urgent_page_ins, "prefetch": stats.prefetch_page_ins},
+        "page_ins": {
+            "urgent": stats.urgent_page_ins,
+            "prefetch": stats.prefetch_page_ins,
+            "warm_start": stats.warm_page_ins,
+        },
         "routing_us": {"mean": round(stats.routing.mean, 3), "p99": round(stats.routing.p99, 3)},
         "kv_pages_used": stats.kv_pages_peak,
         "expert_bytes_resident": stats.resident_expert_bytes,
@@ -194,6 +203,10 @@ def _regret_text(regret: dict[str, Any] | None) -> str:
     return f"{rates}, on {regret['demands']} layer steps with {regret['crowd']:.2f} of a layer's slots in use each"
 
 
+def _page_ins_text(page_ins: dict[str, int]) -> str:
+    return f"{page_ins['urgent']} urgent, {page_ins['prefetch']} prefetch, {page_ins['warm_start']} for a warm start"
+
+
 def _print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -205,7 +218,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("tokens/s", f"{report['tokens_per_second']:.1f}"),
         ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
         ("would have hit", _regret_text(report["regret"])),
-        ("page-ins", f"{page_ins['urgent']} urgent, {page_ins['prefetch']} prefetch"),
+        ("page-ins", _page_ins_text(page_ins)),
         ("routing", f"mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
         ("KV pages used", f"{report['kv_pages_used']}"),
         (

@@ -68,6 +68,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         read_lanes: experts that are read from disk at once, each by a thread of the pager and into a slot that nobody
             else can use meanwhile. None is 4, or what a small expert budget leaves beyond the experts of one token
             per worker (`backend.plan.read_lanes`).
+        warm_start: fill the slots, while nobody waits for the disk, with the experts that were worth most when the
+            last instance of this model closed, and remember this one's (runtime/model/heat.py). False does neither.
         max_num_seqs: sequences that are served at once; further requests wait.
         max_num_batched_tokens: rows of one forward step.
         max_model_len: longest prompt plus answer, in tokens; None is what the model was trained for.
@@ -90,6 +92,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefetch: PrefetchPolicy = "off"
     eviction: str = "affinity"
     read_lanes: int | None = None
+    warm_start: bool = True
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 256
     max_model_len: int | None = None

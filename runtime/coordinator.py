@@ -46,6 +46,7 @@ from hotset.runtime.messages import (
     ToPager,
     ToRegret,
     ToWorker,
+    WarmStartProblem,
     WorkerReady,
 )
 from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
@@ -78,6 +79,7 @@ class Coordinator:
         self._ready_workers: set[int] = set()
         self._helper: Child[FromRegret] | None = None
         self._regret: Regret | None = None
+        self._warm_start_problem: str | None = None
         self._pager_ready = False
         self._announced = False
         self._failed_starts = 0
@@ -228,6 +230,9 @@ class Coordinator:
                         self._announce()
                     case ExpertFailed(layer, expert, reason):
                         print(f"expert {expert} of layer {layer}: {reason}", file=sys.stderr, flush=True)
+                    case WarmStartProblem(reason):
+                        self._warm_start_problem = reason
+                        print(reason, file=sys.stderr, flush=True)
                     case ProcessFailed(reason):
                         raise Fatal(f"pager: {reason}")
         except ChannelClosed:
@@ -269,6 +274,7 @@ class Coordinator:
             worker_restarts=self._worker_restarts,
             pager_restarts=self._pager_restarts,
             pins_reclaimed=self._pins_reclaimed,
+            warm_start_problem=self._warm_start_problem,
             regret=self._regret,
         )
 

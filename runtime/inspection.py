@@ -84,7 +84,7 @@ def inspect_model(model: Path, memories: Sequence[str]) -> Inspection:
         eos_token_ids=config.eos_token_ids,
         dense_nbytes=checkpoint.dense_nbytes,
         expert_nbytes=checkpoint.expert_nbytes,
-        expert_format=checkpoint.expert_dtype,
+        expert_format=checkpoint.expert_dtype(*checkpoint.expert_ids[0]),
         num_experts_in_all=config.num_experts_in_all,
         kv_nbytes_per_token=config.kv_page_layout(1, KvFormat.FLOAT32).page_nbytes,
         fits=tuple(_fit(memory, config, checkpoint) for memory in memories),

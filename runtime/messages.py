@@ -205,6 +205,12 @@ class ExpertFailed(Message, frozen=True, tag=True):
     reason: str
 
 
+class WarmStartProblem(Message, frozen=True, tag=True):
+    """The heat file of earlier instances cannot be used, or ours cannot be written."""
+
+    reason: str
+
+
 # ---- coordinator -> regret helper, regret helper -> coordinator
 
 
@@ -226,6 +232,6 @@ ToClient = InstanceReady | InstanceFailed | Generated | StatsReply | Defragmente
 ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
 FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
 ToPager = StartPager | StopWorking
-FromPager = PagerReady | ExpertFailed | ProcessFailed
+FromPager = PagerReady | ExpertFailed | WarmStartProblem | ProcessFailed
 ToRegret = StartRegret | ForgetDemands | StopWorking
 FromRegret = RegretMeasured | ProcessFailed

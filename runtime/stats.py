@@ -45,6 +45,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     urgent_page_ins: int
     prefetch_page_ins: int
+    warm_page_ins: int  # of what earlier instances had, before anybody asked for it
     prefetch_hits: int
     evictions: int
     bytes_read: int
@@ -67,6 +68,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     pager_restarts: int
     pins_reclaimed: int
     workers: int
+    warm_start_problem: str | None  # why nothing of earlier instances is known, or nothing will be of this one
     regret: Regret | None  # None until a first replay is done, some tenths of a second after the first decode step
 
     @property
@@ -107,6 +109,7 @@ class InstanceCounters:
         worker_restarts: int,
         pager_restarts: int,
         pins_reclaimed: int,
+        warm_start_problem: str | None,
         regret: Regret | None,
     ) -> BackendStats:
         """The snapshot that a user gets: what the arena has counted, and what the coordinator knows besides."""
@@ -122,6 +125,7 @@ class InstanceCounters:
             steps=counts[Counter.STEPS],
             urgent_page_ins=counts[Counter.URGENT_PAGE_INS],
             prefetch_page_ins=counts[Counter.PREFETCH_PAGE_INS],
+            warm_page_ins=counts[Counter.WARM_PAGE_INS],
             prefetch_hits=counts[Counter.PREFETCH_HITS],
             evictions=counts[Counter.EVICTIONS],
             bytes_read=counts[Counter.BYTES_READ],
@@ -144,6 +148,7 @@ class InstanceCounters:
             pager_restarts=pager_restarts,
             pins_reclaimed=pins_reclaimed,
             workers=plan.num_workers,
+            warm_start_problem=warm_start_problem,
             regret=regret,
         )
 

@@ -29,7 +29,7 @@ from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.runtime.router import MemoryAwareRouter
-from hotset.shm.kv_page_format import Bytes, KvFormat
+from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
@@ -50,16 +50,15 @@ class Experts:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self._config = config
         self._router = MemoryAwareRouter(router_config(config, policy="off"), num_layers=config.num_layers)
-        self._format = WeightFormat[checkpoint.expert_dtype.upper()]
-        self._slots: list[list[Bytes]] = []
-        for layer in range(config.num_layers):
-            self._slots.append([read_expert(checkpoint, layer, expert) for expert in range(config.num_experts)])
+        self._slots = {ids: read_expert(checkpoint, *ids) for ids in checkpoint.expert_ids}
+        self._formats = {ids: WeightFormat[checkpoint.expert_dtype(*ids).upper()] for ids in checkpoint.expert_ids}
 
     def __call__(self, layer: int, hidden: Floats, gate_logits: Floats, residual: Floats) -> Floats:
         ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self._config.hidden_size), np.float32)
         for expert, assignments in group_by_expert(ids):
-            expert_forward(hidden, assignments, self._slots[layer][expert], self._format, self._config, outputs)
+            slot, format = self._slots[layer, expert], self._formats[layer, expert]
+            expert_forward(hidden, assignments, slot, format, self._config, outputs)
         return combine_in_rank_order(outputs, weights)
 
 

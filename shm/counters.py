@@ -40,6 +40,7 @@ class Counter(enum.IntEnum):
     PAGING_NANOSECONDS = 38
     PAGING_MAX_NANOSECONDS = 39
     FAILED_LOADS = 40
+    WARM_PAGE_INS = 41  # nobody asked for them: an instance begins with what the last one had
     # every process
     HEARTBEAT_NANOSECONDS = 63  # monotonic clock
 

@@ -163,6 +163,11 @@ class Segment:
         self.instance = instance
         self.arena = _core.Arena(memory)
 
+    @property
+    def uuid(self) -> str:
+        """Of this arena and no other; an instance's name may be used again."""
+        return np.frombuffer(self._mmap[: HEADER.itemsize], HEADER)[0]["instance_uuid"].tobytes().hex()
+
     @classmethod
     def private(cls, geometry: Geometry) -> Segment:
         """Anonymous memory of this process alone, for the router or the cache without an instance."""

@@ -16,10 +16,24 @@ from hotset.workers.compute.weights import as_float32
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
 
 
-def write_gguf(folder: Path, path: Path, quantization: str, **metadata: Any) -> Path:
+# Blocks of the formats that gguf-py cannot write: bytes in all, and where their float16 scales are.
+SCALES_OF_BLOCKS = {
+    "Q2_K": (84, (80, 82)),
+    "Q3_K": (110, (108,)),
+    "Q4_K": (144, (0, 2)),
+    "Q5_K": (176, (0, 2)),
+    "Q6_K": (210, (208,)),
+    "IQ4_NL": (18, (0,)),
+}
+
+
+def write_gguf(folder: Path, path: Path, quantization: str, tensors_per_part: int = 0, **metadata: Any) -> Path:
     """The float32 model in `folder` as `path`, matrices in `quantization` ("F32", "Q8_0", ...), vectors in float32.
 
-    `metadata`: further keys, or others in the place of the usual ones; or a quantization for a tensor of that name.
+    In a format that gguf-py cannot write, a matrix has random blocks instead.
+
+    `tensors_per_part`: write several files; returns the first. `metadata`: further keys, or others in the place of the
+    usual ones; or a quantization for a tensor of that name.
     """
     others = {name: metadata.pop(name) for name in [*metadata] if name.endswith(".weight")}
     config = json.loads((folder / "config.json").read_text())
@@ -28,7 +42,7 @@ def write_gguf(folder: Path, path: Path, quantization: str, **metadata: Any) -> 
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config["num_hidden_layers"]
     )
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     for key, value in (_metadata(architecture, config) | tokenizer_metadata(folder) | metadata).items():
         _add(writer, key, value)
     for name, values in _stacked(_weights(folder), _num_experts(config)).items():
@@ -46,7 +60,7 @@ def write_gguf(folder: Path, path: Path, quantization: str, **metadata: Any) -> 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-*.gguf"))
 
 
 def dequantized(folder: Path, quantization: str) -> dict[str, NDArray[np.float32]]:
@@ -96,8 +110,22 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: NDArray[np.float32],
         writer.add_tensor(name, values)
     elif quantization == "F16":
         writer.add_tensor(name, values.astype(np.float16))
+    elif quantization in SCALES_OF_BLOCKS:
+        writer.add_tensor(name, random_blocks(values.shape, quantization), raw_dtype=kind)
     else:
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+
+def random_blocks(shape: tuple[int, ...], quantization: str) -> NDArray[np.uint8]:
+    """Bytes [..., rows, bytes of a row] of random numbers with small finite scales."""
+    nbytes, scales = SCALES_OF_BLOCKS[quantization]
+    values_per_block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantization]]
+    random = np.random.default_rng(shape[-1])
+    blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // values_per_block, nbytes), np.uint8)
+    for at in scales:
+        scale = random.uniform(1e-4, 1e-3, blocks.shape[:-1]).astype(np.float16)
+        blocks[..., at : at + 2] = scale[..., np.newaxis].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
 
 
 def _num_experts(config: dict[str, Any]) -> int:

@@ -33,7 +33,6 @@ class InProcessModel:
         self.kv_pages = np.full((num_pages, *page.shape), NEVER_WRITTEN, np.uint8)
         self.transformer = Transformer(self.config, self.checkpoint, self.kv_pages, kv_format, self._experts)
         self._router = MemoryAwareRouter(router_config(self.config, policy="off"), num_layers=self.config.num_layers)
-        self._format = WeightFormat[self.checkpoint.expert_dtype.upper()]
         self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     def sequence(self, row_start: int, row_count: int, pages: Sequence[int]) -> SequenceRows:
@@ -69,7 +68,8 @@ class InProcessModel:
         ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self.config.hidden_size), np.float32)
         for expert, assignments in group_by_expert(ids):
-            expert_forward(hidden, assignments, self._slot(layer, expert), self._format, self.config, outputs)
+            format = WeightFormat[self.checkpoint.expert_dtype(layer, expert).upper()]
+            expert_forward(hidden, assignments, self._slot(layer, expert), format, self.config, outputs)
         return combine_in_rank_order(outputs, weights)
 
     def _slot(self, layer: int, expert: int) -> NDArray[np.uint8]:

@@ -53,11 +53,12 @@ class ExpertStore:
         self._checksums: list[int | None] = [None] * (checkpoint.config.num_layers * self._num_experts)
         self._manifest = PackManifest.of(checkpoint.folder)
         if self._manifest is not None:
-            for layer, checksums in self._manifest.checksums.items():
-                self._checksums[layer * self._num_experts : (layer + 1) * self._num_experts] = checksums
+            for layer, experts in self._manifest.experts.items():
+                first = layer * self._num_experts
+                self._checksums[first : first + len(experts)] = [expert.checksum for expert in experts]
         self._files: dict[str, int] = {}
         self.nbytes = checkpoint.expert_nbytes
-        self._format = WeightFormat[checkpoint.expert_dtype.upper()]
+        self._format = WeightFormat[checkpoint.expert_dtype(*checkpoint.expert_ids[0]).upper()]
 
     def chunks(self, expert_id: int) -> list[Chunk]:
         """What has to be read, in the order of the file."""

@@ -11,6 +11,7 @@ import select
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from hotset.runtime.messages import (
     StartPager,
     StopWorking,
     ToPager,
+    WarmStartProblem,
 )
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
@@ -33,6 +35,7 @@ from hotset.workers.eviction.policy import Eviction
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
 from hotset.workers.idle_disk import IdleDisk
 from hotset.workers.read_lanes import Load, ReadLanes
+from hotset.workers.warm_start import WarmStart
 
 RESCAN_SECONDS = 0.1
 RETRY_SECONDS = 0.001  # for requests that found every slot pinned: pins last about a layer step
@@ -56,7 +59,10 @@ class Pager:
         self._num_experts = geometry.num_experts
         model = ModelConfig.load(start.config.model)
         self._store = ExpertStore(Checkpoint.open(start.config.model, model))
-        self._eviction = Eviction(start.config.eviction, self._segment, start.process)
+        self._warm_start = WarmStart(
+            Path(start.config.model), self._segment, start.process, enabled=start.config.warm_start
+        )
+        self._eviction = Eviction(start.config.eviction, self._segment, start.process, self._warm_start.affinity())
         self._urgent: dict[int, None] = {}  # in the order of arrival
         self._prefetches: dict[int, int] = {}  # with the layer's epoch at arrival
         self._loads: dict[int, Load] = {}
@@ -106,9 +112,9 @@ class Pager:
 
     # ---- loads
 
-    def _begin(self, expert: int, slot: int, *, urgent: bool) -> None:
+    def _begin(self, expert: int, slot: int, *, urgent: bool, warm_start: bool = False) -> None:
         (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
-        load = self._loads[expert] = Load(expert, slot, urgent=urgent)
+        load = self._loads[expert] = Load(expert, slot, urgent=urgent, warm_start=warm_start)
         self._note_disk()
         self._lanes.begin(load)
 
@@ -122,18 +128,24 @@ class Pager:
             self._note_disk()
             if load.cancelled:
                 self._free_slot(load.slot)
-                self._count(Counter.PREFETCH_DROPPED)
+                if load.warm_start:
+                    self._warm_start.put_back(load.expert)
+                else:
+                    self._count(Counter.PREFETCH_DROPPED)
             elif load.error is not None:
                 self._give_up(load, load.error)
             else:
                 self._publish(load)
 
     def _publish(self, load: Load) -> None:
-        nbytes, prefetched = self._store.nbytes, not load.urgent
+        nbytes, prefetched = self._store.nbytes, not load.urgent and not load.warm_start
         self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, prefetched)
         self._arena.wake(load.expert // self._num_experts)
         self._expert_in_slot[load.slot] = load.expert
-        self._count(Counter.PREFETCH_PAGE_INS if prefetched else Counter.URGENT_PAGE_INS)
+        if load.urgent:
+            self._count(Counter.URGENT_PAGE_INS)
+        else:
+            self._count(Counter.PREFETCH_PAGE_INS if prefetched else Counter.WARM_PAGE_INS)
         self._count(Counter.BYTES_READ, nbytes)
         if load.urgent:
             self._arena.record_latency(self._process, Histogram.PAGING, time.monotonic_ns() - load.began)
@@ -153,6 +165,7 @@ class Pager:
         while (message := self._queue.receive()) is not None:
             experts = [message.layer * self._num_experts + expert for expert in message.experts]
             if message.direction is PagingDirection.OUT:
+                self._warm_start.drop(experts)
                 for expert in experts:
                     self._page_out(expert)
             else:
@@ -236,6 +249,27 @@ class Pager:
             self._begin(expert, slot, urgent=False)
         return True
 
+    # ---- what earlier instances had, and what later ones will
+
+    def _serve_warm_start(self) -> None:
+        """Begins one load into an empty slot while nobody wants anything else."""
+        if self._urgent or self._loads or not self._idle_disk.is_idle():
+            return
+        if not self._empty_slots:
+            self._warm_start.end()
+        elif (expert := self._warm_start.next()) is not None:
+            self._begin(expert, self._empty_slots.pop(), urgent=False, warm_start=True)
+
+    def _save_heat(self) -> None:
+        resident = self._expert_in_slot[self._expert_in_slot >= 0]
+        self._warm_start.save(resident[list(self._eviction.order(resident))[::-1]])
+        self._report_warm_start()
+
+    def _report_warm_start(self) -> None:
+        if self._warm_start.problem is not None:
+            self._channel.send(WarmStartProblem(self._warm_start.problem))
+            self._warm_start.problem = None
+
     # ---- the loop
 
     def run(self) -> None:
@@ -244,9 +278,11 @@ class Pager:
         for source in (self._queue.fd, self._channel.fileno(), self._lanes.fd):
             poll.register(source, select.POLLIN)
         self._channel.send(PagerReady(self._process))
+        self._report_warm_start()
         while True:
             for message in self._channel.receive():
                 if isinstance(message, StopWorking):
+                    self._save_heat()
                     return
             self._finish_loads()
             self._receive_messages()
@@ -254,7 +290,10 @@ class Pager:
                 self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
             self._serve_urgent()
+            if self._warm_start.is_save_due():
+                self._save_heat()
             if not self._serve_prefetch():
+                self._serve_warm_start()
                 poll.poll(max(0.0, self._next_rescan - time.monotonic()) * 1000)
 
     def close(self) -> None:

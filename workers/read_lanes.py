@@ -25,15 +25,17 @@ class Load:
 
     Attributes:
         urgent: somebody waits for it; a prefetch that is overtaken by a request becomes urgent.
+        warm_start: nobody had asked for it when it was begun.
         began: when it was begun, or became urgent; monotonic nanoseconds.
         cancelled: a prefetch that was given up, its slot half-filled.
         error: why the expert cannot be had; otherwise `checksum` and `weight_format` are those of its bytes.
     """
 
-    def __init__(self, expert: int, slot: int, *, urgent: bool) -> None:
+    def __init__(self, expert: int, slot: int, *, urgent: bool, warm_start: bool = False) -> None:
         self.expert = expert
         self.slot = slot
         self.urgent = urgent
+        self.warm_start = warm_start
         self.began = time.monotonic_ns()
         self.checksum = 0
         self.weight_format = WeightFormat.FLOAT32

@@ -8,7 +8,7 @@ slots.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -55,11 +55,14 @@ class Checkpoint:
         self.config = config
         self.tensors = tensors
         self._stacked = are_stacked(config, tensors)
+        self._expert_dtypes: dict[tuple[int, int], str] = {}
         self._mappings: dict[Path, mmap.mmap] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, config: ModelConfig | None = None) -> Self:
+    def open(cls, folder: str | Path, config: ModelConfig | None = None, *, to_convert: bool = False) -> Self:
         """Read the headers of model.safetensors, or of the shards that model.safetensors.index.json lists.
+
+        `to_convert`: experts may be in formats that nothing computes on, as long as they can be decoded.
 
         Raises ModelNotFound, UnsupportedModel, or CorruptCheckpoint naming the file and the tensor.
         """
@@ -69,18 +72,22 @@ class Checkpoint:
         block = f".{config.family.expert_block}."
         tensors = {name.replace(".mlp.", block): location for name, location in read_index(folder).items()}
         checkpoint = cls(folder, config, tensors)
-        checkpoint._check_tensors()
+        checkpoint._check_tensors(to_convert)
         return checkpoint
-
-    @property
-    def expert_dtype(self) -> str:
-        """float32, float16, bfloat16, q8_0, q4_0 or mxfp4; the same for all experts."""
-        return "mxfp4" if self.config.mxfp4_experts else self._first_expert.parts[0].dtype
 
     @property
     def expert_nbytes(self) -> int:
         """Bytes of one expert, the same for all: the size of a slot."""
-        return self._first_expert.nbytes
+        return self.expert(*self.expert_ids[0]).nbytes
+
+    def expert_dtype(self, layer: int, expert: int) -> str:
+        """float32, float16, bfloat16, q8_0, q4_0 or mxfp4; "" if its matrices are not all the same."""
+        return self._expert_dtypes[layer, expert]
+
+    @property
+    def expert_ids(self) -> Sequence[tuple[int, int]]:
+        """(layer, expert) of all experts, in order."""
+        return tuple(self._expert_dtypes)
 
     def expert(self, layer: int, expert: int) -> ExpertLocation:
         """`layer` is one that has experts."""
@@ -92,10 +99,6 @@ class Checkpoint:
 
     def _expert_parts(self, layer: int, expert: int) -> tuple[ExpertPart, ...]:
         return expert_parts(self.config, layer, expert, stacked=self._stacked)
-
-    @property
-    def _first_expert(self) -> ExpertLocation:
-        return self.expert(min(set(range(self.config.num_layers)) - self.config.dense_layers), 0)
 
     def dense(self, name: str) -> NDArray[Any]:
         """A read-only view of the stored values: float32, float16, or uint16 with the bits of bfloat16; of quantised
@@ -117,30 +120,36 @@ class Checkpoint:
     def dense_nbytes(self) -> int:
         return sum(self.tensors[name].nbytes for name in dense_tensors(self.config))
 
-    def _check_tensors(self) -> None:
+    def _check_tensors(self, to_convert: bool) -> None:
         config = self.config
         for tensor in dense_tensors(config).values():
             self._check(tensor)
-        dtype = "bfloat16" if config.mxfp4_experts else None  # of the biases beside packed numbers
         for layer in range(config.num_layers):
-            for tensor in self._expert_tensors(layer):
-                location = self._check(tensor)
-                dtype = dtype or location.dtype
-                if location.dtype != dtype and not tensor.of_bytes:
-                    raise CorruptCheckpoint(
-                        location.file,
-                        f"{location.file}: {tensor.name} is {location.dtype}, other experts {dtype}.",
-                        tensor.name,
-                    )
+            if layer not in config.dense_layers:
+                for expert in range(config.num_experts):
+                    self._expert_dtypes[layer, expert] = self._check_expert(layer, expert, to_convert)
 
-    def _expert_tensors(self, layer: int) -> Iterable[Tensor]:
-        """Each once."""
-        if layer in self.config.dense_layers:
-            return ()
-        experts = (self._expert_parts(layer, expert) for expert in range(self.config.num_experts))
-        return {part.tensor.name: part.tensor for parts in experts for part in parts}.values()
+    def _check_expert(self, layer: int, expert: int, to_convert: bool) -> str:
+        """Its dtype. All experts have the same, unless they are to be converted."""
+        dtype = "bfloat16" if self.config.mxfp4_experts else None  # of the biases beside packed numbers
+        if not to_convert:
+            dtype = dtype or next(iter(self._expert_dtypes.values()), None)
+        for part in self._expert_parts(layer, expert):
+            location = self._check(part.tensor, to_convert)
+            dtype = dtype or location.dtype
+            if location.dtype == dtype or part.tensor.of_bytes:
+                continue
+            if to_convert:
+                return ""
+            raise CorruptCheckpoint(
+                location.file,
+                f"{location.file}: {part.tensor.name} is {location.dtype}, other experts {dtype}."
+                f"{_how_to_convert(location)}",
+                part.tensor.name,
+            )
+        return "mxfp4" if self.config.mxfp4_experts else dtype or ""
 
-    def _check(self, tensor: Tensor) -> TensorLocation:
+    def _check(self, tensor: Tensor, to_convert: bool = False) -> TensorLocation:
         name, shape = tensor.name, tensor.shape
         location = self.tensors.get(name)
         if location is None:
@@ -152,10 +161,21 @@ class Checkpoint:
                 name,
             )
         expected = ("uint8",) if tensor.of_bytes else VECTOR_DTYPES if len(shape) == 1 else MATRIX_DTYPES
-        if location.dtype not in expected:
+        if location.dtype not in expected and not (to_convert and _is_convertible(location)):
             raise UnsupportedModel(
                 location.file,
                 location.dtype,
-                f"{location.file}: tensor {name} is stored as {location.dtype}; hotset reads {', '.join(expected)}.",
+                f"{location.file}: tensor {name} is stored as {location.dtype}; hotset reads {', '.join(expected)}."
+                f"{_how_to_convert(location)}",
             )
         return location
+
+
+def _is_convertible(location: TensorLocation) -> bool:
+    """A GGUF file's index has no tensors that cannot be decoded (gguf_tensors.py)."""
+    return location.file.suffix == ".gguf"
+
+
+def _how_to_convert(location: TensorLocation) -> str:
+    command = f" `hotset pack {location.file} OUT --format q8_0` converts the experts."
+    return command if _is_convertible(location) else ""

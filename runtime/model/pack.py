@@ -11,36 +11,45 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final
 
 import msgspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.conversion import convert_rows
+from hotset.runtime.model.expert_formats import CannotPack, choose_formats
 from hotset.runtime.model.expert_parts import expert_parts
-from hotset.runtime.model.pack_manifest import BLOCK_ALIGNMENT, DENSE_FILE, EXPERTS_FILE, MANIFEST, PackManifest
-from hotset.runtime.model.tensor_index import (
-    QUANTIZED_DTYPES,
-    STORED_DTYPES,
-    TENSORS_JSON,
-    StoredTensor,
-    TensorLocation,
+from hotset.runtime.model.pack_manifest import (
+    BLOCK_ALIGNMENT,
+    DENSE_FILE,
+    EXPERTS_FILE,
+    MANIFEST,
+    PackedExpert,
+    PackManifest,
 )
-from hotset.runtime.model.tensors import dense_tensors
-from hotset.shm.kv_page_format import QUANT_BLOCK, KvFormat, encode
+from hotset.runtime.model.tensor_index import TENSORS_JSON, StoredTensor, TensorLocation, nbytes_of
+from hotset.runtime.model.tensors import Tensor, dense_tensors
+from hotset.shm.kv_page_format import UnrepresentableValue
 
-PackFormat = Literal["bf16", "q8_0", "q4_0"]
-
-_DTYPES: Final = {"bf16": "bfloat16", "q8_0": "q8_0", "q4_0": "q4_0"}
 _JOURNAL: Final = "packing.journal"  # the identity of what is packed, then the checksum of each finished block
 _COPIED: Final = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
-class CannotPack(HotsetError):
-    """The model cannot be packed as asked, or not there."""
+class _Block(msgspec.Struct, frozen=True):
+    """Where an expert goes in experts.bin, and as what. The next block begins at `end`."""
+
+    layer: int
+    expert: int
+    dtype: str
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + -(-self.nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
 
 class Packer:
@@ -53,94 +62,72 @@ class Packer:
     """
 
     def __init__(self, model: Path, out: Path, format: str | None = None) -> None:
-        if format is not None and format not in get_args(PackFormat):
-            raise ValueError(f"format is {format!r}, expected one of {', '.join(get_args(PackFormat))}")
         self._out = out
-        self._checkpoint = checkpoint = Checkpoint.open(model)
+        self._checkpoint = checkpoint = Checkpoint.open(model, to_convert=True)
         self._config = checkpoint.config
-        self._dtype = _DTYPES[format] if format else checkpoint.expert_dtype
-        self._experts = [
-            (layer, expert)
-            for layer in range(self._config.num_layers)
-            if layer not in self._config.dense_layers
-            for expert in range(self._config.num_experts)
-        ]
-        self._check_format()
-        first = self._converted(*self._experts[0])
-        self._part_nbytes = [len(part) for part in first]
-        self.expert_nbytes = sum(self._part_nbytes)
-        self.block_nbytes = -(-self.expert_nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-        self.count = len(self._experts)
+        self._blocks = list(self._lay_out(choose_formats(checkpoint, format)))
+        self.count = len(self._blocks)
+        self.nbytes = self._blocks[-1].end
+
+    def _lay_out(self, dtypes: list[str]) -> Iterator[_Block]:
+        offset = 0
+        for (layer, expert), dtype in zip(self._checkpoint.expert_ids, dtypes, strict=True):
+            nbytes = sum(nbytes for _, nbytes in self._parts(layer, expert, dtype))
+            block = _Block(layer, expert, dtype, offset, nbytes)
+            yield block
+            offset = block.end
 
     def run(self, progress: Callable[[int], None]) -> None:
         """`progress` is told the number of finished blocks. Raises `CannotPack` or `OSError`."""
         self._check_folder()
         (self._out / EXPERTS_FILE).touch()  # and not opened for appending, which would ignore where a block goes
-        with (self._out / _JOURNAL).open("a+b") as journal, (self._out / EXPERTS_FILE).open("r+b") as blocks:
+        with (self._out / _JOURNAL).open("a+b") as journal, (self._out / EXPERTS_FILE).open("r+b") as file:
             try:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CannotPack(f"another process is packing into {self._out}") from None
-            checksums = self._finished_blocks(journal.fileno(), blocks.fileno())
-            self._check_space((self.count - len(checksums)) * self.block_nbytes)
-            for number in range(len(checksums), self.count):
-                progress(number)
-                checksums.append(self._write_block(blocks.fileno(), number))
+            checksums = self._finished_blocks(journal.fileno(), file.fileno())
+            self._check_space(self.nbytes - self._blocks[len(checksums)].offset if len(checksums) < self.count else 0)
+            for block in self._blocks[len(checksums) :]:
+                progress(len(checksums))
+                checksums.append(self._write_block(file.fileno(), block))
                 os.write(journal.fileno(), checksums[-1].to_bytes(8, "little"))
             progress(self.count)
-            os.fsync(blocks.fileno())
+            os.fsync(file.fileno())
             self._finish(checksums)
         (self._out / _JOURNAL).unlink()
 
     # ---- experts
 
-    def _check_format(self) -> None:
-        folder, stored = self._checkpoint.folder, self._checkpoint.expert_dtype
-        if self._config.family.interleaved_experts:
-            raise CannotPack(f"{folder}: experts whose rows of gate and up alternate cannot be packed")
-        if self._dtype == stored:
-            return
-        if stored not in STORED_DTYPES:
-            raise CannotPack(f"{folder}: its experts are {stored} already; pack it without a format, or the original")
-        widths = (self._config.hidden_size, self._config.intermediate_size)
-        if self._dtype in QUANTIZED_DTYPES and any(width % QUANT_BLOCK for width in widths):
-            raise CannotPack(
-                f"{folder}: hidden_size and intermediate_size are {widths[0]} and {widths[1]}, "
-                f"{self._dtype} needs multiples of {QUANT_BLOCK}"
-            )
+    def _parts(self, layer: int, expert: int, dtype: str) -> Iterator[tuple[Tensor, int]]:
+        """The matrices of an expert in `dtype`, with their sizes in bytes."""
+        for part in expert_parts(self._config, layer, expert):
+            yield part.tensor, nbytes_of(dtype, part.tensor.shape) or 0
 
-    def _converted(self, layer: int, expert: int) -> list[NDArray[np.uint8]]:
-        return [self._convert(part) for part in self._checkpoint.expert(layer, expert).parts]
-
-    def _convert(self, part: TensorLocation) -> NDArray[np.uint8]:
-        stored = np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset)
-        if part.dtype == self._dtype:
-            return stored
-        values = _as_float32(stored.view(STORED_DTYPES[part.dtype]).reshape(part.shape))
-        rows = encode(values, KvFormat(self._dtype)) if self._dtype in QUANTIZED_DTYPES else _as_bfloat16(values)
-        return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-
-    def _write_block(self, fd: int, number: int) -> int:
+    def _write_block(self, fd: int, block: _Block) -> int:
         """Returns the checksum of the expert's bytes; what is left of the block stays zero."""
-        block = np.concatenate(self._converted(*self._experts[number]))
-        memory, start = block.data, number * self.block_nbytes
-        os.ftruncate(fd, start)
-        os.ftruncate(fd, start + self.block_nbytes)
+        parts = self._checkpoint.expert(block.layer, block.expert).parts
+        try:
+            memory = np.concatenate([_converted(part, block.dtype) for part in parts]).data
+        except UnrepresentableValue as error:
+            raise CannotPack(f"expert {block.expert} of layer {block.layer}: {error}") from error
+        os.ftruncate(fd, block.offset)
+        os.ftruncate(fd, block.end)
         done = 0
         while done < len(memory):
-            done += os.pwrite(fd, memory[done:], start + done)
+            done += os.pwrite(fd, memory[done:], block.offset + done)
         return xxhash.xxh3_64_intdigest(memory)
 
-    def _finished_blocks(self, journal: int, blocks: int) -> list[int]:
+    def _finished_blocks(self, journal: int, file: int) -> list[int]:
         """Checksums of the blocks that an earlier run of the same command has finished, checked once more."""
         identity = self._identity()
         written = os.pread(journal, len(identity) + 8 * self.count, 0)
         checksums: list[int] = []
         if written[: len(identity)] == identity:
-            for at in range(len(identity), len(written) - 7, 8):
+            for at, block in zip(range(len(identity), len(written) - 7, 8), self._blocks, strict=False):
                 checksum = int.from_bytes(written[at : at + 8], "little")
-                block = os.pread(blocks, self.expert_nbytes, len(checksums) * self.block_nbytes)
-                if len(block) < self.expert_nbytes or xxhash.xxh3_64_intdigest(block) != checksum:
+                content = os.pread(file, block.nbytes, block.offset)
+                if len(content) < block.nbytes or xxhash.xxh3_64_intdigest(content) != checksum:
                     break
                 checksums.append(checksum)
         else:
@@ -150,10 +137,10 @@ class Packer:
         return checksums
 
     def _identity(self) -> bytes:
-        """Of the source and the format: a run that was killed is only continued by the same command."""
+        """Of the source and the formats: a run that was killed is only continued by what would write the same."""
         files = {location.file for location in self._checkpoint.tensors.values()}
         states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-        return xxhash.xxh3_128_digest(msgspec.json.encode((states, self._dtype)))
+        return xxhash.xxh3_128_digest(msgspec.json.encode((states, self._blocks)))
 
     # ---- the folder
 
@@ -185,23 +172,21 @@ class Packer:
             for file in self._checkpoint.folder.glob(pattern):
                 if file.name not in names:
                     shutil.copyfile(file, self._out / file.name)
-        by_layer: dict[int, list[int]] = {}
-        for (layer, _), checksum in zip(self._experts, checksums, strict=True):
-            by_layer.setdefault(layer, []).append(checksum)
-        manifest = PackManifest(
-            format=self._dtype,
-            block_nbytes=self.block_nbytes,
-            expert_nbytes=self.expert_nbytes,
-            checksums=by_layer,
-        )
-        _write_durably(self._out / MANIFEST, msgspec.json.encode(manifest))
+        _write_durably(self._out / MANIFEST, msgspec.json.encode(self._manifest(checksums)))
         _write_durably(self._out / TENSORS_JSON, msgspec.json.encode(stored))
 
+    def _manifest(self, checksums: list[int]) -> PackManifest:
+        experts: dict[int, list[PackedExpert]] = {}
+        for block, checksum in zip(self._blocks, checksums, strict=True):
+            packed = PackedExpert(block.dtype, block.offset, block.nbytes, checksum)
+            experts.setdefault(block.layer, []).append(packed)
+        return PackManifest(experts=experts)
+
     def _expert_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
-        for number, (layer, expert) in enumerate(self._experts):
-            offset = number * self.block_nbytes
-            for part, nbytes in zip(expert_parts(self._config, layer, expert), self._part_nbytes, strict=True):
-                yield part.tensor.name, StoredTensor(EXPERTS_FILE, offset, nbytes, self._dtype, part.tensor.shape)
+        for block in self._blocks:
+            offset = block.offset
+            for tensor, nbytes in self._parts(block.layer, block.expert, block.dtype):
+                yield tensor.name, StoredTensor(EXPERTS_FILE, offset, nbytes, block.dtype, tensor.shape)
                 offset += nbytes
 
 
@@ -215,14 +200,6 @@ def _write_durably(path: Path, data: bytes) -> None:
     temporary.rename(path)
 
 
-def _as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32)
-
-
-def _as_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounded to nearest, ties to even; numbers that are none stay so."""
-    bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), bits >> np.uint32(16) | np.uint32(64), rounded).astype(np.uint16)
+def _converted(part: TensorLocation, dtype: str) -> NDArray[np.uint8]:
+    stored = np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset)
+    return convert_rows(stored.reshape(part.shape[0], -1), part.dtype, dtype).reshape(-1)

@@ -1,4 +1,4 @@
-"""What a packed model says about its experts: one aligned block for each, and the checksum of its bytes.
+"""What a packed model says about its experts: one aligned block for each, its format, and the checksum of its bytes.
 
 A packed model is a folder like any other: config.json, tokenizer, and a tensors.json that says where each tensor lies.
 tensors.json is written last, so a folder without it is not a model yet (pack.py).
@@ -11,38 +11,50 @@ from typing import Final
 
 import msgspec
 
-from hotset.runtime.model.errors import CorruptCheckpoint
+from hotset.runtime.model.errors import CorruptCheckpoint, UnsupportedModel
 
 MANIFEST: Final = "manifest.json"
 EXPERTS_FILE: Final = "experts.bin"
 DENSE_FILE: Final = "dense.bin"
 BLOCK_ALIGNMENT: Final = 4096
+_VERSION: Final = 2
+
+
+class PackedExpert(msgspec.Struct, frozen=True, array_like=True):
+    """`nbytes` bytes at `offset` of experts.bin, a multiple of BLOCK_ALIGNMENT: the weights as `dtype` of
+    tensor_index.py, in the order of expert_parts.py, and their xxh3-64."""
+
+    dtype: str
+    offset: int
+    nbytes: int
+    checksum: int
 
 
 class PackManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """
-    Attributes:
-        format: of the experts: a dtype of tensor_index.py.
-        block_nbytes: distance of two blocks in experts.bin; a multiple of BLOCK_ALIGNMENT.
-        expert_nbytes: of a block, the bytes that are the expert's, to which the checksums belong.
-        checksums: xxh3-64 for each layer that has experts and each expert of it, in the order of the blocks.
-    """
+    """`experts`: for each layer that has experts, all of it in order."""
 
-    version: int = 1
-    format: str
-    block_nbytes: int
-    expert_nbytes: int
-    checksums: dict[int, list[int]]  # layer -> checksum of each expert
+    version: int = _VERSION
+    experts: dict[int, list[PackedExpert]]
 
     @classmethod
     def of(cls, folder: Path) -> PackManifest | None:
-        """None if the model is not a packed one. Raises CorruptCheckpoint."""
+        """None if the model is not a packed one. Raises CorruptCheckpoint or UnsupportedModel."""
         path = folder / MANIFEST
         if not path.is_file():
             if (folder / EXPERTS_FILE).is_file():
                 raise CorruptCheckpoint(path, f"{path} is missing: the experts cannot be checked.")
             return None
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            content = path.read_bytes()
+            version = msgspec.json.decode(content, type=_Version).version
+            if version != _VERSION:
+                raise UnsupportedModel(
+                    path, "version", f"{path} is of version {version}, expected {_VERSION}: pack the model again."
+                )
+            return msgspec.json.decode(content, type=cls)
         except msgspec.DecodeError as error:
             raise CorruptCheckpoint(path, f"{path} cannot be read: {error}.") from error
+
+
+class _Version(msgspec.Struct):
+    version: int

@@ -158,19 +158,27 @@ def _read_tensors_json(path: Path) -> dict[str, TensorLocation]:
     return found
 
 
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Bytes of a tensor; None if that is not for us to know. Raises ValueError if rows would share a block."""
+    if dtype in STORED_DTYPES:
+        return prod(shape) * STORED_DTYPES[dtype].itemsize
+    if dtype not in QUANTIZED_DTYPES:
+        return None
+    if shape[-1] % QUANT_BLOCK:
+        raise ValueError(f"rows of {shape[-1]} values have no whole number of blocks of {QUANT_BLOCK}")
+    return prod(shape) // QUANT_BLOCK * KvFormat(dtype).block_nbytes
+
+
 def _checked(name: str, tensor: TensorLocation) -> TensorLocation:
-    needed = None
-    if tensor.dtype in STORED_DTYPES:
-        needed = prod(tensor.shape) * STORED_DTYPES[tensor.dtype].itemsize
-    elif tensor.dtype in QUANTIZED_DTYPES and tensor.shape[-1] % QUANT_BLOCK == 0:
-        needed = prod(tensor.shape) // QUANT_BLOCK * KvFormat(tensor.dtype).block_nbytes
-    elif tensor.dtype in QUANTIZED_DTYPES:
-        needed = -1  # a row must not share a block with the next one
+    try:
+        needed = nbytes_of(tensor.dtype, tensor.shape)
+    except ValueError as error:
+        raise CorruptCheckpoint(tensor.file, f"{tensor.file}: tensor {name}: {error}.", name) from error
     if needed is not None and needed != tensor.nbytes:
         raise CorruptCheckpoint(
             tensor.file,
             f"{tensor.file}: tensor {name} has {tensor.nbytes} bytes, "
-            f"{list(tensor.shape)} of {tensor.dtype} need others.",
+            f"{list(tensor.shape)} of {tensor.dtype} need {needed}.",
             name,
         )
     return tensor

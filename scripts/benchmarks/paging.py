@@ -137,6 +137,7 @@ class PagerUnderTest:
             workers=1,
             expert_budget=SLOTS * (expert_nbytes + 4096),
             max_num_seqs=1,
+            warm_start=False,
             eviction="affinity",  # with which `fill_prefetch_queue` makes what it asks for worth a slot
             **settings,
         )

@@ -57,7 +57,12 @@ def _report(command: list[str]) -> Report:
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    settings = {"workers": options.workers, "max_num_seqs": max(4, options.prompts), "max_model_len": 2048}
+    settings = {
+        "workers": options.workers,
+        "max_num_seqs": max(4, options.prompts),
+        "max_model_len": 2048,
+        "warm_start": False,
+    }
     common = {
         "model": str(options.model.absolute()),
         "prompts": options.prompts,

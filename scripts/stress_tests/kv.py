@@ -249,7 +249,7 @@ def check_publication(report: Report, rounds: int) -> None:
 def record_answers(model: str | None) -> dict[str, list[int]]:
     """What each prompt gets when it is alone."""
     prompts = [beginning + end for beginning in BEGINNINGS for end in ENDS]
-    with Backend(model, workers=1, max_model_len=MAX_MODEL_LEN) as backend:
+    with Backend(model, workers=1, max_model_len=MAX_MODEL_LEN, warm_start=False) as backend:
         return {prompt: backend.generate(prompt, parameters(MAX_TOKENS)).token_ids for prompt in prompts}
 
 
@@ -286,7 +286,7 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
     say = (lambda text: None) if options.json else (lambda text: print(text, file=sys.stderr, flush=True))
     say("recording the answers of requests that nothing happens to ...")
     answers = record_answers(options.model)
-    with Backend(options.model, workers=1, max_model_len=MAX_MODEL_LEN) as probe:
+    with Backend(options.model, workers=1, max_model_len=MAX_MODEL_LEN, warm_start=False) as probe:
         page_nbytes = probe.plan.geometry.page_nbytes
     pages = max(PAGES_PER_WORKER * options.workers, MAX_MODEL_LEN // 16 + 2)
     kills: Counter[str] = Counter()
@@ -296,6 +296,7 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
         workers=options.workers,
         max_model_len=MAX_MODEL_LEN,
         kv_cache_memory=pages * page_nbytes,
+        warm_start=False,
     ) as backend:
         context = multiprocessing.get_context("spawn")
         stop, results = context.Event(), context.Queue()

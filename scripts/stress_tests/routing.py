@@ -96,7 +96,11 @@ class StressRun:
             seed=options.seed,
         )
         config = BackendConfig(
-            model=str(self._folder), workers=options.workers, expert_budget=options.budget, max_num_seqs=1
+            model=str(self._folder),
+            workers=options.workers,
+            expert_budget=options.budget,
+            max_num_seqs=1,
+            warm_start=False,
         )
         model = ModelConfig.load(self._folder)
         self._plan = plan_instance(config, model, Checkpoint.open(self._folder, model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from instances import abandoned, wait_until
@@ -17,7 +18,13 @@ def nothing_left_behind() -> Iterator[None]:
     assert wait_until(lambda: not abandoned()), abandoned()
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's instances have learned of a model is not known to those of the next."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Backend]:
-    with Backend(workers=2, expert_budget="50%") as running:
+    with Backend(workers=2, expert_budget="50%", warm_start=False) as running:
         yield running

@@ -17,7 +17,8 @@ from hotset.runtime import Backend, CorruptCheckpoint, ModelNotFound, RequestFai
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.model.pack import CannotPack, Packer
+from hotset.runtime.model.expert_formats import CannotPack
+from hotset.runtime.model.pack import Packer
 from hotset.runtime.model.pack_manifest import PackManifest
 from hotset.shm.kv_page_format import KvFormat, decode
 
@@ -42,11 +43,12 @@ def test_a_packed_model_generates_the_same_text(tmp_path: Path) -> None:
 def test_every_expert_is_one_aligned_block(tmp_path: Path) -> None:
     packed = pack(make_model(tmp_path / "model"), tmp_path / "packed")
     checkpoint, manifest = opened(packed), PackManifest.of(packed)
-    assert manifest is not None and manifest.block_nbytes % 4096 == 0
+    assert manifest is not None
     for layer in range(2):
         for expert in range(8):
-            parts = checkpoint.expert(layer, expert).parts
-            assert parts[0].offset == (layer * 8 + expert) * manifest.block_nbytes
+            parts, block = checkpoint.expert(layer, expert).parts, manifest.experts[layer][expert]
+            assert (parts[0].offset, sum(part.nbytes for part in parts)) == (block.offset, block.nbytes)
+            assert block.offset % 4096 == 0
             ends = [part.offset + part.nbytes for part in parts]
             assert [part.offset for part in parts[1:]] == ends[:-1]
 
@@ -107,7 +109,7 @@ def test_blocks_that_a_power_cut_has_spoiled_are_packed_again(tmp_path: Path) ->
     with pytest.raises(Killed):
         packer.run(kill_at_ten)
     with (out / "experts.bin").open("r+b") as file:
-        file.seek(4 * packer.block_nbytes)
+        file.seek(4 * packer.nbytes // packer.count)
         file.write(b"spoiled")
     begun_at: list[int] = []
     Packer(model, out).run(begun_at.append)

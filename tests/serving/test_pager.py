@@ -1,4 +1,4 @@
-"""A pager process on an arena of its own, with this process in the place of its only worker."""
+"""A pager process with this process in the place of its only worker: loads, kills, prefetches and page-outs."""
 
 from __future__ import annotations
 
@@ -6,73 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from instances import wait_until
 from model_factory import make_model
+from pager_alone import WORKER, PagerAlone
 
-from hotset.runtime.config import BackendConfig
-from hotset.runtime.instance import Instance
-from hotset.runtime.messages import FromPager, PagerReady, StartPager, StopWorking
-from hotset.runtime.model.checkpoint import Checkpoint
-from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.plan import plan_instance
-from hotset.runtime.supervision import Child
 from hotset.shm.counters import Counter
-from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
-from hotset.shm.paging_queue import PagingDirection, PagingMessage, PagingPriority, PagingQueue
-from hotset.shm.segment import new_instance_name
-from hotset.workers.expert_access import ExpertAccess
-
-WORKER = 0
-
-
-class PagerAlone:
-    """Experts of 6 MiB, so that a kill meets some that are half loaded; eight slots, four lanes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.config = BackendConfig(model=str(folder), workers=1, expert_budget="50%", max_num_seqs=1)
-        model = ModelConfig.load(folder)
-        self.checkpoint = Checkpoint.open(folder, model)
-        self.plan = plan_instance(self.config, model, self.checkpoint)
-        self.instance = Instance(new_instance_name(), self.plan)
-        self.arena = self.instance.arena
-        self.queue = PagingQueue.attach(self.instance.name)
-        self.access = ExpertAccess(self.instance.segment, self.queue, WORKER)
-        self.start()
-
-    def start(self) -> None:
-        self.child: Child[FromPager] = Child("hotset.workers.pager", FromPager)
-        start = StartPager(self.instance.name, self.plan, self.config, self.plan.pager_process)
-        self.child.channel.send(start)
-        assert isinstance(self.child.channel.wait(), PagerReady)
-
-    def kill(self) -> None:
-        self.child.kill()
-        self.child.reap()
-
-    def close(self) -> None:
-        self.child.channel.send(StopWorking())
-        self.child.reap(10)
-        self.queue.close()
-        self.instance.remove()
-
-    def loading(self) -> list[int]:
-        """Experts in LOADING slots."""
-        words = [self.arena.slot(slot) for slot in range(self.plan.geometry.num_slots)]
-        return [expert for _, expert, state in words if state == SlotState.LOADING]
-
-    def has_the_right_bytes(self, expert: int) -> bool:
-        slot = self.arena.find(expert)
-        location = self.checkpoint.expert(0, expert)
-        expected = [np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in location.parts]
-        memory = self.instance.segment.view(Section.EXPERT_SLOTS)[slot]
-        return slot >= 0 and np.array_equal(memory[: location.nbytes], np.concatenate(expected))
-
-    def count(self, counter: Counter) -> int:
-        totals = np.empty(COUNTERS_PER_PROCESS, np.uint64)
-        self.arena.counter_totals(totals)
-        return int(totals[counter])
+from hotset.shm.paging_queue import PagingDirection, PagingMessage, PagingPriority
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pager(folder: Path) -> Iterator[PagerAlone]:
-    pager = PagerAlone(folder)
+    pager = PagerAlone(folder, warm_start=False)
     yield pager
     pager.close()
 

@@ -28,9 +28,12 @@ class Eviction:
         policy: as `parse_eviction` takes it.
         segment: the arena. What an earlier pager of the instance knew of affinity is there still.
         process: the pager's row.
+        affinity: [layers, experts], what is known of it; None is what the arena says.
     """
 
-    def __init__(self, policy: str, segment: Segment, process: int) -> None:
+    def __init__(
+        self, policy: str, segment: Segment, process: int, affinity: npt.NDArray[np.float32] | None = None
+    ) -> None:
         geometry = segment.layout.geometry
         self._num_experts = geometry.num_experts
         slots_per_layer = max(geometry.num_slots, 1) / geometry.num_layers
@@ -45,8 +48,10 @@ class Eviction:
         self._demands = DemandReader(segment)
         self._values = np.zeros((geometry.num_layers, geometry.num_experts))
         self._last_used = np.zeros(self._values.shape, np.uint64)
-        affinity = ExpertAffinity(AffinityConfig(geometry.num_experts), segment=segment, process=process)
-        self._policy.seed_affinity(affinity.snapshot()[0].astype(np.float64))
+        if affinity is None:
+            shared = ExpertAffinity(AffinityConfig(geometry.num_experts), segment=segment, process=process)
+            affinity, _ = shared.snapshot()
+        self._policy.seed_affinity(affinity.astype(np.float64))
 
     def learn(self) -> None:
         """Takes in what the workers have used since the last call."""

@@ -74,7 +74,7 @@ def test_an_expert_is_gate_up_down_and_a_slot_holds_all_three(folder: Path) -> N
     for part, name in zip(expert.parts, names, strict=True):
         assert part == checkpoint.tensors[f"model.layers.1.mlp.experts.5.{name}.weight"]
     assert checkpoint.expert_nbytes == expert.nbytes == 3 * 24 * 32 * 4
-    assert checkpoint.expert_dtype == "float32"
+    assert checkpoint.expert_dtype(1, 3) == "float32"
 
 
 def test_an_expert_is_found_in_stacked_tensors_too(folder: Path, tmp_path: Path) -> None:

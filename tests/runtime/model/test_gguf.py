@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.chat_template import ChatTemplate
+from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from hotset.runtime.model.gguf_folder import gguf_folder
 from hotset.runtime.model.gguf_tokenizer import build_tokenizer
@@ -93,10 +95,41 @@ def test_a_dense_matrix_in_another_format_is_converted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, InProcessModel(folder).logits(prompts()[0]))
 
 
-def test_experts_in_a_format_without_a_kernel_are_refused_by_name(tmp_path: Path) -> None:
+def test_experts_in_a_format_without_a_kernel_are_refused_with_what_helps(tmp_path: Path) -> None:
     path = write_gguf(folder_of("qwen3_moe", tmp_path), tmp_path / "model.gguf", "Q5_0")
-    with pytest.raises(UnsupportedModel, match=r"blk\.0\.ffn_.*_exps\.weight are stored as Q5_0"):
-        gguf_folder(path)
+    with pytest.raises(UnsupportedModel, match=r"experts\.0\.gate_proj.* is stored as q5_0") as refusal:
+        Checkpoint.open(gguf_folder(path))
+    assert f"`hotset pack {path} OUT --format q8_0`" in str(refusal.value)
+
+
+def test_experts_whose_matrices_differ_are_refused_with_what_helps(tmp_path: Path) -> None:
+    others = {"blk.1.ffn_down_exps.weight": "Q8_0"}
+    path = write_gguf(folder_of("qwen3_moe", tmp_path), tmp_path / "model.gguf", "Q4_0", **others)
+    with pytest.raises(CorruptCheckpoint, match=r"down_proj.* is q8_0, other experts q4_0.*`hotset pack"):
+        Checkpoint.open(gguf_folder(path))
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_file_in_several_parts_is_read_whole_whichever_is_named(part: int, tmp_path: Path) -> None:
+    folder = folder_of("qwen3_moe", tmp_path)
+    first = write_gguf(folder, tmp_path / "model.gguf", "F32", tensors_per_part=20)
+    assert first.name == "model-00001-of-00002.gguf"
+    found = InProcessModel(gguf_folder(tmp_path / f"model-0000{part}-of-00002.gguf")).logits(prompts()[0])
+    np.testing.assert_array_equal(found, InProcessModel(folder).logits(prompts()[0]))
+
+
+def test_a_part_that_is_missing_or_another_one_is_named(tmp_path: Path) -> None:
+    first = write_gguf(folder_of("qwen3_moe", tmp_path), tmp_path / "model.gguf", "F32", tensors_per_part=20)
+    second = tmp_path / "model-00002-of-00002.gguf"
+    second.rename(tmp_path / "kept")
+    with pytest.raises(ModelNotFound, match=r"model-00002-of-00002\.gguf, one of 2 parts"):
+        gguf_folder(first)
+    shutil.copy(first, second)
+    with pytest.raises(CorruptCheckpoint, match=r"00002\.gguf says it is part 1 of 2, by its name it is part 2"):
+        gguf_folder(first)
+    first.rename(tmp_path / "alone.gguf")
+    with pytest.raises(CorruptCheckpoint, match=r"alone\.gguf says it is part 1 of 2"):
+        gguf_folder(tmp_path / "alone.gguf")
 
 
 def test_what_is_no_model_of_ours_is_refused_in_one_sentence(tmp_path: Path) -> None:
