@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+from hotset.shm.layout import PrefetchSource
+
 
 class Counter(enum.IntEnum):
     """Index in a process's row. The C core writes the first group itself: shm/core/counters.h has the same numbers."""
@@ -43,6 +45,24 @@ class Counter(enum.IntEnum):
     WARM_PAGE_INS = 41  # nobody asked for them: an instance begins with what the last one had
     # every process
     HEARTBEAT_NANOSECONDS = 63  # monotonic clock
+    # from PREFETCH_OF_SOURCE on: see `prefetch_counter`
+
+
+class PrefetchCount(enum.IntEnum):
+    """What is counted of each source of prefetches."""
+
+    REQUESTS = 0  # by the worker that asked
+    PAGE_INS = 1  # by the pager: read, and nobody waited for it meanwhile
+    HITS = 2  # by the worker that was the first to use one of those, before it was evicted
+    OVERTAKEN = 3  # by the pager: somebody came to wait for it while it was being read
+
+
+PREFETCH_OF_SOURCE = 64
+
+
+def prefetch_counter(source: PrefetchSource, count: PrefetchCount) -> int:
+    """Index in a process's row."""
+    return PREFETCH_OF_SOURCE + len(PrefetchCount) * source + count
 
 
 class Histogram(enum.IntEnum):

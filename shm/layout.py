@@ -21,7 +21,7 @@ CACHE_LINE = 64
 HEADER_NBYTES = PAGE
 STATE_OFFSET = HEADER_NBYTES - CACHE_LINE
 MAX_SECTIONS = 40
-COUNTERS_PER_PROCESS = 64
+COUNTERS_PER_PROCESS = 128
 HISTOGRAM_BUCKETS = 256
 HISTOGRAMS_PER_PROCESS = 2
 DEMAND_RING_HEADER = 64  # bytes before the words
@@ -53,6 +53,17 @@ class WeightFormat(enum.IntEnum):
     Q8_0 = 3  # GGML's blocks of 32: a float16 scale, then 32 int8
     Q4_0 = 4  # the same with 4-bit numbers
     MXFP4 = 5  # blocks of 32 E2M1 numbers, and behind all rows of a matrix an E8M0 scale for each block
+
+
+class PrefetchSource(enum.IntEnum):
+    """Who asked for the expert in a slot before it was needed: workers/prefetch has one module for each."""
+
+    NONE = 0  # nobody: a worker waited for it
+    GATE_AHEAD = 1
+    GATE_AHEAD_2 = 2
+    RUNNERS_UP = 3
+    AFFINITY = 4
+    TRANSITIONS = 5
 
 
 class Section(enum.IntEnum):
@@ -88,7 +99,7 @@ LAYER_STATE = np.dtype(
         "itemsize": 128,
     }
 )
-SLOT_INFO = np.dtype([("checksum", "<u8"), ("nbytes", "<u4"), ("format", "<u4")])
+SLOT_INFO = np.dtype([("checksum", "<u8"), ("nbytes", "<u4"), ("format", "<u2"), ("source", "<u2")])
 SEQUENCE_STATE = np.dtype(
     {"names": ["committed", "granted_blocks"], "formats": ["<u8", "<u4"], "offsets": [0, 8], "itemsize": 64}
 )

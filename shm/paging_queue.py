@@ -16,6 +16,7 @@ from types import TracebackType
 import msgspec
 import posix_ipc
 
+from hotset.shm.layout import PrefetchSource
 from hotset.shm.segment import queue_name
 
 MAX_MESSAGES = 10
@@ -36,12 +37,13 @@ class PagingDirection(enum.IntEnum):
 
 
 class PagingMessage(msgspec.Struct, frozen=True, array_like=True):
-    """Experts of one layer to page in or out; `experts` are numbered within the layer."""
+    """Experts of one layer to page in or out; `experts` are numbered within the layer. A prefetch names its source."""
 
     layer: int
     experts: list[int]
     direction: PagingDirection = PagingDirection.IN
     priority: PagingPriority = PagingPriority.URGENT
+    source: PrefetchSource = PrefetchSource.NONE
 
 
 class PagingQueue:

@@ -139,7 +139,7 @@ class Pager:
 
     def _publish(self, load: Load) -> None:
         nbytes, prefetched = self._store.nbytes, not load.urgent and not load.warm_start
-        self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, prefetched)
+        self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, int(prefetched))
         self._arena.wake(load.expert // self._num_experts)
         self._expert_in_slot[load.slot] = load.expert
         if load.urgent:

@@ -79,7 +79,8 @@ struct layer_state {
 struct slot_info {
     uint64_t checksum; /* xxh3-64 of the loaded bytes */
     uint32_t nbytes;
-    uint32_t format; /* how the weights are stored: see shm/layout.py WeightFormat */
+    uint16_t format; /* how the weights are stored: see shm/layout.py WeightFormat */
+    uint16_t source; /* who asked for it before it was needed: see shm/layout.py PrefetchSource; 0 if nobody did */
 };
 
 /* Per sequence: what coordinator and serving worker tell each other.
@@ -90,7 +91,7 @@ struct sequence_state {
     uint32_t reserved[13];
 };
 
-#define ARENA_COUNTERS 64u
+#define ARENA_COUNTERS 128u
 #define ARENA_BUCKETS 256u
 
 struct arena {

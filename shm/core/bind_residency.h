@@ -208,14 +208,14 @@ static PyObject *arena_load_publish(PyObject *self, PyObject *const *args, Py_ss
     if (PyErr_Occurred()) return NULL;
     PyObject *rest[4] = {args[0], args[2], args[3], args[4]};
     uint64_t v[4];
-    if (!parse_indices(rest, 4, 4, (const char *[]){"slot", "nbytes", "format", "prefetched"},
-                       (uint64_t[]){arena->num_slots, UINT64_C(1) << 32, 256, 2}, v))
+    if (!parse_indices(rest, 4, 4, (const char *[]){"slot", "nbytes", "format", "source"},
+                       (uint64_t[]){arena->num_slots, UINT64_C(1) << 32, 256, 256}, v))
         return NULL;
     enum slot_state state = slot_word_state(load_relaxed(&arena->slot_words[v[0]]));
     if (state != SLOT_LOADING)
         return PyErr_Format(PyExc_ValueError, "slot %d is in state %d, expected LOADING (1) to publish it", (int)v[0],
                             (int)state);
-    load_publish(arena, (uint32_t)v[0], checksum, (uint32_t)v[1], (uint32_t)v[2], (int)v[3]);
+    load_publish(arena, (uint32_t)v[0], checksum, (uint32_t)v[1], (uint16_t)v[2], (uint16_t)v[3]);
     Py_RETURN_NONE;
 }
 
@@ -289,7 +289,7 @@ static PyObject *arena_resident_experts(PyObject *self, PyObject *ignored) {
     {"slot_release", arena_slot_release, METH_O, "Pager: EVICTING or LOADING to EMPTY."},                              \
     {"load_begin", FASTCALL(arena_load_begin), "load_begin(slot, id): to LOADING, then clears the request bits."},     \
     {"prefetch_begin", FASTCALL(arena_prefetch_begin), "The same for a load that may be given up: keeps an urgent bit."},\
-    {"load_publish", FASTCALL(arena_load_publish), "load_publish(slot, checksum, nbytes, format, prefetched)."},       \
+    {"load_publish", FASTCALL(arena_load_publish), "load_publish(slot, checksum, nbytes, format, source)."},       \
     {"recover", arena_recover, METH_NOARGS, "Pager restart: rebuilds masks and directory from the slot words."},       \
     {"urgent_requests", arena_urgent_requests, METH_NOARGS, "Ids with the urgent bit set."},                           \
     {"prefetch_requests", arena_prefetch_requests, METH_NOARGS, "Ids with the prefetch bit set."},                     \

@@ -184,15 +184,15 @@ static PyObject *core_offsets(PyObject *module, PyObject *ignored) {
     (void)module, (void)ignored;
 #define FIELD(type, field) #type "." #field, (int)offsetof(struct type, field)
     return Py_BuildValue(
-        "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}",
+        "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}",
         FIELD(arena_header, magic), FIELD(arena_header, abi_version), FIELD(arena_header, crc),
         FIELD(arena_header, total_nbytes), FIELD(arena_header, layout_hash), FIELD(arena_header, instance_uuid),
         FIELD(arena_header, boot_id), FIELD(arena_header, creator_pid), FIELD(arena_header, creator_start_time),
         FIELD(arena_header, num_layers), FIELD(arena_header, num_slots), FIELD(arena_header, section_count),
         FIELD(arena_header, sections), FIELD(section_entry, offset), FIELD(section_entry, stride),
         FIELD(layer_state, logit_range), FIELD(layer_state, expert_norm), FIELD(layer_state, residency_generation),
-        FIELD(slot_info, nbytes), FIELD(slot_info, format), FIELD(sequence_state, granted_blocks), "state", (int)ARENA_STATE_OFFSET,
-        "header", (int)ARENA_HEADER_BYTES);
+        FIELD(slot_info, nbytes), FIELD(slot_info, format), FIELD(slot_info, source),
+        FIELD(sequence_state, granted_blocks), "state", (int)ARENA_STATE_OFFSET, "header", (int)ARENA_HEADER_BYTES);
 #undef FIELD
 }
 

@@ -150,11 +150,11 @@ static inline void prefetch_begin(const struct arena *arena, uint32_t slot, uint
 
 /* Rule 5: everything about a loaded slot is written before RESIDENT (release), which is what readers look at. */
 static inline void load_publish(const struct arena *arena, uint32_t slot, uint64_t checksum, uint32_t nbytes,
-                                uint32_t format, int prefetched) {
+                                uint16_t format, uint16_t source) {
     uint64_t word = load_relaxed(&arena->slot_words[slot]);
     uint32_t id = slot_word_expert(word);
-    arena->slot_info[slot] = (struct slot_info){checksum, nbytes, format};
-    if (prefetched) mask_put(arena, arena->prefetched_mask, id, 1);
+    arena->slot_info[slot] = (struct slot_info){checksum, nbytes, format, source};
+    if (source) mask_put(arena, arena->prefetched_mask, id, 1);
     store_release(&arena->slot_words[slot], slot_word(slot_word_generation(word), id, SLOT_RESIDENT));
     mask_put(arena, arena->resident_mask, id, 1);
     mask_put(arena, arena->loading_mask, id, 0);

@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
     "store_u64": ((Section.AFFINITY, 0, 0, 1), (("section", len(Section)), ("row", 3), ("column", 72))),
     "store_u32": ((Section.PINS, 0, 0, 1), (("section", len(Section)), ("row", 3), ("column", 16))),
     "hand_out_page": ((1, 1), (("page", 5), ("generation", 1 << 32))),
-    "count": ((0, 0, 1), (PROCESS, ("counter", 64), ("amount", 1 << 62))),
+    "count": ((0, 0, 1), (PROCESS, ("counter", 128), ("amount", 1 << 62))),
     "want": ((0, 0, 1), (PROCESS, ("pin", 4), EXPERT)),
     "unpin": ((0, 0), (PROCESS, ("pin", 4))),
     "unpin_all": ((0,), (PROCESS,)),
@@ -181,14 +181,14 @@ def test_a_value_that_does_not_fit_is_not_stored(private: Segment, method: str, 
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "format", "prefetched"), [(-1, 0, 0), (1 << 32, 0, 0), (1, 256, 0), (1, 0, 2), (1, -1, 0)]
+    ("nbytes", "format", "source"), [(-1, 0, 0), (1 << 32, 0, 0), (1, 256, 0), (1, 0, 256), (1, -1, 0)]
 )
 def test_what_lies_in_a_slot_must_fit_its_record(
-    private: Segment, arena: _core.Arena, nbytes: int, format: int, prefetched: int
+    private: Segment, arena: _core.Arena, nbytes: int, format: int, source: int
 ) -> None:
     before = bytes(private._mmap)
     with pytest.raises(IndexError):
-        arena.load_publish(1, 5, nbytes, format, prefetched)
+        arena.load_publish(1, 5, nbytes, format, source)
     with pytest.raises(OverflowError):
         arena.load_publish(1, 1 << 64, 1, 0, False)
     assert bytes(private._mmap) == before

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hotset.shm import _core
-from hotset.shm.layout import Geometry, Section, SlotState
+from hotset.shm.layout import Geometry, PrefetchSource, Section, SlotState
 from hotset.shm.segment import Segment
 
 MASKS = (
@@ -85,7 +85,14 @@ def test_a_published_expert_is_found_in_its_slot(private: Segment, arena: _core.
     assert arena.resident_experts() == [75]
     assert mask_ids(private, Section.LOADING_MASK) == set()
     info = private.view(Section.SLOT_INFO)[4, 0]
-    assert (info["checksum"], info["nbytes"], info["format"]) == (1075, 100, 1)
+    assert (info["checksum"], info["nbytes"], info["format"], info["source"]) == (1075, 100, 1, PrefetchSource.NONE)
+
+
+def test_a_slot_names_the_source_that_asked_for_its_expert(private: Segment, arena: _core.Arena) -> None:
+    arena.prefetch_begin(4, 75)
+    arena.load_publish(4, 1075, 100, 1, PrefetchSource.TRANSITIONS)
+    assert private.view(Section.SLOT_INFO)[4, 0]["source"] == PrefetchSource.TRANSITIONS
+    assert arena.take_prefetched(75)
 
 
 def test_evicting_hides_an_expert_and_releasing_empties_its_slot(private: Segment, arena: _core.Arena) -> None:
