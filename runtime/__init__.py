@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hotset.runtime.errors import MemoryTooSmall as MemoryTooSmall
     from hotset.runtime.errors import RequestFailed as RequestFailed
     from hotset.runtime.errors import RequestTooLong as RequestTooLong
+    from hotset.runtime.errors import TooManyPins as TooManyPins
     from hotset.runtime.kv.cache import Admission as Admission
     from hotset.runtime.kv.cache import PagedKvCache as PagedKvCache
     from hotset.runtime.kv.errors import OutOfBounds as OutOfBounds
@@ -53,7 +54,15 @@ _MODULES = {
     "affinity": ("AffinityConfig", "ExpertAffinity"),
     "backend": ("Backend", "Completion", "Piece"),
     "config": ("BackendConfig",),
-    "errors": ("BackendError", "BudgetTooSmall", "HotsetError", "MemoryTooSmall", "RequestFailed", "RequestTooLong"),
+    "errors": (
+        "BackendError",
+        "BudgetTooSmall",
+        "HotsetError",
+        "MemoryTooSmall",
+        "RequestFailed",
+        "RequestTooLong",
+        "TooManyPins",
+    ),
     "metrics": ("Latency", "MoeMetrics", "MoeMetricsSummary"),
     "kv.cache": ("Admission", "PagedKvCache"),
     "kv.errors": ("OutOfBounds", "OutOfPages", "UnknownSequence"),

@@ -24,23 +24,24 @@ import numpy.typing as npt
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.completion import FinishReason
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
-from hotset.runtime.errors import BackendError, RequestFailed
+from hotset.runtime.errors import BackendError, RequestFailed, TooManyPins
 from hotset.runtime.messages import (
     Abort,
-    CacheChecked,
     CheckCache,
     Defragment,
-    Defragmented,
     Generated,
     GetStats,
     InstanceFailed,
     InstanceReady,
+    PageOutExperts,
+    PinExperts,
+    Reply,
     ResetStats,
     Shutdown,
     StartInstance,
-    StatsReply,
     Submit,
     ToClient,
+    UnpinExperts,
 )
 from hotset.runtime.model.chat_template import ChatTemplate, Message
 from hotset.runtime.model.checkpoint import Checkpoint
@@ -109,7 +110,7 @@ class Backend:
         self.config = BackendConfig(model=str(model_folder(Path(model or TRAINED_MODEL))), **settings)
         self.instance = check_instance_name(self.config.name or new_instance_name())
         self._answers: dict[int, queue.SimpleQueue[Generated | BackendError]] = {}
-        self._replies: dict[int, queue.SimpleQueue[StatsReply | Defragmented | CacheChecked | BackendError]] = {}
+        self._replies: dict[int, queue.SimpleQueue[Reply | BackendError]] = {}
         self._next_number = 0
         self._lock = threading.Lock()  # of the three above and of sending
         self._ready = threading.Event()
@@ -127,7 +128,7 @@ class Backend:
             self._reader = threading.Thread(target=self._read, name=f"hotset-{self.instance}", daemon=True)
             self._reader.start()
             self.tokenizer = Tokenizer(self.config.model, model_config.eos_token_ids)
-            self._vocab_size = model_config.vocab_size
+            self._model = model_config
             if not self._ready.wait(START_SECONDS):
                 raise BackendError(f"the instance was not ready after {START_SECONDS:.0f} s")
             self._raise_if_dead()
@@ -222,9 +223,9 @@ class Backend:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)
         if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"the prompt is {prompt!r}, expected text or token ids, at least one")
-        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
+        if int(ids.min()) < 0 or int(ids.max()) >= self._model.vocab_size:
             raise ValueError(
-                f"the prompt has token ids from {ids.min()} to {ids.max()}, expected 0 <= id < {self._vocab_size}"
+                f"the prompt has token ids from {ids.min()} to {ids.max()}, expected 0 <= id < {self._model.vocab_size}"
             )
         return np.ascontiguousarray(ids, np.int32)
 
@@ -305,6 +306,40 @@ class Backend:
             raise reply
         return reply
 
+    # ---- experts in memory
+
+    def pin_experts(self, layer: int, experts: Iterable[int]) -> None:
+        """Keeps these experts in memory, until `unpin_experts`: those that are absent begin to be loaded at once.
+
+        `stats().pinned_experts_absent` says how many are still to come. Raises `TooManyPins`, and pins none of them,
+        if more than the setting `user_pins` would be pinned.
+        """
+        ids = self._expert_ids(layer, experts)
+        pinned = self._ask(lambda query: PinExperts(query, layer, ids)).pinned
+        if pinned > self.config.user_pins:
+            raise TooManyPins(pinned, self.config.user_pins)
+
+    def unpin_experts(self, layer: int, experts: Iterable[int]) -> None:
+        """They may be evicted again, as any other; those that were not pinned are left as they are."""
+        ids = self._expert_ids(layer, experts)
+        self._ask(lambda query: UnpinExperts(query, layer, ids))
+
+    def page_out(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Frees the slots of these experts; one that a worker is using at this moment stays.
+
+        Returns those for which this was refused: they are pinned by `pin_experts`, or the pager has no time to listen.
+        """
+        ids = self._expert_ids(layer, experts)
+        return self._ask(lambda query: PageOutExperts(query, layer, ids)).refused
+
+    def _expert_ids(self, layer: int, experts: Iterable[int]) -> list[int]:
+        if not 0 <= layer < self._model.num_layers or layer in self._model.dense_layers:
+            raise ValueError(f"layer is {layer}, expected one of {self._model.num_layers} that has experts")
+        ids = [int(expert) for expert in experts]
+        if wrong := [expert for expert in ids if not 0 <= expert < self._model.num_experts]:
+            raise ValueError(f"expert id is {wrong[0]}, expected 0 <= id < {self._model.num_experts}")
+        return ids
+
     # ---- life
 
     def close(self) -> None:
@@ -361,14 +396,14 @@ class Backend:
                             answers = self._answers.get(number)
                             if answers is not None:
                                 answers.put(message)
-                        case StatsReply() | Defragmented() | CacheChecked():
-                            self._replies.pop(message.query).put(message)
                         case InstanceReady():
                             self.worker_pids = message.worker_pids
                             self.pager_pid = message.pager_pid
                             self._ready.set()
                         case InstanceFailed():
                             reason = message.reason
+                        case _:
+                            self._replies.pop(message.query).put(message)
                 select.select([channel], [], [])
         except (ChannelClosed, OSError, ValueError):
             pass  # ValueError: closed by close()

@@ -70,6 +70,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             per worker (`backend.plan.read_lanes`).
         warm_start: fill the slots, while nobody waits for the disk, with the experts that were worth most when the
             last instance of this model closed, and remember this one's (runtime/model/heat.py). False does neither.
+        user_pins: slots that are kept for experts that `Backend.pin_experts` pins; the most that can be pinned.
         max_num_seqs: sequences that are served at once; further requests wait.
         max_num_batched_tokens: rows of one forward step.
         max_model_len: longest prompt plus answer, in tokens; None is what the model was trained for.
@@ -93,6 +94,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     eviction: str = "affinity"
     read_lanes: int | None = None
     warm_start: bool = True
+    user_pins: int = 0
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 256
     max_model_len: int | None = None
@@ -108,6 +110,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("max_num_batched_tokens", 1),
             ("block_size", 1),
             ("read_lanes", 1),
+            ("user_pins", 0),
         ):
             value = getattr(self, name)
             if name == "read_lanes" and value is None:

@@ -20,6 +20,8 @@ from hotset.runtime.messages import (
     CheckCache,
     Defragment,
     ExpertFailed,
+    ExpertsPagedOut,
+    ExpertsPinned,
     ForgetDemands,
     FromClient,
     FromPager,
@@ -28,7 +30,9 @@ from hotset.runtime.messages import (
     GetStats,
     InstanceFailed,
     InstanceReady,
+    PageOutExperts,
     PagerReady,
+    PinExperts,
     ProcessFailed,
     Progress,
     RegretMeasured,
@@ -46,11 +50,13 @@ from hotset.runtime.messages import (
     ToPager,
     ToRegret,
     ToWorker,
+    UnpinExperts,
     WarmStartProblem,
     WorkerReady,
 )
 from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
 from hotset.runtime.supervision import Child, enter_child
+from hotset.runtime.user_pins import UserPins
 from hotset.shm.segment import SegmentError
 
 WORKER_MODULE = "hotset.workers.worker"
@@ -87,6 +93,7 @@ class Coordinator:
 
         self._instance = Instance(self._name, self._plan)
         self._counters = InstanceCounters(self._instance.segment)
+        self._user_pins = UserPins(self._instance.segment, self._instance.queue, self._config.user_pins)
         self._dispatcher = Dispatcher(self._config, self._instance, client, self._send_worker)
         for process in range(self._plan.num_workers):
             self._start_worker(process)
@@ -258,6 +265,13 @@ class Coordinator:
                     self._dispatcher.defragment(message)
                 case CheckCache(query):
                     self._dispatcher.check_cache(query)
+                case PinExperts(query, layer, experts):
+                    self._client.send(ExpertsPinned(query, self._user_pins.pin(layer, experts)))
+                case UnpinExperts(query, layer, experts):
+                    self._user_pins.unpin(layer, experts)
+                    self._client.send(ExpertsPinned(query, len(self._user_pins.pinned())))
+                case PageOutExperts(query, layer, experts):
+                    self._client.send(ExpertsPagedOut(query, self._user_pins.page_out(layer, experts)))
                 case ResetStats():
                     self._counters.reset()
                     self._regret = None
@@ -274,6 +288,7 @@ class Coordinator:
             worker_restarts=self._worker_restarts,
             pager_restarts=self._pager_restarts,
             pins_reclaimed=self._pins_reclaimed,
+            user_pins=self._user_pins,
             warm_start_problem=self._warm_start_problem,
             regret=self._regret,
         )

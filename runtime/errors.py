@@ -35,6 +35,18 @@ class MemoryTooSmall(BackendError):
         self.needed = needed
 
 
+class TooManyPins(HotsetError):
+    """The user pins more experts than the instance keeps slots for."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(
+            f"{needed} experts would be pinned, but the instance was started with user_pins={available}; unpin some, "
+            "or start it with more"
+        )
+        self.needed = needed
+        self.available = available
+
+
 class RequestFailed(HotsetError):
     """A request ended without an answer; the message says why."""
 

@@ -24,7 +24,7 @@ class Instance:
         self._lock = InstanceLock(name, patience=LOCK_PATIENCE_SECONDS)
         try:
             self.segment = Segment.create(name, plan.geometry)
-            self._queue = PagingQueue.create(name)
+            self.queue = PagingQueue.create(name)
         except BaseException:
             remove_ipc_objects(name)
             self._lock.release()
@@ -34,6 +34,6 @@ class Instance:
     def remove(self) -> None:
         """Nothing of the instance is left afterwards; its processes must have stopped."""
         self.arena.state = ArenaState.CLOSED
-        self._queue.close()
+        self.queue.close()
         remove_ipc_objects(self.name)
         self._lock.release()

@@ -53,6 +53,24 @@ class CheckCache(Message, frozen=True, tag=True):
     query: int
 
 
+class PinExperts(Message, frozen=True, tag=True):
+    query: int
+    layer: int
+    experts: list[int]
+
+
+class UnpinExperts(Message, frozen=True, tag=True):
+    query: int
+    layer: int
+    experts: list[int]
+
+
+class PageOutExperts(Message, frozen=True, tag=True):
+    query: int
+    layer: int
+    experts: list[int]
+
+
 class ResetStats(Message, frozen=True, tag=True):
     pass
 
@@ -100,6 +118,18 @@ class CacheChecked(Message, frozen=True, tag=True):
 
     query: int
     problem: str | None
+
+
+class ExpertsPinned(Message, frozen=True, tag=True):
+    """How many experts are pinned, or would have been: none of them is if that is more than may be."""
+
+    query: int
+    pinned: int
+
+
+class ExpertsPagedOut(Message, frozen=True, tag=True):
+    query: int
+    refused: list[int]
 
 
 # ---- coordinator -> worker
@@ -227,8 +257,21 @@ class RegretMeasured(Message, frozen=True, tag=True):
     regret: Regret
 
 
-FromClient = StartInstance | Submit | Abort | GetStats | Defragment | CheckCache | ResetStats | Shutdown
-ToClient = InstanceReady | InstanceFailed | Generated | StatsReply | Defragmented | CacheChecked
+FromClient = (
+    StartInstance
+    | Submit
+    | Abort
+    | GetStats
+    | Defragment
+    | CheckCache
+    | PinExperts
+    | UnpinExperts
+    | PageOutExperts
+    | ResetStats
+    | Shutdown
+)
+Reply = StatsReply | Defragmented | CacheChecked | ExpertsPinned | ExpertsPagedOut
+ToClient = InstanceReady | InstanceFailed | Generated | Reply
 ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
 FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
 ToPager = StartPager | StopWorking

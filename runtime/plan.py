@@ -110,9 +110,9 @@ class _Planner:
                 f"max_model_len is {self.max_model_len}, expected 1 to {model.max_position_embeddings}, "
                 "which the model was trained for"
             )
-        # Every worker can hold all its pins and the pager still finds a slot to load into: else two workers that wait
-        # for each other's slots would wait for ever.
-        self.pinned_slots = config.workers * model.experts_per_token
+        # The user and every worker can hold all their pins and the pager still finds a slot to load into: else two
+        # workers that wait for each other's slots would wait for ever.
+        self.pinned_slots = config.workers * model.experts_per_token + config.user_pins
         self.least_slots = self.pinned_slots + (config.read_lanes or 1)
         self.blocks_per_sequence = -(-self.max_model_len // config.block_size)
         self.pages_for_all = config.max_num_seqs * self.blocks_per_sequence
@@ -175,7 +175,7 @@ class _Planner:
 
     def _geometry(self, num_slots: int, num_pages: int) -> Geometry:
         config, model = self.config, self.model
-        spare = (num_slots - self._read_lanes(num_slots)) // (2 * config.workers)
+        spare = (num_slots - config.user_pins - self._read_lanes(num_slots)) // (2 * config.workers)
         return Geometry(
             num_layers=model.num_layers,
             num_experts=model.num_experts,

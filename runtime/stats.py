@@ -9,6 +9,7 @@ import numpy.typing as npt
 from hotset.runtime.metrics import Latency, MoeMetrics
 from hotset.runtime.plan import InstancePlan
 from hotset.runtime.scheduler import Scheduler
+from hotset.runtime.user_pins import UserPins
 from hotset.shm.counters import Counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS
 from hotset.shm.segment import Segment
@@ -68,6 +69,8 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     pager_restarts: int
     pins_reclaimed: int
     workers: int
+    pinned_experts: list[tuple[int, int]]  # (layer, expert), by the user
+    pinned_experts_absent: int  # of them: still to be loaded
     warm_start_problem: str | None  # why nothing of earlier instances is known, or nothing will be of this one
     regret: Regret | None  # None until a first replay is done, some tenths of a second after the first decode step
 
@@ -109,6 +112,7 @@ class InstanceCounters:
         worker_restarts: int,
         pager_restarts: int,
         pins_reclaimed: int,
+        user_pins: UserPins,
         warm_start_problem: str | None,
         regret: Regret | None,
     ) -> BackendStats:
@@ -148,6 +152,8 @@ class InstanceCounters:
             pager_restarts=pager_restarts,
             pins_reclaimed=pins_reclaimed,
             workers=plan.num_workers,
+            pinned_experts=user_pins.pinned(),
+            pinned_experts_absent=user_pins.count_absent(),
             warm_start_problem=warm_start_problem,
             regret=regret,
         )

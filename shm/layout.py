@@ -89,6 +89,7 @@ class Section(enum.IntEnum):
     KV_PAGES = 19
     EXPERT_SLOTS = 20
     DEMANDS = 21
+    USER_PINS = 22
 
 
 LAYER_STATE = np.dtype(
@@ -229,6 +230,7 @@ def _declarations(g: Geometry) -> Iterator[tuple[Section, npt.DTypeLike, int, in
     yield Section.EXPERT_SLOTS, np.dtype("u1"), g.num_slots, g.slot_nbytes, PAGE
     rings = g.num_processes if g.demand_words else 0
     yield Section.DEMANDS, np.dtype("<u2"), rings, DEMAND_RING_HEADER // 2 + g.demand_words, CACHE_LINE
+    yield Section.USER_PINS, np.dtype("<u8"), g.num_layers, g.mask_words, CACHE_LINE
 
 
 class Layout:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from hotset.runtime.channel import Channel
 from hotset.runtime.messages import (
@@ -86,7 +87,7 @@ class Pager:
         prefetch and the experts that are there are worth more."""
         if self._empty_slots:
             return self._empty_slots.pop()
-        slots = np.flatnonzero(self._expert_in_slot >= 0)
+        slots = self._evictable_slots()
         for index in self._eviction.order(self._expert_in_slot[slots]):
             slot = int(slots[index])
             if prefetched and not self._eviction.prefers(expert, int(self._expert_in_slot[slot])):
@@ -97,6 +98,13 @@ class Pager:
                 return slot
             self._count(Counter.EVICTIONS_REFUSED)
         return None
+
+    def _evictable_slots(self) -> npt.NDArray[np.int64]:
+        """Those with an expert that the user has not pinned: trying to evict it would hide it for a moment."""
+        slots = np.flatnonzero(self._expert_in_slot >= 0)
+        if pinned := self._arena.user_pins():
+            slots = slots[~np.isin(self._expert_in_slot[slots], pinned)]
+        return slots
 
     def _free_slot(self, slot: int) -> None:
         """Of an EVICTING slot, or of a LOADING one that will not be filled."""

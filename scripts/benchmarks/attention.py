@@ -1,8 +1,10 @@
 """What attention over KV pages costs: one new token against a long sequence, beside numpy's gather and einsum.
 
 Each call reads another layer's keys and values, as a decode step does, so that they come from memory and not from the
-last call's caches. Medians of processor time of the calling thread (so that being pre-empted does not count), or of
-wall time with several threads; all candidates take turns, so that what else the machine does reaches all alike.
+last call's caches; a plain read of as many bytes says what memory gives. Then each candidate reads one layer again and
+again: with a large last-level cache that is what it takes where memory is not the limit. Medians of processor time of
+the calling thread (so that being pre-empted does not count), or of wall time with several threads; candidates that
+read memory take turns, so that what else the machine does reaches all alike.
 
 usage: scripts/bench attention [--tokens 4096] [--threads 1] [--json]
 """
@@ -14,12 +16,14 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from plain_read import PlainRead
 
 from hotset.shm.kv_page_format import KvFormat, KvPageLayout
 from hotset.workers.compute import _kernels
@@ -61,6 +65,11 @@ class Sequence:
                 raise ValueError(f"token {refused} was refused")
         self.start, self.last = np.zeros(1, np.int64), np.array([tokens - 1], np.int32)
 
+    @property
+    def nbytes(self) -> int:
+        """Of its keys and values in one layer."""
+        return 2 * self.tokens * self.layout.token_nbytes
+
     def decode(self, queries: Floats, layer: int, window: int = 0) -> Floats:
         out = np.empty_like(queries)
         places = self.pages, self.kernel_format, layer, self.table, self.start, self.last
@@ -89,11 +98,14 @@ def medians_us(calls: list[Callable[[int], object]], repeats: int, clock: Callab
     return [statistics.median(times) for times in samples]
 
 
-def measure(tokens: int, repeats: int, clock: Callable[[], int]) -> list[Row]:
+def measure(tokens: int, repeats: int, clock: Callable[[], int], read: PlainRead) -> list[Row]:
     random = np.random.default_rng(1)
     sequences = {format: Sequence(tokens, format) for format in KvFormat}
     rows: list[Row] = []
     plain = sequences[KvFormat.FLOAT32]
+    layers = plain.pages.reshape(-1)[: LAYERS * plain.nbytes].reshape(LAYERS, plain.nbytes)
+    (time_us,) = medians_us([lambda layer: read(layers[layer])], repeats, clock)
+    rows.append(Row("plain read of as much as float32", time_us, None, plain.nbytes))
     for heads in (KV_HEADS, 4 * KV_HEADS):
         queries = random.standard_normal((1, heads, HEAD_DIM), dtype=np.float32)
         np.testing.assert_allclose(plain.decode(queries, 0), plain.decode_with_numpy(queries, 0), atol=1e-5)
@@ -102,12 +114,16 @@ def measure(tokens: int, repeats: int, clock: Callable[[], int]) -> list[Row]:
             calls.append(lambda layer, s=sequence, q=queries: s.decode(q, layer))
         baseline, *ours = medians_us(calls, repeats, clock)
         for (format, sequence), time_us in zip(sequences.items(), ours, strict=True):
-            nbytes = 2 * tokens * sequence.layout.token_nbytes
-            rows.append(Row(f"{heads} query heads, {format.value}", time_us, baseline, nbytes))
+            rows.append(Row(f"{heads} query heads, {format.value}", time_us, baseline, sequence.nbytes))
     queries = random.standard_normal((1, KV_HEADS, HEAD_DIM), dtype=np.float32)
+    (baseline,) = medians_us([lambda _: plain.decode_with_numpy(queries, 0)], repeats, clock)
+    for format in (KvFormat.FLOAT32, KvFormat.Q8_0):
+        (time_us,) = medians_us([lambda _, s=sequences[format]: s.decode(queries, 0)], repeats, clock)
+        rows.append(Row(f"{KV_HEADS}, {format.value}, one layer", time_us, baseline, sequences[format].nbytes))
     window = 256
     (time_us,) = medians_us([lambda layer: plain.decode(queries, layer, window)], repeats, clock)
-    rows.append(Row(f"{KV_HEADS} query heads, float32, window {window}", time_us, None, 0))
+    nbytes = plain.nbytes * window // tokens
+    rows.append(Row(f"{KV_HEADS} query heads, float32, window {window}", time_us, None, nbytes))
     return rows
 
 
@@ -121,7 +137,8 @@ def main(argv: list[str]) -> int:
     load = os.getloadavg()[0]
     _kernels.set_num_threads(options.threads)
     clock = time.thread_time_ns if options.threads == 1 else time.perf_counter_ns
-    rows = measure(options.tokens, options.repeats, clock)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(options.tokens, options.repeats, clock, PlainRead(folder, options.threads))
     if options.json:
         print(
             json.dumps(
@@ -144,8 +161,8 @@ def main(argv: list[str]) -> int:
     print(f"{'':<40}{'ours':>12}{'numpy':>14}{'ratio':>10}{'read':>12}")
     for row in rows:
         line = f"{row.name:<40}{row.ours:>9,.0f} us"
-        if row.numpy is not None:
-            line += f"{row.numpy:>11,.0f} us{row.numpy / row.ours:>8.1f} x{row.bytes_read / row.ours / 1000:>7.1f} GB/s"
+        line += f"{row.numpy:>11,.0f} us{row.numpy / row.ours:>8.1f} x" if row.numpy is not None else " " * 24
+        line += f"{row.bytes_read / row.ours / 1000:>7.1f} GB/s"
         print(line)
     return 0
 

@@ -11,21 +11,18 @@ usage: scripts/bench compute [--threads N] [--mebibytes 1024] [--json]
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from plain_read import PlainRead
 
 from hotset.shm.kv_page_format import KvFormat, encode
 from hotset.shm.layout import WeightFormat
@@ -119,22 +116,6 @@ def one_row_experts(pool: Pool) -> Candidate:
 
 
 # ---- what they are compared with
-
-
-class PlainRead:
-    def __init__(self, folder: str, threads: int) -> None:
-        source, library = Path(__file__).with_name("memory_read.c"), Path(folder) / "memory_read.so"
-        subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
-        self._sum = ctypes.CDLL(str(library)).sum_words
-        self._sum.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self._sum.restype = ctypes.c_uint64
-        self._threads = threads
-        self._executor = ThreadPoolExecutor(threads)
-
-    def __call__(self, memory: Bytes) -> None:
-        words = memory.nbytes // 8 // self._threads
-        starts = [memory.ctypes.data + 8 * words * thread for thread in range(self._threads)]
-        list(self._executor.map(lambda start: self._sum(start, words), starts))
 
 
 def one_row_of_numpy(pool: Pool) -> Candidate:

@@ -40,6 +40,7 @@ enum section {
     SECTION_KV_PAGES,        /* bytes[pages + 1][page_nbytes]; page 0 is never handed out */
     SECTION_EXPERT_SLOTS,    /* bytes[slots][slot_nbytes] */
     SECTION_DEMANDS,         /* struct demand_ring[processes]: which experts its steps used. Single writer a row */
+    SECTION_USER_PINS,       /* u64[layers][words]: expert that the user wants in memory. Writer: coordinator */
     SECTION_COUNT
 };
 
@@ -104,7 +105,7 @@ struct arena {
     uint32_t mask_stride; /* u64 words from one layer's mask to the next */
     uint32_t affinity_stride; /* u64 from one layer to the next */
     uint32_t pin_stride; /* u32 from one process to the next */
-    atomic_u64 *resident_mask, *loading_mask, *failed_mask, *urgent_mask, *prefetch_mask, *prefetched_mask;
+    atomic_u64 *resident_mask, *loading_mask, *failed_mask, *urgent_mask, *prefetch_mask, *prefetched_mask, *user_pins;
     struct layer_state *layers;
     atomic_u64 *affinity, *counters, *histograms, *activations, *slot_words;
     atomic_u32 *pins, *directory, *page_generations;
@@ -154,6 +155,7 @@ static inline const char *arena_attach(struct arena *arena, void *base, uint64_t
     arena->urgent_mask = arena_section(arena, SECTION_URGENT_MASK);
     arena->prefetch_mask = arena_section(arena, SECTION_PREFETCH_MASK);
     arena->prefetched_mask = arena_section(arena, SECTION_PREFETCHED_MASK);
+    arena->user_pins = arena_section(arena, SECTION_USER_PINS);
     arena->layers = arena_section(arena, SECTION_LAYERS);
     arena->affinity = arena_section(arena, SECTION_AFFINITY);
     arena->counters = arena_section(arena, SECTION_COUNTERS);

@@ -69,6 +69,17 @@ static PyObject *arena_pinned(PyObject *self, PyObject *arg) {
     return PyBool_FromLong(is_pinned(arena, (uint32_t)id));
 }
 
+static PyObject *arena_pin_for_user(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct arena *arena = arena_of(self);
+    uint64_t v[2];
+    if (!arena) return NULL;
+    if (!parse_indices(args, count, 2, (const char *[]){"expert id", "pinned"},
+                       (uint64_t[]){expert_limit(arena), 2}, v))
+        return NULL;
+    user_pin_put(arena, (uint32_t)v[0], (int)v[1]);
+    Py_RETURN_NONE;
+}
+
 static PyObject *arena_find(PyObject *self, PyObject *arg) {
     EXPERT_ARGUMENT
     return PyLong_FromLong(residency_find(arena, (uint32_t)id));
@@ -265,13 +276,20 @@ static PyObject *arena_resident_experts(PyObject *self, PyObject *ignored) {
     return arena ? mask_ids(arena, arena->resident_mask) : NULL;
 }
 
+static PyObject *arena_user_pins(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct arena *arena = arena_of(self);
+    return arena ? mask_ids(arena, arena->user_pins) : NULL;
+}
+
 #define FASTCALL(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
 
 #define RESIDENCY_METHODS                                                                                              \
     {"want", FASTCALL(arena_want), "want(process, pin, id): pin the expert, then its slot, or -1 if not resident."},    \
     {"unpin", FASTCALL(arena_unpin), "unpin(process, pin): the pin is free again."},                                   \
     {"unpin_all", arena_unpin_all, METH_O, "unpin_all(process): clears a dead worker's row; how many pins it held."},  \
-    {"pinned", arena_pinned, METH_O, "pinned(id): whether any process pins the expert."},                              \
+    {"pinned", arena_pinned, METH_O, "pinned(id): whether any process, or the user, pins the expert."},                \
+    {"pin_for_user", FASTCALL(arena_pin_for_user), "Coordinator: pin_for_user(id, pinned)."},                          \
     {"find", arena_find, METH_O, "find(id): the slot of a resident expert, or -1."},                                   \
     {"request_urgent", arena_request_urgent, METH_O, "Sets the urgent bit; True if the caller must send the message."},\
     {"request_prefetch", arena_request_prefetch, METH_O, "Sets the prefetch bit; True if it was clear."},              \
@@ -293,6 +311,7 @@ static PyObject *arena_resident_experts(PyObject *self, PyObject *ignored) {
     {"recover", arena_recover, METH_NOARGS, "Pager restart: rebuilds masks and directory from the slot words."},       \
     {"urgent_requests", arena_urgent_requests, METH_NOARGS, "Ids with the urgent bit set."},                           \
     {"prefetch_requests", arena_prefetch_requests, METH_NOARGS, "Ids with the prefetch bit set."},                     \
-    {"resident_experts", arena_resident_experts, METH_NOARGS, "Ids with the residency bit set."}
+    {"resident_experts", arena_resident_experts, METH_NOARGS, "Ids with the residency bit set."},                     \
+    {"user_pins", arena_user_pins, METH_NOARGS, "Ids that the user has pinned."}
 
 #endif

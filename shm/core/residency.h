@@ -58,6 +58,15 @@ static inline int32_t residency_find(const struct arena *arena, uint32_t id) {
     return (int32_t)(entry - 1);
 }
 
+/* The user wants `id` in memory, or does not care any more. Then it is asked for as by a worker: before EVICTING the
+ * pager sees the bit, and what went a moment earlier is loaded again. */
+static inline void user_pin_put(const struct arena *arena, uint32_t id, int pinned) {
+    uint32_t expert = id % arena->num_experts;
+    atomic_u64 *word = mask_word(arena, arena->user_pins, id / arena->num_experts, expert);
+    uint64_t bits = load_relaxed(word); /* relaxed: the coordinator is the only writer */
+    store_seq_cst(word, pinned ? bits | mask_bit(expert) : bits & ~mask_bit(expert));
+}
+
 /* Sets the bit of `id` in `mask`; 1 if it was clear, and the caller is the one who sends the message.
  * seq_cst: follows the second check of rule 3 in program order and must stay there. */
 static inline int request_set(const struct arena *arena, atomic_u64 *mask, uint32_t id) {
@@ -91,6 +100,9 @@ static inline void mask_put(const struct arena *arena, atomic_u64 *mask, uint32_
 }
 
 static inline int is_pinned(const struct arena *arena, uint32_t id) {
+    /* seq_cst, as the rows below: a user's pin, like a worker's, is set first and then asked for (R2, R3). */
+    uint32_t expert = id % arena->num_experts;
+    if (load_seq_cst(mask_word(arena, arena->user_pins, id / arena->num_experts, expert)) & mask_bit(expert)) return 1;
     for (uint32_t process = 0; process < arena->num_processes; process++) {
         const atomic_u32 *row = pin_row(arena, process);
         for (uint32_t pin = 0; pin < arena->pins_per_process; pin++)

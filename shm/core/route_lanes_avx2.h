@@ -92,24 +92,18 @@ static inline void block_keys(block scores, uint32_t first, keys *out) {
     out[1] = ordered_keys(block_ordered(scores), _mm256_sub_epi64(tags, _mm256_set1_epi64x(1)), 1);
 }
 
-/* Part 0 or 1 of the keys of the scores that eight rows give to one expert; and the ids of both parts. */
-static inline keys column_keys(ordered_block scores, uint64_t tag, uint32_t part) {
-    return ordered_keys(scores, _mm256_set1_epi64x((int64_t)tag), part);
+/* The scores, of whose bits `kept` stays and `tag` takes the others' place. */
+static inline block block_tagged(block scores, uint32_t tag, block kept) {
+    return _mm256_or_ps(_mm256_and_ps(scores, kept), _mm256_castsi256_ps(_mm256_set1_epi32((int)tag)));
 }
-/* The keys of other scores for the experts of `part`, a part of keys. */
-static inline keys column_rescored(ordered_block scores, keys part, uint32_t number) {
-    __m256i tags = _mm256_and_si256(_mm256_castpd_si256(part), _mm256_set1_epi64x((int64_t)KEY_TAG_MASK));
-    return ordered_keys(scores, tags, number);
+static inline void block_store_tags(int32_t *to, block tagged, block kept) {
+    _mm256_storeu_ps((float *)to, _mm256_andnot_ps(kept, tagged));
 }
-static inline void column_ids(const keys *parts, int32_t *ids) {
-    __m256i even = _mm256_castpd_si256(parts[0]), odd = _mm256_slli_epi64(_mm256_castpd_si256(parts[1]), 32);
-    __m256i inverted = _mm256_blend_epi32(even, odd, 0xAA);
-    _mm256_storeu_si256((__m256i *)ids, _mm256_andnot_si256(inverted, _mm256_set1_epi32(0xFFFFF)));
-}
-
-static inline uint32_t ids_differ(const int32_t *a, const int32_t *b) {
-    __m256i same = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i *)a), _mm256_loadu_si256((const __m256i *)b));
-    return 0xFFu ^ (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(same));
+/* Lane i of column ids[i], for every lane. */
+static inline block column_gather(const float *columns, const int32_t *ids) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i at = _mm256_or_si256(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)ids), 3), lanes);
+    return _mm256_i32gather_ps(columns, at, sizeof *columns);
 }
 
 /* Eight logits from `first` on of eight rows, as a block for each of the eight. */
@@ -125,6 +119,28 @@ static inline void block_transpose(const float *const *rows, uint32_t first, blo
         out[1] = _mm256_shuffle_ps(low01, low23, 0xEE);
         out[2] = _mm256_shuffle_ps(high01, high23, 0x44);
         out[3] = _mm256_shuffle_ps(high01, high23, 0xEE);
+    }
+}
+
+/* The reverse, of four blocks or eight: lane i of all of them to to[i * stride]. Each row overruns into the next one's
+ * place, the last one beyond. */
+static inline void block_store_rows(const block *in, uint32_t count, float *to, uint32_t stride) {
+    __m256 quads[2][4]; /* half by half four rows of four */
+    for (uint32_t half = 0; half < count / 4; half++, in += 4) {
+        __m256 low01 = _mm256_unpacklo_ps(in[0], in[1]), high01 = _mm256_unpackhi_ps(in[0], in[1]);
+        __m256 low23 = _mm256_unpacklo_ps(in[2], in[3]), high23 = _mm256_unpackhi_ps(in[2], in[3]);
+        quads[half][0] = _mm256_shuffle_ps(low01, low23, 0x44);
+        quads[half][1] = _mm256_shuffle_ps(low01, low23, 0xEE);
+        quads[half][2] = _mm256_shuffle_ps(high01, high23, 0x44);
+        quads[half][3] = _mm256_shuffle_ps(high01, high23, 0xEE);
+    }
+    for (uint32_t i = 0; i < 4; i++, to += stride) {
+        _mm_storeu_ps(to, _mm256_castps256_ps128(quads[0][i]));
+        if (count == 8) _mm_storeu_ps(to + 4, _mm256_castps256_ps128(quads[1][i]));
+    }
+    for (uint32_t i = 0; i < 4; i++, to += stride) {
+        _mm_storeu_ps(to, _mm256_extractf128_ps(quads[0][i], 1));
+        if (count == 8) _mm_storeu_ps(to + 4, _mm256_extractf128_ps(quads[1][i], 1));
     }
 }
 

@@ -98,23 +98,20 @@ static inline void block_keys(block scores, uint32_t first, keys *out) {
     out[1] = ordered_keys(block_ordered(scores), _mm512_sub_epi64(tags, _mm512_set1_epi64(1)), 1);
 }
 
-/* Part 0 or 1 of the keys of the scores that sixteen rows give to one expert; and the ids of both parts. */
-static inline keys column_keys(ordered_block scores, uint64_t tag, uint32_t part) {
-    return ordered_keys(scores, _mm512_set1_epi64((int64_t)tag), part);
+/* The scores, of whose bits `kept` stays and `tag` takes the others' place. */
+static inline block block_tagged(block scores, uint32_t tag, block kept) {
+    const int kept_or_tag = 0xEA; /* (a & b) | c */
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(scores), _mm512_castps_si512(kept),
+                                                         _mm512_set1_epi32((int)tag), kept_or_tag));
 }
-/* The keys of other scores for the experts of `part`, a part of keys. */
-static inline keys column_rescored(ordered_block scores, keys part, uint32_t number) {
-    __m512i tags = _mm512_and_si512(_mm512_castpd_si512(part), _mm512_set1_epi64((int64_t)KEY_TAG_MASK));
-    return ordered_keys(scores, tags, number);
+static inline void block_store_tags(int32_t *to, block tagged, block kept) {
+    _mm512_storeu_si512(to, _mm512_andnot_si512(_mm512_castps_si512(kept), _mm512_castps_si512(tagged)));
 }
-static inline void column_ids(const keys *parts, int32_t *ids) {
-    __m512i even = _mm512_castpd_si512(parts[0]), odd = _mm512_slli_epi64(_mm512_castpd_si512(parts[1]), 32);
-    __m512i inverted = _mm512_mask_blend_epi32(0xAAAA, even, odd);
-    _mm512_storeu_si512(ids, _mm512_andnot_si512(inverted, _mm512_set1_epi32(0xFFFFF)));
-}
-
-static inline uint32_t ids_differ(const int32_t *a, const int32_t *b) {
-    return _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+/* Lane i of column ids[i], for every lane. */
+static inline block column_gather(const float *columns, const int32_t *ids) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i at = _mm512_or_si512(_mm512_slli_epi32(_mm512_loadu_si512(ids), 4), lanes);
+    return _mm512_i32gather_ps(at, columns, sizeof *columns);
 }
 
 /* Eight logits from `first` on of sixteen rows, as a block for each of the eight. */
@@ -135,6 +132,30 @@ static inline void block_transpose(const float *const *rows, uint32_t first, blo
         out[2] = _mm512_shuffle_ps(high01, high23, 0x44);
         out[3] = _mm512_shuffle_ps(high01, high23, 0xEE);
     }
+}
+
+/* The reverse, of four blocks or eight: lane i of all of them to to[i * stride]. Each row overruns into the next one's
+ * place, the last one beyond. */
+static inline void block_store_rows(const block *in, uint32_t count, float *to, uint32_t stride) {
+    __m512 quads[2][4]; /* quarter by quarter four rows of four */
+    for (uint32_t half = 0; half < count / 4; half++, in += 4) {
+        __m512 low01 = _mm512_unpacklo_ps(in[0], in[1]), high01 = _mm512_unpackhi_ps(in[0], in[1]);
+        __m512 low23 = _mm512_unpacklo_ps(in[2], in[3]), high23 = _mm512_unpackhi_ps(in[2], in[3]);
+        quads[half][0] = _mm512_shuffle_ps(low01, low23, 0x44);
+        quads[half][1] = _mm512_shuffle_ps(low01, low23, 0xEE);
+        quads[half][2] = _mm512_shuffle_ps(high01, high23, 0x44);
+        quads[half][3] = _mm512_shuffle_ps(high01, high23, 0xEE);
+    }
+#define STORE_QUARTER(quarter)                                                                                       \
+    for (uint32_t i = 0; i < 4; i++, to += stride) {                                                                 \
+        _mm_storeu_ps(to, _mm512_extractf32x4_ps(quads[0][i], quarter));                                             \
+        if (count == 8) _mm_storeu_ps(to + 4, _mm512_extractf32x4_ps(quads[1][i], quarter));                         \
+    }
+    STORE_QUARTER(0)
+    STORE_QUARTER(1)
+    STORE_QUARTER(2)
+    STORE_QUARTER(3)
+#undef STORE_QUARTER
 }
 
 #endif

@@ -116,32 +116,19 @@ static inline void block_keys(block scores, uint32_t first, keys *out) {
     out[3] = ordered_keys(ordered, _mm_sub_epi64(tags, _mm_set1_epi64x(5)), 3);
 }
 
-/* Part 0 to 3 of the keys of the scores that eight rows give to one expert; and the ids of all parts. */
-static inline keys column_keys(ordered_block scores, uint64_t tag, uint32_t part) {
-    return ordered_keys(scores, _mm_set1_epi64x((int64_t)tag), part);
+/* The scores, of whose bits `kept` stays and `tag` takes the others' place. */
+static inline block block_tagged(block scores, uint32_t tag, block kept) {
+    __m128 tags = _mm_castsi128_ps(_mm_set1_epi32((int)tag));
+    return block_or(block_and(scores, kept), (block){tags, tags});
 }
-/* The keys of other scores for the experts of `part`, a part of keys. */
-static inline keys column_rescored(ordered_block scores, keys part, uint32_t number) {
-    __m128i tags = _mm_and_si128(_mm_castpd_si128(part), _mm_set1_epi64x((int64_t)KEY_TAG_MASK));
-    return ordered_keys(scores, tags, number);
+static inline void block_store_tags(int32_t *to, block tagged, block kept) {
+    block_store((float *)to, BLOCK_EACH(_mm_andnot_ps, kept, tagged));
 }
-static inline void column_ids(const keys *parts, int32_t *ids) {
-    const __m128i low = _mm_set1_epi64x(0xFFFFFFFF);
-    for (uint32_t half = 0; half < 2; half++) {
-        __m128i even = _mm_and_si128(_mm_castpd_si128(parts[half * 2]), low);
-        __m128i inverted = _mm_or_si128(even, _mm_slli_epi64(_mm_castpd_si128(parts[half * 2 + 1]), 32));
-        _mm_storeu_si128((__m128i *)(ids + half * 4), _mm_andnot_si128(inverted, _mm_set1_epi32(0xFFFFF)));
-    }
-}
-
-static inline uint32_t ids_differ(const int32_t *a, const int32_t *b) {
-    uint32_t same = 0;
-    for (int half = 0; half < 2; half++) {
-        __m128i equal = _mm_cmpeq_epi32(_mm_loadu_si128((const __m128i *)(a + half * 4)),
-                                        _mm_loadu_si128((const __m128i *)(b + half * 4)));
-        same |= (uint32_t)_mm_movemask_ps(_mm_castsi128_ps(equal)) << half * 4;
-    }
-    return 0xFFu ^ same;
+/* Lane i of column ids[i], for every lane. */
+static inline block column_gather(const float *columns, const int32_t *ids) {
+#define LANE(i) columns[(uint32_t)ids[i] * BLOCK_LANES + (i)]
+    return (block){_mm_setr_ps(LANE(0), LANE(1), LANE(2), LANE(3)), _mm_setr_ps(LANE(4), LANE(5), LANE(6), LANE(7))};
+#undef LANE
 }
 
 static inline void half_transpose(const float *const *rows, uint32_t first, __m128 *out) {
@@ -156,6 +143,21 @@ static inline void block_transpose(const float *const *rows, uint32_t first, blo
         half_transpose(rows, first, low);
         half_transpose(rows + 4, first, high);
         for (uint32_t i = 0; i < 4; i++) out[i] = (block){low[i], high[i]};
+    }
+}
+
+/* The reverse, of four blocks or eight: lane i of all of them to to[i * stride]. Each row overruns into the next one's
+ * place, the last one beyond. */
+static inline void block_store_rows(const block *in, uint32_t count, float *to, uint32_t stride) {
+    __m128 quads[2][8]; /* eight rows of four */
+    for (uint32_t half = 0; half < count / 4; half++, in += 4) {
+        for (uint32_t i = 0; i < 4; i++) quads[half][i] = in[i].low, quads[half][4 + i] = in[i].high;
+        _MM_TRANSPOSE4_PS(quads[half][0], quads[half][1], quads[half][2], quads[half][3]);
+        _MM_TRANSPOSE4_PS(quads[half][4], quads[half][5], quads[half][6], quads[half][7]);
+    }
+    for (uint32_t i = 0; i < 8; i++, to += stride) {
+        _mm_storeu_ps(to, quads[0][i]);
+        if (count == 8) _mm_storeu_ps(to + 4, quads[1][i]);
     }
 }
 

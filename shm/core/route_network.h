@@ -1,7 +1,8 @@
 /* Top-8 selection by sorting networks: no branches, so nothing for fresh logits to mispredict.
  *
  * Eight vectors are eight rows of as many columns as the vector has lanes. Each column is sorted, descending from row
- * 0; two such arrays are merged keeping the best eight of each column; at last the columns are merged with each other. */
+ * 0; two such arrays are merged keeping the best eight of each column; at last the columns are merged with each other
+ * where they belong to one row of logits. */
 #ifndef HOTSET_ROUTE_NETWORK_H
 #define HOTSET_ROUTE_NETWORK_H
 
@@ -10,31 +11,35 @@
 #define NETWORK_ROWS 8u
 #define NETWORK_KEYS (NETWORK_ROWS * KEY_LANES) /* scores that eight vectors of keys hold */
 
-static inline void keys_compare(keys *r, uint32_t i, uint32_t j) {
-    keys larger = keys_max(r[i], r[j]);
-    r[j] = keys_min(r[i], r[j]);
-    r[i] = larger;
-}
-
 /* The 19 comparisons of an optimal network for eight. */
-static inline void keys_sort(keys *r) {
-    static const uint8_t pairs[19][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6}, {3, 7}, {0, 1}, {2, 3},
-                                         {4, 5}, {6, 7}, {2, 4}, {3, 5}, {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
-#pragma GCC unroll 19
-    for (int i = 0; i < 19; i++) keys_compare(r, pairs[i][0], pairs[i][1]);
-}
+static const uint8_t NETWORK_PAIRS[19][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6},
+                                             {3, 7}, {0, 1}, {2, 3}, {4, 5}, {6, 7}, {2, 4}, {3, 5},
+                                             {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
 
-/* The best eight of two sorted columns: row i of one against row 7 - i of the other leaves rows that first fall, then
- * rise (or are a rotation of such), which three rounds of comparisons sort. */
-static inline void keys_merge(keys *r, const keys *other) {
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < NETWORK_ROWS; i++) r[i] = keys_max(r[i], other[NETWORK_ROWS - 1 - i]);
-#pragma GCC unroll 3
-    for (uint32_t step = 4; step > 0; step /= 2)
-#pragma GCC unroll 8
-        for (uint32_t i = 0; i < NETWORK_ROWS; i++)
-            if (!(i & step)) keys_compare(r, i, i + step);
-}
+/* VECTOR_sort() and VECTOR_merge() from VECTOR_max() and VECTOR_min().
+ *
+ * Merging takes the best eight of two sorted columns: row i of one against row 7 - i of the other leaves rows that first
+ * fall, then rise (or are a rotation of such), which three rounds of comparisons sort. */
+#define NETWORK(VECTOR)                                                                                              \
+    static inline void VECTOR##_compare(VECTOR *r, uint32_t i, uint32_t j) {                                         \
+        VECTOR larger = VECTOR##_max(r[i], r[j]);                                                                    \
+        r[j] = VECTOR##_min(r[i], r[j]);                                                                             \
+        r[i] = larger;                                                                                               \
+    }                                                                                                                \
+    static inline void VECTOR##_sort(VECTOR *r) {                                                                    \
+        _Pragma("GCC unroll 19") for (int i = 0; i < 19; i++)                                                        \
+            VECTOR##_compare(r, NETWORK_PAIRS[i][0], NETWORK_PAIRS[i][1]);                                           \
+    }                                                                                                                \
+    static inline void VECTOR##_merge(VECTOR *r, const VECTOR *other) {                                              \
+        _Pragma("GCC unroll 8") for (uint32_t i = 0; i < NETWORK_ROWS; i++)                                          \
+            r[i] = VECTOR##_max(r[i], other[NETWORK_ROWS - 1 - i]);                                                  \
+        _Pragma("GCC unroll 3") for (uint32_t step = 4; step > 0; step /= 2)                                         \
+            _Pragma("GCC unroll 8") for (uint32_t i = 0; i < NETWORK_ROWS; i++)                                      \
+                if (!(i & step)) VECTOR##_compare(r, i, i + step);                                                   \
+    }
+
+NETWORK(keys)  /* single rows */
+NETWORK(block) /* columns: see route_ranking.h */
 
 /* Merges columns that are `distance` lanes apart. */
 static inline void keys_fold(keys *r, uint32_t distance) {
@@ -43,7 +48,6 @@ static inline void keys_fold(keys *r, uint32_t distance) {
     for (uint32_t i = 0; i < NETWORK_ROWS; i++) other[i] = keys_exchange(r[i], distance);
     keys_merge(r, other);
 }
-
 static inline void network_load_keys(const float *scores, uint32_t first, keys *r) {
     for (uint32_t i = 0; i < NETWORK_KEYS; i += BLOCK_LANES)
         block_keys(block_load(scores + first + i), first + i, r + i / KEY_LANES);

@@ -5,6 +5,7 @@
 
 #include "route_softmax.h"
 
+#include <float.h>
 #include <math.h>
 
 struct row_statistics {

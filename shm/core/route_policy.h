@@ -80,8 +80,7 @@ static inline void tile_apply_policy(struct route_tile *tile, uint32_t policy, c
         tile_resnorm(tile, strengths);
         break;
     default:
-        tile_adjust(tile, none);
-        tile_select(tile, 0);
+        tile_prefer(tile, none);
     }
 }
 

@@ -20,16 +20,25 @@
 #define TILE_LANES (ROUTE_MAX_EXPERTS + 64)
 
 #if ROUTE_VECTOR
-#define COLUMN_PARTS (BLOCK_LANES / KEY_LANES) /* vectors of keys that one block makes */
+/* Where an expert's column is in an array of them; what its keys are tagged with: its id. */
+struct ordered_column {
+    uint32_t at, tag;
+};
 
 /* What only tiles of columns need. */
 struct route_columns {
-    _Alignas(64) float max[BLOCK_LANES], min[BLOCK_LANES]; /* of each row's logits */
-    _Alignas(64) float chosen[NETWORK_ROWS][BLOCK_LANES];  /* logits of the selected experts by rank */
-    /* The preferred experts, then the others, each filled up to a multiple of eight with a column of -inf. */
-    uint32_t order[COLUMN_EXPERTS + 16], num_preferred, num_all;
-    uint64_t tags[COLUMN_EXPERTS + 16];
-    keys preferred[COLUMN_PARTS][NETWORK_ROWS], others[COLUMN_PARTS][NETWORK_ROWS]; /* POLICY_BONUS: the best of either */
+    /* Of a call. The preferred experts, then the others, each filled up to a multiple of eight with a column of -inf. */
+    struct ordered_column order[COLUMN_EXPERTS + 2 * NETWORK_ROWS];
+    uint32_t num_preferred, num_all;
+    float kept;       /* the bits of a score that its key keeps; not a number */
+    float resolution; /* two scores that a key does not tell apart differ by less than their magnitude times this */
+    /* Of a tile. */
+    _Alignas(64) float max[BLOCK_LANES], min[BLOCK_LANES]; /* of each row's logits; min only for POLICY_RANGE */
+    _Alignas(64) int32_t chosen[NETWORK_ROWS][BLOCK_LANES]; /* chosen[i][r] has rank i in row r */
+    /* POLICY_BONUS, by rank of out: where the row's bit is set in `changed`, in[i][r] took the place of out[i][r]. */
+    int mixed; /* some experts are preferred, and some are not */
+    uint32_t changed[NETWORK_ROWS], unsure;
+    _Alignas(64) int32_t in[NETWORK_ROWS][BLOCK_LANES], out[NETWORK_ROWS][BLOCK_LANES];
 };
 #endif
 
@@ -39,9 +48,8 @@ struct route_row {
     float *adjusted;     /* the scores that were selected from, `step` apart */
     uint32_t step;       /* 1, or TILE_ROWS in columns */
     int vector;   /* the vector steps apply: softmax gate, all logits finite */
-    float *share; /* gate probability times a factor common to the row; NULL in columns */
+    float *share; /* gate probability times a factor common to the row, `step` apart; row_scale() fills it */
     float *scale; /* the factor that makes shares probabilities; 0 = not computed yet */
-    float *max;   /* of the finite logits */
     struct row_statistics statistics;
     int32_t *ids;                   /* the selection, best first: the caller's array */
     int32_t truth[ROUTE_MAX_TOP_K]; /* the true top k, where the policy needs it */
@@ -53,6 +61,8 @@ struct route_tile {
     const struct route_snapshot *snapshot;
     uint32_t rows, stride; /* rows in use; floats from one row to the next */
     int transposed; /* columns */
+    int shared;     /* columns: their shares and scales are computed */
+    const float *given; /* columns: the caller's logits */
     struct route_row row[TILE_ROWS];
     _Alignas(64) float logits[TILE_FLOATS]; /* where the caller's do not do: columns, and rows that blocks would overrun */
     _Alignas(64) float adjusted[TILE_FLOATS];
@@ -98,7 +108,6 @@ static inline void row_begin(struct route_tile *tile, uint32_t index, const floa
     row->vector = 0;
     row->share = tile->share + index * tile->stride;
     row->scale = &tile->scale[index];
-    row->max = &row->statistics.max;
     *row->scale = 0;
 #if ROUTE_VECTOR
     row->vector = tile->rule->gating != GATING_SIGMOID && vector_statistics(row->given, experts, &row->statistics);
@@ -117,8 +126,6 @@ static inline uint64_t row_rank(const struct route_row *row, int32_t expert) {
     return rank_key(row_logit(row, expert), (uint32_t)expert);
 }
 
-static inline float row_share(const struct route_row *row, int32_t expert) {
-    return row->share ? row->share[expert] : softmax_exp(row_logit(row, expert) - *row->max);
-}
+static inline float row_share(const struct route_row *row, int32_t expert) { return row->share[(uint32_t)expert * row->step]; }
 
 #endif

@@ -16,6 +16,30 @@ static inline void row_prefetch(struct route_tile *tile, struct route_row *row, 
             bit_set(tally->prefetch, e);
 }
 
+#if ROUTE_VECTOR
+/* Ids and weights of a tile of columns, row after row. `exactly`: nothing may be written beyond them, to be overwritten. */
+static inline void columns_write(struct route_tile *tile, int exactly, int32_t *ids, float *weights) {
+    uint32_t k = tile->rule->top_k, count = tile->rows * k, ranks = k > 4 ? 8 : 4;
+    block by_rank[2][NETWORK_ROWS];
+    float whole[2][(TILE_ROWS + 1) * NETWORK_ROWS];
+    columns_weights(tile, tile->columns.chosen, by_rank[1]);
+    for (uint32_t i = 0; i < k; i++) by_rank[0][i] = block_load((const float *)tile->columns.chosen[i]);
+    for (uint32_t i = k; i < ranks; i++) by_rank[0][i] = by_rank[1][i] = block_all(0);
+    block_store_rows(by_rank[0], ranks, exactly ? whole[0] : (float *)ids, k);
+    block_store_rows(by_rank[1], ranks, exactly ? whole[1] : weights, k);
+    if (!exactly) return;
+    memcpy(ids, whole[0], count * sizeof *ids);
+    memcpy(weights, whole[1], count * sizeof *weights);
+}
+
+/* Fills columns->chosen from the rows' selections. */
+static inline void columns_collect(struct route_tile *tile) {
+    for (uint32_t r = 0; r < BLOCK_LANES; r++)
+        for (uint32_t i = 0; i < tile->rule->top_k; i++)
+            tile->columns.chosen[i][r] = tile->row[r < tile->rows ? r : tile->rows - 1].ids[i];
+}
+#endif
+
 static void route_rows(const struct route_rule *rule, const struct route_call *call,
                        const struct route_snapshot *snapshot, const struct route_boosts *boosts, const float *logits,
                        uint32_t rows, int32_t *ids, float *weights, struct route_tally *tally) {
@@ -33,10 +57,14 @@ static void route_rows(const struct route_rule *rule, const struct route_call *c
         tile_load(&tile, call, logits + (size_t)first * rule->num_experts, tile_ids);
         tile_apply_policy(&tile, call->policy, strengths, tally);
 #if ROUTE_VECTOR
-        if (tile.transposed) columns_gather(&tile);
-        if (tile.transposed && !rule->renormalize) columns_scale(&tile);
+        if (tile.transposed && call->policy != POLICY_BONUS && call->policy != POLICY_OFF) columns_collect(&tile);
 #endif
-        if (call->policy != POLICY_OFF) tile_report(&tile, call->policy, strengths, tally);
+        if (call->policy != POLICY_OFF) tile_report(&tile, call->policy, tally);
+#if ROUTE_VECTOR
+        uint32_t after = (rows - first - tile.rows) * k;
+        if (tile.transposed) columns_write(&tile, after < NETWORK_ROWS, tile_ids, weights + (size_t)first * k);
+        else
+#endif
         tile_weights(&tile, weights + (size_t)first * k, tally);
         for (uint32_t r = 0; r < tile.rows && call->want_prefetch; r++)
             if (tile.row[r].statistics.finite) row_prefetch(&tile, &tile.row[r], tally);

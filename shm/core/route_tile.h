@@ -12,8 +12,7 @@ static inline void tile_load(struct route_tile *tile, const struct route_call *c
     for (uint32_t r = 0; r < tile->rows; r++) tile->row[r].ids = ids + r * tile->rule->top_k;
     tile->transposed = 0;
 #if ROUTE_VECTOR
-    tile->transposed = columns_apply(tile->rule, call, tile->rows) && columns_begin(tile, logits);
-    if (tile->transposed && call->policy == POLICY_RANGE) columns_statistics(tile);
+    tile->transposed = columns_apply(tile->rule, call, tile->rows) && columns_begin(tile, logits, call->policy == POLICY_RANGE);
 #else
     (void)call;
 #endif
@@ -68,10 +67,10 @@ static inline void tile_restrict(struct route_tile *tile) {
 
 #if ROUTE_VECTOR
 /* Columns of selections into row->truth, or into row->ids. */
-static inline void tile_take(struct route_tile *tile, int into_truth, int32_t (*chosen)[BLOCK_LANES]) {
+static inline void tile_take(struct route_tile *tile, int into_truth) {
     for (uint32_t r = 0; r < tile->rows; r++) {
         int32_t *ids = into_truth ? tile->row[r].truth : tile->row[r].ids;
-        for (uint32_t i = 0; i < tile->rule->top_k; i++) ids[i] = chosen[i][r];
+        for (uint32_t i = 0; i < tile->rule->top_k; i++) ids[i] = tile->columns.chosen[i][r];
     }
 }
 #endif
@@ -81,9 +80,8 @@ static inline void tile_select(struct route_tile *tile, int into_truth) {
     const struct route_rule *rule = tile->rule;
 #if ROUTE_VECTOR
     if (tile->transposed) {
-        _Alignas(64) int32_t chosen[NETWORK_ROWS][BLOCK_LANES];
-        columns_select(tile, chosen);
-        tile_take(tile, into_truth, chosen);
+        columns_select(tile, tile->adjusted, tile->columns.chosen);
+        tile_take(tile, into_truth);
         return;
     }
 #endif
@@ -104,9 +102,7 @@ static inline void tile_select(struct route_tile *tile, int into_truth) {
 static inline void tile_prefer(struct route_tile *tile, const float *amounts) {
 #if ROUTE_VECTOR
     if (tile->transposed) {
-        _Alignas(64) int32_t chosen[NETWORK_ROWS][BLOCK_LANES];
-        columns_prefer(tile, amounts, chosen);
-        tile_take(tile, 0, chosen);
+        columns_prefer(tile, amounts);
         return;
     }
 #endif
@@ -116,12 +112,14 @@ static inline void tile_prefer(struct route_tile *tile, const float *amounts) {
 
 /* The factor that makes row_share() probabilities; computes what it needs when it is first called. */
 static inline float row_scale(struct route_tile *tile, struct route_row *row) {
-    if (*row->scale != 0) return *row->scale;
 #if ROUTE_VECTOR
     if (tile->transposed) {
-        columns_scale(tile);
+        columns_shares(tile);
         return *row->scale;
     }
+#endif
+    if (*row->scale != 0) return *row->scale;
+#if ROUTE_VECTOR
     if (row->vector)
         return *row->scale = vector_shares(row->logits, tile->rule->num_experts, row->statistics.max, row->share);
 #endif

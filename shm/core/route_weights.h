@@ -41,15 +41,6 @@ static inline void row_weights(struct route_tile *tile, struct route_row *row, f
 static inline void tile_weights(struct route_tile *tile, float *weights, struct route_tally *tally) {
     const struct route_rule *rule = tile->rule;
     uint32_t k = rule->top_k;
-#if ROUTE_VECTOR
-    if (tile->transposed) {
-        _Alignas(64) float by_rank[NETWORK_ROWS][BLOCK_LANES];
-        columns_weights(tile, by_rank);
-        for (uint32_t r = 0; r < tile->rows; r++, weights += k)
-            for (uint32_t i = 0; i < k; i++) weights[i] = by_rank[i][r];
-        return;
-    }
-#endif
     for (uint32_t r = 0; r < tile->rows; r++, weights += k) {
         struct route_row *row = &tile->row[r];
         tally->nan_logits += row->statistics.nan;

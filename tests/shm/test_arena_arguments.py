@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
     "unpin": ((0, 0), (PROCESS, ("pin", 4))),
     "unpin_all": ((0,), (PROCESS,)),
     "pinned": ((0,), (EXPERT,)),
+    "pin_for_user": ((0, 1), (EXPERT, ("pinned", 2))),
     "find": ((0,), (EXPERT,)),
     "requested": ((0, 1), (EXPERT, ("urgent", 2))),
     "request_urgent": ((0,), (EXPERT,)),
@@ -50,7 +51,7 @@ METHODS: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
     "prefetch_begin": ((0, 0), (SLOT, EXPERT)),
     "load_publish": ((0, 0, 1, 0, 0), (SLOT,)),
 }
-WITHOUT_ARGUMENTS = ("recover", "urgent_requests", "prefetch_requests", "resident_experts")
+WITHOUT_ARGUMENTS = ("recover", "urgent_requests", "prefetch_requests", "resident_experts", "user_pins")
 
 
 @pytest.fixture

@@ -156,6 +156,17 @@ def test_a_pinned_expert_is_not_evicted(private: Segment, arena: _core.Arena) ->
     assert arena.evict_begin(0)
 
 
+def test_what_the_user_pins_is_not_evicted(private: Segment, arena: _core.Arena) -> None:
+    load(arena, 0, 75)
+    for expert in (6, 75, 209):
+        arena.pin_for_user(expert, True)
+    assert arena.user_pins() == [6, 75, 209]
+    assert not arena.evict_begin(0)
+    arena.pin_for_user(75, False)
+    assert arena.user_pins() == [6, 209]
+    assert arena.evict_begin(0)
+
+
 def test_two_pins_on_one_expert_are_two(arena: _core.Arena) -> None:
     arena.want(0, 0, 75)
     arena.want(1, 2, 75)

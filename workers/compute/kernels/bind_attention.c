@@ -6,6 +6,8 @@
 
 #include <math.h>
 
+#define NEIGHBOUR_NBYTES 1024 /* read by one thread one after another: memory is slower in smaller pieces */
+
 static void attention_part(void *context, size_t begin, size_t end) { kernels->attention(context, begin, end); }
 
 /* pages, format, layer, tables, table_starts, positions: where the keys and values of each row's sequence lie. */
@@ -118,6 +120,16 @@ PyObject *py_write_kv(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     return PyLong_FromSsize_t(refused);
 }
 
+/* Query heads that one thread takes at least: whole groups, so that two do not convert the same rows, and as many
+ * neighbours as make up NEIGHBOUR_NBYTES of a row while every thread still has some. */
+static size_t attention_grain(const struct attention *op) {
+    size_t head_nbytes = kv_row_nbytes(op->pages.format, op->pages.head_dim);
+    size_t share = op->pages.num_kv_heads / (size_t)pool_threads();
+    size_t kv_heads = (NEIGHBOUR_NBYTES + head_nbytes - 1) / head_nbytes;
+    if (kv_heads > share) kv_heads = share ? share : 1;
+    return kv_heads * (op->num_heads / op->pages.num_kv_heads);
+}
+
 PyObject *py_attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct arrays arrays = {.count = 0};
@@ -151,9 +163,7 @@ PyObject *py_attention(PyObject *self, PyObject *const *args, Py_ssize_t count) 
     for (size_t row = 0; row < (size_t)queries->shape[0]; row++)
         work += 2.0 * (double)((size_t)op.pages.positions[row] + 1 - attention_start(&op, row)) *
                 (double)(op.num_heads * op.pages.head_dim);
-    /* Whole groups, so that two threads do not convert the same rows. */
-    size_t grain = op.num_heads / op.pages.num_kv_heads;
-    parallel_for((size_t)queries->shape[0] * op.num_heads, grain, work, attention_part, &op);
+    parallel_for((size_t)queries->shape[0] * op.num_heads, attention_grain(&op), work, attention_part, &op);
     Py_END_ALLOW_THREADS
     release(&arrays);
     Py_RETURN_NONE;

@@ -9,7 +9,8 @@
 #endif
 
 #define WEIGHT_BLOCK_BYTES (256 * 1024) /* about half of a second-level cache */
-#define ATTENTION_TILE 16               /* positions; a multiple of 16; longer ones overflow the caches with fetched rows */
+#define ATTENTION_TILE 16               /* positions; a multiple of 16; the rows of all heads fit the second-level cache */
+#define FETCH_AHEAD 12                  /* rows (of a token, all heads) between the one read and the one fetched; at most a tile */
 #define ATTENTION_FLOATS 4096           /* of queries that one pass over the pages serves: they stay in the first level */
 #define ATTENTION_HEADS 64              /* query heads that one pass serves */
 #define MAX_TILE_ROWS 4

@@ -107,6 +107,8 @@ int pool_resize(int threads) {
     return error;
 }
 
+int pool_threads(void) { return pool.size + 1; }
+
 void parallel_for(size_t count, size_t grain, double work, loop_part *part, void *context) {
     int alone = work < MIN_PARALLEL_WORK || pthread_mutex_trylock(&pool.busy);
     if (!alone && pool.size == 0) {
@@ -117,7 +119,7 @@ void parallel_for(size_t count, size_t grain, double work, loop_part *part, void
         part(context, 0, count);
         return;
     }
-    size_t pieces = (size_t)(pool.size + 1) * 4; /* more than threads: a slow core then holds up less */
+    size_t pieces = (size_t)pool_threads() * 4; /* more than threads: a slow core then holds up less */
     pthread_mutex_lock(&pool.lock);
     pool.step = (count + pieces - 1) / pieces;
     pool.step = (pool.step + grain - 1) / grain * grain;

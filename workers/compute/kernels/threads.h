@@ -15,6 +15,9 @@ void parallel_for(size_t count, size_t grain, double work, loop_part *part, void
 /* Ends the pool's threads and starts `threads` - 1 new ones; 0, or the error number of pthread_create. */
 int pool_resize(int threads);
 
+/* How many threads share a loop, the caller's own included. */
+int pool_threads(void);
+
 /* In a forked child, where the threads of the parent do not exist. */
 void pool_forget(void);
 
