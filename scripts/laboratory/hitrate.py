@@ -1,5 +1,6 @@
-"""Hit rates of eviction policies on recorded expert demands, beside Belady's MIN.
+"""Hit rates of eviction policies on recorded expert demands, or of a model that decodes text (quality.py).
 
+    scripts/hitrate --model FOLDER ...
     scripts/hitrate --trace FILE [--budgets 12.5,25,37.5,50] [--policies lru,affinity,td,min] [--batch 1,4,8]
 
 Replay is event-atomic: a layer's whole set is looked up against one snapshot of the cache. An expert that several
@@ -15,17 +16,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
+from laboratory import quality
+from laboratory.arguments import numbers, slots_per_layer
 from laboratory.traces import Trace, load_trace
 from rich.console import Console
 from rich.table import Table
 
 from hotset.runtime.eviction import check_pool
 from hotset.workers.eviction.replay import MIN, replay
-
-Number = TypeVar("Number", int, float)
 
 POLICIES = "lru,lfu,adaptive,affinity@always,affinity@bypass,td,min"
 BUDGETS = "12.5,25,37.5,50"
@@ -68,15 +69,6 @@ def measure(
 
             rows += threads.map(lambda pair: one(*pair), [(p, b) for p in policies for b in budgets])
     return rows
-
-
-def slots_per_layer(budget: float, num_experts: int) -> int:
-    slots = int(num_experts * budget / 100)
-    if not 1 <= slots <= num_experts:
-        raise ValueError(
-            f"a budget of {budget:g} % of {num_experts} experts is {slots} slots, expected 1 to {num_experts}"
-        )
-    return slots
 
 
 def tables(rows: list[Row]) -> Iterator[Table]:
@@ -128,30 +120,68 @@ def plot(rows: list[Row], name: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+TRACE_ONLY = {"experts": None, "floor": None}
+MODEL_ONLY = {
+    "routing": quality.ROUTING,
+    "strengths": [],
+    "tokens": 73_728,
+    "texts": 12,
+    "window": 1024,
+    "warm_up": 2,
+    "results": None,
+    "threads": 2,
+}
+"""Options of one mode and their defaults; the other refuses them."""
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/hitrate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--trace", type=Path, required=True, help=".npz, or a folder with events.csv")
+    parser = argparse.ArgumentParser(
+        prog="scripts/hitrate", description=(__doc__ or "").split("\n")[0], argument_default=argparse.SUPPRESS
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path, help=".npz, or a folder with events.csv: replay it")
+    source.add_argument("--model", type=Path, help="folder of a checkpoint: decode held-out text with it")
     parser.add_argument("--budgets", default=BUDGETS, help=f"percent of the experts that are resident ({BUDGETS})")
-    parser.add_argument("--policies", default=POLICIES, help=f"what serving takes, and min ({POLICIES})")
+    parser.add_argument(
+        "--policies", help=f"what serving takes, and, with a trace, min ({POLICIES}; {quality.POLICIES})"
+    )
     parser.add_argument("--batch", default="1", help="tokens per step (1)")
-    parser.add_argument("--experts", type=int, help="per layer, if the trace does not say (the largest id + 1)")
     parser.add_argument(
         "--pool", choices=("layer", "shared"), default="layer", help="slots of each layer's own, or one pool"
     )
-    parser.add_argument("--floor", type=int, default=None, help="experts that each layer keeps in a shared pool (0)")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--plot", type=Path, help="draw it into this .png")
-    return parser.parse_args(arguments)
-
-
-def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
-    try:
-        return [kind(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} is {text!r}, expected numbers with commas between them") from None
+    parser.add_argument("--json", action="store_true", default=False, help="one JSON object")
+    parser.add_argument("--plot", type=Path, default=None, help="draw it into this .png")
+    trace = parser.add_argument_group("with --trace")
+    trace.add_argument("--experts", type=int, help="per layer, if the trace does not say (the largest id + 1)")
+    trace.add_argument("--floor", type=int, help="experts that each layer keeps in a shared pool (0)")
+    model = parser.add_argument_group("with --model")
+    model.add_argument("--routing", help=f"policies ({quality.ROUTING})")
+    model.add_argument("--strengths", action="append", metavar="ROUTING=S,S,...", help="instead of the usual ones")
+    model.add_argument("--tokens", type=int, help="at least so many are counted (73728)")
+    model.add_argument("--texts", type=int, help="decoded side by side, a multiple of the batch (12)")
+    model.add_argument("--window", type=int, help="tokens of a context, at most as many as the model has (1024)")
+    model.add_argument("--warm-up", type=int, help="windows of each text that are not counted (2)")
+    model.add_argument("--results", type=Path, help="keep what was measured in this file, and go on from it")
+    model.add_argument("--threads", type=int, help="(2)")
+    options = parser.parse_args(arguments)
+    mode, other = (MODEL_ONLY, TRACE_ONLY) if "model" in options else (TRACE_ONLY, MODEL_ONLY)
+    for name in other:
+        if name in options:
+            parser.error(f"--{name.replace('_', '-')} is for --{'trace' if 'model' in options else 'model'}")
+    for name, value in mode.items():
+        vars(options).setdefault(name, value)
+    vars(options).setdefault("policies", quality.POLICIES if "model" in options else POLICIES)
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
+    if "model" in options:
+        quality.run(options)
+    else:
+        run_trace(options)
+
+
+def run_trace(options: argparse.Namespace) -> None:
     budgets = numbers("--budgets", options.budgets, float)
     batches = numbers("--batch", options.batch, int)
     policies = options.policies.split(",")
