@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from hotset.runtime.calibrator import DEFAULT_TOKENS
 from hotset.runtime.errors import HotsetError
 
 INTERRUPTED = 130
@@ -169,6 +170,74 @@ def pack(
     print(f"{packer.count} experts, {format_nbytes(packer.nbytes)}, are in {out}")
 
 
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or GGUF file; without it the shipped model.")
+    ] = None,
+    max_ppl: Annotated[str | None, typer.Option(help="Perplexity that it may cost: 0.25% ...")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Divergence that it may cost, in nats per token: 0.01 ...")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="What to decode, best what you serve; without it Python sources.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How much of it.", min=1)] = DEFAULT_TOKENS,
+    expert_budget: Annotated[str, typer.Option(help="Share of the experts for which the limit holds.")] = "25%",
+    routing: Annotated[str, typer.Option(help="bonus, range, mass or resnorm.")] = "resnorm",
+    eviction: Annotated[str, typer.Option(help="See generate.")] = "affinity",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Find how strongly routing may prefer experts in memory, and remember it for this model."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hotset.runtime.calibrator import calibrate as measure
+    from hotset.runtime.calibrator import parse_limit, start_message
+    from hotset.runtime.config import TRAINED_MODEL
+    from hotset.runtime.model.gguf_folder import model_folder
+
+    folder = model_folder(Path(model or TRAINED_MODEL))
+    start = start_message(folder, parse_limit(max_kl, max_ppl), text, tokens, expert_budget, routing, eviction)
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(progress: Any) -> None:
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total)
+            bar.update(tasks[progress.phase], completed=progress.done)
+
+        calibration = measure(start, report)
+    path = calibration.save(folder)
+    if as_json:
+        print(msgspec.json.encode(calibration).decode())
+        return
+    _print_calibration(calibration)
+    print(f"remembered in {path}")
+
+
+def _print_calibration(calibration: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("experts in memory", "hits", "hits, routing off", "perplexity", "KL"):
+        table.add_column(name, justify="right")
+    for expected in calibration.expectations:
+        table.add_row(
+            f"{expected.budget:.1%}",
+            f"{expected.hit_rate:.1%}",
+            f"{expected.exact_hit_rate:.1%}",
+            f"{expected.perplexity_change:+.2%}",
+            f"{expected.divergence:.4f}",
+        )
+    console = Console(highlight=False)
+    console.print(f"{calibration.routing} {calibration.strength:g} costs {calibration.limit}; on {calibration.text}:")
+    console.print()
+    console.print(table)
+    console.print()
+
+
 def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any]:
     """The JSON object: lists for text and token_ids where there were several prompts."""
     tokens = sum(len(completion.token_ids) for completion in completions)
@@ -188,6 +257,7 @@ def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any
             "prefetch": stats.prefetch_page_ins,
             "warm_start": stats.warm_page_ins,
         },
+        "preference": {**msgspec.to_builtins(stats.preference), "text": str(stats.preference)},
         "routing_us": {"mean": round(stats.routing.mean, 3), "p99": round(stats.routing.p99, 3)},
         "kv_pages_used": stats.kv_pages_peak,
         "expert_bytes_resident": stats.resident_expert_bytes,
@@ -219,7 +289,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
         ("would have hit", _regret_text(report["regret"])),
         ("page-ins", _page_ins_text(page_ins)),
-        ("routing", f"mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
+        ("routing", f"{report['preference']['text']}; mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
         ("KV pages used", f"{report['kv_pages_used']}"),
         (
             "experts in memory",

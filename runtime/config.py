@@ -12,6 +12,12 @@ import msgspec
 from hotset.runtime.eviction import parse_eviction
 
 RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]
+STRENGTH_OPTIONS: dict[RoutingPolicy, str] = {
+    "bonus": "cache_bonus",
+    "range": "range_strength",
+    "mass": "mass_budget",
+    "resnorm": "resnorm_strength",
+}
 PrefetchPolicy = Literal["off", "displaced"]
 KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
@@ -53,13 +59,13 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         memory: for everything: processes, dense weights, KV pages and experts, as many as fit ("4GiB"). See plan.py.
         expert_budget: memory for experts alone, instead of `memory`: "50%" of them, or bytes (4_000_000_000, "4GB",
             "4GiB"). Where neither is given, it is "50%".
-        routing: "off" selects by gate logits alone, and only then is text repeatable. The others prefer resident
-            experts: "bonus" adds `cache_bonus` to their logits; "range" adds `range_strength` times the running mean
-            of a layer's max - min; "mass" replaces others by them while the gate probability given up by a token
+        routing: "off" selects by gate logits alone, and only then is text repeatable. The others prefer experts that
+            are in memory: "bonus" adds `cache_bonus` to their logits; "range" adds `range_strength` times the running
+            mean of a layer's max - min; "mass" replaces others by them while the gate probability given up by a token
             stays within `mass_budget`; "resnorm" adds `resnorm_strength` times the token's largest probability to
-            theirs, the more the less experts add to the token's state. See `RouterConfig`. The default, a mild
-            "range", has not been calibrated against perplexity: on the shipped model it gives up 0.8 % of the gate's
-            probability mass.
+            theirs, the more the less experts add to the token's state. See `RouterConfig`.
+        cache_bonus, range_strength, mass_budget, resnorm_strength: the strength of the policy whose it is; refused with
+            another. None is what `hotset calibrate` found for the model, or else a cautious default.
         prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
             model 2 to 7 % of them were used before they went again, so the default is "off".
         eviction: which expert goes when a slot is needed: "affinity" the one used least lately, "td" the one that is
@@ -85,11 +91,11 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = msgspec.field(default_factory=_default_workers)
     memory: str | int | None = None
     expert_budget: str | int | None = None
-    routing: RoutingPolicy = "range"
-    cache_bonus: float = 0.15
-    range_strength: float = 0.1
-    mass_budget: float = 0.004
-    resnorm_strength: float = 0.1
+    routing: RoutingPolicy = "resnorm"
+    cache_bonus: float | None = None
+    range_strength: float | None = None
+    mass_budget: float | None = None
+    resnorm_strength: float | None = None
     prefetch: PrefetchPolicy = "off"
     eviction: str = "affinity"
     read_lanes: int | None = None
@@ -123,10 +129,17 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "memory decides how many experts fit"
             )
         parse_eviction(self.eviction)
-        for name in ("cache_bonus", "range_strength", "mass_budget", "resnorm_strength"):
+        for policy, name in STRENGTH_OPTIONS.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
+            if policy != self.routing:
+                raise ValueError(
+                    f"{name} is {value!r} and routing is {self.routing!r}, expected the strength of that policy: "
+                    f"{name} is for routing {policy!r}"
+                )
         for name, choices in (
             ("routing", RoutingPolicy),
             ("prefetch", PrefetchPolicy),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from hotset.runtime.completion import FinishReason
-from hotset.runtime.config import BackendConfig
+from hotset.runtime.config import BackendConfig, RoutingPolicy
+from hotset.runtime.model.calibration import Calibration
 from hotset.runtime.plan import InstancePlan
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.stats import BackendStats, Regret
@@ -271,6 +274,40 @@ FromClient = (
     | Shutdown
 )
 Reply = StatsReply | Defragmented | CacheChecked | ExpertsPinned | ExpertsPagedOut
+
+
+# ---- hotset calibrate -> its measuring process, and back
+
+
+class StartCalibration(Message, frozen=True, tag=True):
+    """Find the strength at which `routing` costs `limit` of `measure` with `budget` of the experts (0 to 1) in memory.
+
+    `tokens` of the file `text` are decoded, or as many as it has; None is Python sources of this installation.
+    """
+
+    model: str
+    routing: RoutingPolicy
+    eviction: str
+    budget: float
+    measure: Literal["perplexity", "divergence"]
+    limit: float
+    limit_text: str
+    text: str | None
+    tokens: int
+
+
+class CalibrationProgress(Message, frozen=True, tag=True):
+    """Steps of the whole calibration; `phase` says what they are for."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class CalibrationDone(Message, frozen=True, tag=True):
+    calibration: Calibration
+
+
 ToClient = InstanceReady | InstanceFailed | Generated | Reply
 ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
 FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
@@ -278,3 +315,5 @@ ToPager = StartPager | StopWorking
 FromPager = PagerReady | ExpertFailed | WarmStartProblem | ProcessFailed
 ToRegret = StartRegret | ForgetDemands | StopWorking
 FromRegret = RegretMeasured | ProcessFailed
+ToCalibrator = StartCalibration | StopWorking
+FromCalibrator = CalibrationProgress | CalibrationDone | ProcessFailed

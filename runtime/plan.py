@@ -11,6 +11,7 @@ from hotset.runtime.errors import BudgetTooSmall, MemoryTooSmall
 from hotset.runtime.eviction import check_pool
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.routing_preference import RoutingPreference, routing_preference
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Geometry, Layout
 
@@ -50,7 +51,7 @@ class MemorySplit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InstancePlan(msgspec.Struct, frozen=True):
-    """The sizes of one instance: what the client decided at start, and every process builds on."""
+    """The sizes of one instance and how it routes: what the client decided at start, and every process builds on."""
 
     geometry: Geometry
     max_model_len: int
@@ -58,6 +59,7 @@ class InstancePlan(msgspec.Struct, frozen=True):
     read_lanes: int  # slots that may be loading at once
     eos_token_ids: tuple[int, ...]
     memory: MemorySplit
+    routing: RoutingPreference
 
     @property
     def expert_budget_nbytes(self) -> int:
@@ -78,7 +80,8 @@ class InstancePlan(msgspec.Struct, frozen=True):
 
 
 def plan_instance(config: BackendConfig, model: ModelConfig, checkpoint: Checkpoint) -> InstancePlan:
-    """Decides the sizes. Raises `BudgetTooSmall`, `MemoryTooSmall`, or `ValueError` for a bad setting."""
+    """Decides the sizes. Raises `BudgetTooSmall`, `MemoryTooSmall`, `UnusableCalibration`, or `ValueError` for a bad
+    setting."""
     return _Planner(config, model, checkpoint).plan()
 
 
@@ -128,6 +131,7 @@ class _Planner:
             expert_nbytes=self.checkpoint.expert_nbytes,
             read_lanes=self._read_lanes(num_slots),
             eos_token_ids=self.model.eos_token_ids,
+            routing=routing_preference(self.config),
             memory=MemorySplit(
                 processes=self._processes_nbytes(),
                 dense_weights=self.checkpoint.dense_nbytes,

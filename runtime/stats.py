@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from hotset.runtime.metrics import Latency, MoeMetrics
 from hotset.runtime.plan import InstancePlan
+from hotset.runtime.routing_preference import RoutingPreference
 from hotset.runtime.scheduler import Scheduler
 from hotset.runtime.user_pins import UserPins
 from hotset.shm.counters import Counter
@@ -50,6 +51,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     prefetch_hits: int
     evictions: int
     bytes_read: int
+    preference: RoutingPreference
     routing_decisions: int
     routing: Latency
     paging: Latency
@@ -133,6 +135,7 @@ class InstanceCounters:
             prefetch_hits=counts[Counter.PREFETCH_HITS],
             evictions=counts[Counter.EVICTIONS],
             bytes_read=counts[Counter.BYTES_READ],
+            preference=plan.routing,
             routing_decisions=routing.routing_decisions,
             routing=routing.routing_latency,
             paging=routing.paging_latency,

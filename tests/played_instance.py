@@ -11,6 +11,7 @@ from hotset.runtime.config import BackendConfig
 from hotset.runtime.dispatcher import Dispatcher
 from hotset.runtime.messages import Generated
 from hotset.runtime.plan import InstancePlan, MemorySplit
+from hotset.runtime.routing_preference import RoutingPreference
 from hotset.shm.layout import Geometry, Section
 from hotset.shm.segment import Segment
 
@@ -57,7 +58,8 @@ class PlayedInstance:
         self.client = Client()
         self.inbox: dict[int, list[Any]] = {worker: [] for worker in range(num_workers)}
         no_memory = MemorySplit(processes=0, dense_weights=0, experts=0, kv_pages=0, bookkeeping=0)
-        instance = _Instance(InstancePlan(self.geometry, max_model_len, 0, 1, (END_OF_TEXT,), no_memory))
+        exact = RoutingPreference("off", 0.0, "given")
+        instance = _Instance(InstancePlan(self.geometry, max_model_len, 0, 1, (END_OF_TEXT,), no_memory, exact))
         self.arena = instance.arena
         self.dispatcher = Dispatcher(
             BackendConfig(workers=num_workers, block_size=4),

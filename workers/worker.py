@@ -94,11 +94,8 @@ class Worker:
         router = MemoryAwareRouter(
             router_config(
                 model,
-                policy=start.config.routing,
-                cache_bonus=start.config.cache_bonus,
-                range_strength=start.config.range_strength,
-                mass_budget=start.config.mass_budget,
-                resnorm_strength=start.config.resnorm_strength,
+                policy=start.plan.routing.policy,
+                **start.plan.routing.router_options(),
             ),
             num_layers=model.num_layers,
             segment=self._segment,

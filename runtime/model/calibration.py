@@ -1,0 +1,81 @@
+"""How strongly a model's routing may prefer experts in memory: what `hotset calibrate` found, in the model's cache.
+
+There is a file for each routing policy. It holds for the weights that were measured: others have another folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from hotset.runtime.errors import HotsetError
+from hotset.runtime.model.model_cache import model_cache, replace_file
+
+
+class UnusableCalibration(HotsetError):
+    """There is a calibration at `path`, but it cannot be read."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"the calibration {path} cannot be used ({problem}): delete it, or calibrate again")
+        self.path = path
+
+
+class Expectation(msgspec.Struct, frozen=True):
+    """What to expect with a share `budget` of the experts in memory; all numbers but the divergence from 0 to 1.
+
+    Attributes:
+        hit_rate, exact_hit_rate: with the calibrated preference, and with routing "off".
+        perplexity_change: relative to exact routing, so 0.0025 is +0.25 %.
+        divergence: mean KL(exact || this) of the next token's distribution, in nats.
+    """
+
+    budget: float
+    hit_rate: float
+    exact_hit_rate: float
+    perplexity_change: float
+    divergence: float
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """The strength of a routing policy for one model.
+
+    Attributes:
+        routing, strength: the policy, and the strongest preference within `limit`.
+        limit: what was allowed, in words.
+        text, tokens: what it was measured on.
+        eviction: with which policy.
+        expectations: by ascending budget.
+    """
+
+    routing: str
+    strength: float
+    limit: str
+    text: str
+    tokens: int
+    eviction: str
+    expectations: list[Expectation]
+
+    @staticmethod
+    def path(model: Path, routing: str) -> Path:
+        return model_cache(model) / f"calibration-{routing}.json"
+
+    @classmethod
+    def load(cls, model: Path, routing: str) -> Calibration | None:
+        """Of the model folder or file; None if it has not been calibrated. Raises `UnusableCalibration`."""
+        path = cls.path(model, routing)
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=cls)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            raise UnusableCalibration(path, str(error)) from None
+        if found.routing != routing or not 0 <= found.strength < float("inf"):
+            raise UnusableCalibration(path, f"it is for {found.routing} with strength {found.strength}")
+        return found
+
+    def save(self, model: Path) -> Path:
+        """Replaces the file. Raises `OSError`."""
+        path = self.path(model, self.routing)
+        replace_file(path, msgspec.json.format(msgspec.json.encode(self)))
+        return path
