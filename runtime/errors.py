@@ -12,12 +12,12 @@ class BackendError(HotsetError):
 
 
 class BudgetTooSmall(BackendError):
-    """The expert budget gives `slots` slots; `needed` are the least that cannot deadlock."""
+    """The expert budget gives `slots` slots; `needed` of `nbytes` together are the least that cannot deadlock."""
 
-    def __init__(self, given: str, slots: int, needed: int, slot_nbytes: int) -> None:
+    def __init__(self, given: str, slots: int, needed: int, nbytes: int) -> None:
         super().__init__(
             f"the expert budget {given} holds {slots} experts, but at least {needed} are needed "
-            f"({needed * slot_nbytes} bytes); give a larger budget or fewer workers"
+            f"({nbytes} bytes); give a larger budget or fewer workers"
         )
         self.slots = slots
         self.needed = needed

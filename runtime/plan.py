@@ -9,14 +9,20 @@ import msgspec
 from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
 from hotset.runtime.errors import BudgetTooSmall, MemoryTooSmall
 from hotset.runtime.eviction import check_pool
+from hotset.runtime.expert_slots import (
+    all_nbytes,
+    expert_budget_nbytes,
+    expert_classes,
+    least_slots,
+    split_slots,
+)
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import RoutingPreference, routing_preference
 from hotset.shm.kv_page_format import KvFormat
-from hotset.shm.layout import Geometry, Layout
+from hotset.shm.layout import Geometry, Layout, SlotClass
 
 DEFAULT_READ_LANES = 4  # where there are slots enough
-SLOT_ALIGNMENT = 4096  # bytes; preadv and O_DIRECT want whole pages
 DEFAULT_EXPERT_BUDGET = "50%"
 MAX_DEFAULT_KV_NBYTES = 2**30
 DEMAND_WORDS = 1 << 16  # of a process: 18 steps of 16 sequences through 24 layers
@@ -55,7 +61,7 @@ class InstancePlan(msgspec.Struct, frozen=True):
 
     geometry: Geometry
     max_model_len: int
-    expert_nbytes: int
+    expert_nbytes: int  # of the largest, if they are not all of one format
     read_lanes: int  # slots that may be loading at once
     eos_token_ids: tuple[int, ...]
     memory: MemorySplit
@@ -63,7 +69,7 @@ class InstancePlan(msgspec.Struct, frozen=True):
 
     @property
     def expert_budget_nbytes(self) -> int:
-        return self.geometry.num_slots * self.geometry.slot_nbytes
+        return self.geometry.slots_nbytes
 
     @property
     def num_workers(self) -> int:
@@ -85,27 +91,13 @@ def plan_instance(config: BackendConfig, model: ModelConfig, checkpoint: Checkpo
     return _Planner(config, model, checkpoint).plan()
 
 
-def expert_budget_slots(budget: str | int, num_experts: int, slot_nbytes: int) -> int:
-    """How many of `num_experts` experts a budget holds: a percentage of them, or bytes for slots of `slot_nbytes`."""
-    if isinstance(budget, str) and budget.strip().endswith("%"):
-        text = budget.strip()[:-1]
-        try:
-            share = float(text)
-        except ValueError:
-            share = -1.0
-        if not 0 < share <= 100:
-            raise ValueError(f"the expert budget is {budget!r}, expected a percentage over 0 and up to 100")
-        return int(num_experts * share / 100)
-    return min(num_experts, parse_nbytes(budget) // slot_nbytes)
-
-
 class _Planner:
     def __init__(self, config: BackendConfig, model: ModelConfig, checkpoint: Checkpoint) -> None:
         self.config = config
         self.model = model
         self.checkpoint = checkpoint
         self.num_experts = model.num_experts_in_all
-        self.slot_nbytes = -(-checkpoint.expert_nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        self.classes = expert_classes(checkpoint)
         self.page_nbytes = model.kv_page_layout(config.block_size, KvFormat(config.kv_cache_dtype)).page_nbytes
         self.max_model_len = config.max_model_len or model.max_position_embeddings
         if not 1 <= self.max_model_len <= model.max_position_embeddings:
@@ -113,58 +105,64 @@ class _Planner:
                 f"max_model_len is {self.max_model_len}, expected 1 to {model.max_position_embeddings}, "
                 "which the model was trained for"
             )
-        # The user and every worker can hold all their pins and the pager still finds a slot to load into: else two
-        # workers that wait for each other's slots would wait for ever.
+        # The user and every worker can hold all their pins, all of one size, and the pager still finds a slot to load
+        # into: else two workers that wait for each other's slots would wait for ever.
         self.pinned_slots = config.workers * model.experts_per_token + config.user_pins
-        self.least_slots = self.pinned_slots + (config.read_lanes or 1)
+        self.least_of_a_size = self.pinned_slots + (config.read_lanes or 1)
+        least = least_slots(self.classes, self.least_of_a_size)
+        self.least_slots = sum(slots.count for slots in least)
+        self.least_nbytes = sum(slots.count * slots.nbytes for slots in least)
         self.blocks_per_sequence = -(-self.max_model_len // config.block_size)
         self.pages_for_all = config.max_num_seqs * self.blocks_per_sequence
 
     def plan(self) -> InstancePlan:
-        num_slots, num_pages = self._slots_and_pages()
+        slots, num_pages = self._slots_and_pages()
+        geometry = self._geometry(slots, num_pages)
         cycle = self.num_experts // self.model.num_experts * self.model.experts_per_token  # of one token, all layers
-        check_pool(self.config.eviction, slots=num_slots, cycle=cycle)
-        geometry = self._geometry(num_slots, num_pages)
+        check_pool(self.config.eviction, slots=geometry.num_slots, cycle=cycle)
         return InstancePlan(
             geometry=geometry,
             max_model_len=self.max_model_len,
             expert_nbytes=self.checkpoint.expert_nbytes,
-            read_lanes=self._read_lanes(num_slots),
+            read_lanes=self._read_lanes(geometry.num_slots),
             eos_token_ids=self.model.eos_token_ids,
             routing=routing_preference(self.config),
             memory=MemorySplit(
                 processes=self._processes_nbytes(),
                 dense_weights=self.checkpoint.dense_nbytes,
-                experts=num_slots * self.slot_nbytes,
+                experts=geometry.slots_nbytes,
                 kv_pages=num_pages * self.page_nbytes,
                 bookkeeping=self._bookkeeping_nbytes(geometry),
             ),
         )
 
-    def _slots_and_pages(self) -> tuple[int, int]:
+    def _slots_and_pages(self) -> tuple[tuple[SlotClass, ...], int]:
         if self.config.memory is None:
             budget = DEFAULT_EXPERT_BUDGET if self.config.expert_budget is None else self.config.expert_budget
-            num_slots = expert_budget_slots(budget, self.num_experts, self.slot_nbytes)
-            if num_slots < self.least_slots:
-                raise BudgetTooSmall(str(budget), num_slots, self.least_slots, self.slot_nbytes)
+            nbytes = expert_budget_nbytes(budget, self.classes)
+            slots = split_slots(nbytes, self.classes, self.least_of_a_size)
+            if slots is None:
+                held = nbytes * self.num_experts // all_nbytes(self.classes)
+                raise BudgetTooSmall(str(budget), held, self.least_slots, self.least_nbytes)
             pages = max(self.blocks_per_sequence, MAX_DEFAULT_KV_NBYTES // self.page_nbytes)
-            return num_slots, self._asked_pages() or min(self.pages_for_all, pages)
+            return slots, self._asked_pages() or min(self.pages_for_all, pages)
         return self._split(parse_nbytes(self.config.memory))
 
-    def _split(self, memory: int) -> tuple[int, int]:
+    def _split(self, memory: int) -> tuple[tuple[SlotClass, ...], int]:
         """Pages get what they are given or a quarter, experts the rest; what experts leave over goes to pages."""
-        largest = self._geometry(self.num_experts, self.pages_for_all)
+        largest = self._geometry(least_slots(self.classes, self.num_experts), self.pages_for_all)
         fixed = self._processes_nbytes() + self.checkpoint.dense_nbytes + self._bookkeeping_nbytes(largest)
         free = memory - fixed
         asked_pages = self._asked_pages()
         num_pages = asked_pages or max(1, min(self.pages_for_all, free // 4 // self.page_nbytes))
-        num_slots = min(self.num_experts, (free - num_pages * self.page_nbytes) // self.slot_nbytes)
-        if num_slots < self.least_slots:
-            needed = fixed + num_pages * self.page_nbytes + self.least_slots * self.slot_nbytes
+        slots = split_slots(free - num_pages * self.page_nbytes, self.classes, self.least_of_a_size)
+        if slots is None:
+            needed = fixed + num_pages * self.page_nbytes + self.least_nbytes
             raise MemoryTooSmall(memory, needed, self.least_slots)
         if asked_pages is None:
-            num_pages = min(self.pages_for_all, (free - num_slots * self.slot_nbytes) // self.page_nbytes)
-        return num_slots, num_pages
+            slots_nbytes = sum(of_a_size.count * of_a_size.nbytes for of_a_size in slots)
+            num_pages = min(self.pages_for_all, (free - slots_nbytes) // self.page_nbytes)
+        return slots, num_pages
 
     def _asked_pages(self) -> int | None:
         if self.config.kv_cache_memory is None:
@@ -177,16 +175,23 @@ class _Planner:
             )
         return num_pages
 
-    def _geometry(self, num_slots: int, num_pages: int) -> Geometry:
+    def _geometry(self, slots: tuple[SlotClass, ...], num_pages: int) -> Geometry:
         config, model = self.config, self.model
-        spare = (num_slots - config.user_pins - self._read_lanes(num_slots)) // (2 * config.workers)
+        num_slots = sum(of_a_size.count for of_a_size in slots)
+        # Pins take at most half of the slots of a size, unless its experts are all there anyway.
+        contended = [
+            of_a_size.count
+            for of_a_size, experts in zip(slots, self.classes, strict=True)
+            if of_a_size.count < experts.count
+        ]
+        free = min(contended, default=num_slots) - config.user_pins - self._read_lanes(num_slots)
+        spare = free // (2 * config.workers)
         return Geometry(
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             num_processes=config.workers + 2,
             pins_per_process=min(model.num_experts, max(model.experts_per_token, spare)),
-            num_slots=num_slots,
-            slot_nbytes=self.slot_nbytes,
+            slot_classes=slots,
             num_pages=num_pages,
             page_nbytes=self.page_nbytes,
             block_size=config.block_size,
@@ -212,5 +217,5 @@ class _Planner:
     def _bookkeeping_nbytes(self, geometry: Geometry) -> int:
         arena = Layout(geometry).nbytes
         page_tables = geometry.num_processes * PAGE_TABLE_ENTRY_NBYTES * (arena // mmap.PAGESIZE)
-        rows = geometry.num_slots * geometry.slot_nbytes + geometry.num_pages * geometry.page_nbytes
+        rows = geometry.slots_nbytes + geometry.num_pages * geometry.page_nbytes
         return arena - rows + page_tables

@@ -12,7 +12,7 @@ from hotset.runtime.routing_preference import RoutingPreference
 from hotset.runtime.scheduler import Scheduler
 from hotset.runtime.user_pins import UserPins
 from hotset.shm.counters import Counter
-from hotset.shm.layout import COUNTERS_PER_PROCESS
+from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
 from hotset.shm.segment import Segment
 
 
@@ -94,6 +94,7 @@ class InstanceCounters:
 
     def __init__(self, segment: Segment) -> None:
         self._arena = segment.arena
+        self._slot_info = segment.view(Section.SLOT_INFO)[:, 0]
         self._metrics = MoeMetrics(segment)
         self._baseline = np.zeros(COUNTERS_PER_PROCESS, np.uint64)
 
@@ -120,7 +121,6 @@ class InstanceCounters:
     ) -> BackendStats:
         """The snapshot that a user gets: what the arena has counted, and what the coordinator knows besides."""
         counts, routing, cache = self.counts(), self._metrics.summary(), scheduler.cache
-        resident = len(self._arena.resident_experts())
         return BackendStats(
             decode_expert_hits=counts[Counter.DECODE_EXPERT_HITS],
             decode_expert_misses=counts[Counter.DECODE_EXPERT_MISSES],
@@ -140,8 +140,8 @@ class InstanceCounters:
             routing=routing.routing_latency,
             paging=routing.paging_latency,
             lost_mass=routing.lost_mass,
-            resident_experts=resident,
-            resident_expert_bytes=resident * plan.expert_nbytes,
+            resident_experts=len(self._arena.resident_experts()),
+            resident_expert_bytes=self._resident_nbytes(plan.geometry.num_slots),
             expert_budget_bytes=plan.expert_budget_nbytes,
             kv_pages_used=cache.num_used_pages,
             kv_pages_peak=scheduler.peak_pages,
@@ -160,6 +160,10 @@ class InstanceCounters:
             warm_start_problem=warm_start_problem,
             regret=regret,
         )
+
+    def _resident_nbytes(self, num_slots: int) -> int:
+        resident = [slot for slot in range(num_slots) if self._arena.slot(slot)[2] == SlotState.RESIDENT]
+        return int(self._slot_info["nbytes"][resident].sum())
 
     def _totals(self) -> npt.NDArray[np.uint64]:
         totals = np.empty(COUNTERS_PER_PROCESS, np.uint64)

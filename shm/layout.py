@@ -129,15 +129,24 @@ HEADER = np.dtype(
 )
 
 
+class SlotClass(msgspec.Struct, frozen=True):
+    """`count` expert slots of `nbytes` bytes: an expert goes into a slot of the smallest class that holds it."""
+
+    count: int
+    nbytes: int
+
+
 class Geometry(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers from which every section's size follows. Zero slots, pages or sequences: those parts are absent."""
+    """The numbers from which every section's size follows. No slots, pages or sequences: those parts are absent.
+
+    Slots are numbered class after class.
+    """
 
     num_layers: int
     num_experts: int  # per layer
     num_processes: int = 1  # rows of counters and pins: one per worker, then the pager, then the coordinator
     pins_per_process: int = 0
-    num_slots: int = 0
-    slot_nbytes: int = 0
+    slot_classes: tuple[SlotClass, ...] = ()
     num_pages: int = 0
     page_nbytes: int = 0
     block_size: int = 16  # tokens per page
@@ -150,20 +159,46 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in self.__struct_fields__:
-            if getattr(self, name) < 0:
+            if name != "slot_classes" and getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.demand_words and (self.demand_words < CACHE_LINE or self.demand_words & (self.demand_words - 1)):
             raise ValueError(
                 f"demand_words is {self.demand_words}, expected 0 or a power of two of at least {CACHE_LINE}"
             )
-        for name in ("slot_nbytes", "page_nbytes"):
-            if getattr(self, name) > MAX_ROW_NBYTES:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at most {MAX_ROW_NBYTES}")
+        for slots in self.slot_classes:
+            if slots.count < 0 or not 0 < slots.nbytes <= MAX_ROW_NBYTES:
+                raise ValueError(
+                    f"slot_classes has {slots.count} slots of {slots.nbytes} bytes, expected at least 0 slots of "
+                    f"1 to {MAX_ROW_NBYTES} bytes"
+                )
+        if self.page_nbytes > MAX_ROW_NBYTES:
+            raise ValueError(f"page_nbytes is {self.page_nbytes}, expected at most {MAX_ROW_NBYTES}")
         if self.num_layers * self.num_experts >= MAX_EXPERT_IDS:
             raise ValueError(
                 f"{self.num_layers} layers x {self.num_experts} experts are too many: the slot word names "
                 f"fewer than {MAX_EXPERT_IDS}"
             )
+
+    @property
+    def num_slots(self) -> int:
+        return sum(slots.count for slots in self.slot_classes)
+
+    @property
+    def slots_nbytes(self) -> int:
+        """Of all slots together, each a whole number of pages."""
+        return sum(slots.count * _round_up(slots.nbytes, PAGE) for slots in self.slot_classes)
+
+    @property
+    def classes_of_slots(self) -> list[int]:
+        """The index of each slot's class."""
+        return [index for index, slots in enumerate(self.slot_classes) for _ in range(slots.count)]
+
+    def class_for(self, nbytes: int) -> int:
+        """The index of the class of slots for experts of this size. Raises ValueError if they fit into none."""
+        fitting = [(slots.nbytes, index) for index, slots in enumerate(self.slot_classes) if slots.nbytes >= nbytes]
+        if not fitting:
+            raise ValueError(f"an expert has {nbytes} bytes, the slots {[s.nbytes for s in self.slot_classes]}")
+        return min(fitting)[1]
 
     @property
     def mask_words(self) -> int:
@@ -227,7 +262,7 @@ def _declarations(g: Geometry) -> Iterator[tuple[Section, npt.DTypeLike, int, in
     pages = g.num_pages + 1 if g.num_pages else 0
     yield Section.PAGE_GENERATIONS, np.dtype("<u4"), pages, 1, 4
     yield Section.KV_PAGES, np.dtype("u1"), pages, g.page_nbytes, CACHE_LINE
-    yield Section.EXPERT_SLOTS, np.dtype("u1"), g.num_slots, g.slot_nbytes, PAGE
+    yield Section.EXPERT_SLOTS, np.dtype("u1"), g.slots_nbytes // PAGE, PAGE, PAGE
     rings = g.num_processes if g.demand_words else 0
     yield Section.DEMANDS, np.dtype("<u2"), rings, DEMAND_RING_HEADER // 2 + g.demand_words, CACHE_LINE
     yield Section.USER_PINS, np.dtype("<u8"), g.num_layers, g.mask_words, CACHE_LINE
@@ -255,6 +290,17 @@ class Layout:
         self.sections = tuple(sections)
         self.nbytes = _round_up(offset, PAGE)
         self.hash = xxhash.xxh3_64_intdigest(self.table().tobytes() + msgspec.msgpack.encode(geometry))
+
+    def slots(self, memory: memoryview | mmap.mmap) -> list[npt.NDArray[np.uint8]]:
+        """Each expert slot's bytes, by its number, nothing copied."""
+        pages: npt.NDArray[np.uint8] = self.view(memory, Section.EXPERT_SLOTS).reshape(-1).view(np.uint8)
+        views: list[npt.NDArray[np.uint8]] = []
+        at = 0
+        for slots in self.geometry.slot_classes:
+            for _ in range(slots.count):
+                views.append(pages[at : at + slots.nbytes])
+                at += _round_up(slots.nbytes, PAGE)
+        return views
 
     def table(self) -> npt.NDArray[np.void]:
         """The section table as it stands in the header page."""

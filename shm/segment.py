@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import posix_ipc
 
 from hotset.shm import _core
@@ -247,6 +248,10 @@ class Segment:
     def view(self, section: Section) -> np.ndarray:
         """The section as an array over the arena, shape [rows, columns]; see `Layout.view`."""
         return self.layout.view(self._mmap, section)
+
+    def slots(self) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of each expert slot, uint8 [nbytes of its class], by the slot's number."""
+        return self.layout.slots(self._mmap)
 
     def close(self) -> None:
         """Lets go of the mapping. Views that are still alive keep it until they are gone."""

@@ -17,7 +17,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.plan import plan_instance
 from hotset.runtime.supervision import Child
 from hotset.shm.counters import Counter
-from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
+from hotset.shm.layout import COUNTERS_PER_PROCESS, SlotState
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import new_instance_name
 from hotset.workers.expert_access import ExpertAccess
@@ -29,7 +29,8 @@ class PagerAlone:
     """Experts of 6 MiB, so that a kill meets some that are half loaded; eight slots, four lanes."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.config = BackendConfig(model=str(folder), workers=1, expert_budget="50%", max_num_seqs=1, **settings)
+        settings = {"workers": 1, "expert_budget": "50%", "max_num_seqs": 1} | settings
+        self.config = BackendConfig(model=str(folder), **settings)
         model = ModelConfig.load(folder)
         self.checkpoint = Checkpoint.open(folder, model)
         self.plan = plan_instance(self.config, model, self.checkpoint)
@@ -65,7 +66,7 @@ class PagerAlone:
         slot = self.arena.find(expert)
         location = self.checkpoint.expert(0, expert)
         expected = [np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in location.parts]
-        memory = self.instance.segment.view(Section.EXPERT_SLOTS)[slot]
+        memory = self.instance.segment.slots()[slot]
         return slot >= 0 and np.array_equal(memory[: location.nbytes], np.concatenate(expected))
 
     def count(self, counter: Counter) -> int:

@@ -57,8 +57,10 @@ class ExpertStore:
                 first = layer * self._num_experts
                 self._checksums[first : first + len(experts)] = [expert.checksum for expert in experts]
         self._files: dict[str, int] = {}
-        self.nbytes = checkpoint.expert_nbytes
-        self._format = WeightFormat[checkpoint.expert_dtype(*checkpoint.expert_ids[0]).upper()]
+
+    def nbytes(self, expert_id: int) -> int:
+        """What it takes in a slot."""
+        return self._location(expert_id).nbytes
 
     def chunks(self, expert_id: int) -> list[Chunk]:
         """What has to be read, in the order of the file."""
@@ -97,7 +99,7 @@ class ExpertStore:
         not what they were."""
         location = self._location(expert_id)
         transpose_parts(location, slot)
-        checksum = xxhash.xxh3_64_intdigest(memoryview(slot)[: self.nbytes])
+        checksum = xxhash.xxh3_64_intdigest(memoryview(slot)[: location.nbytes])
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
             origin = "when it was first read" if self._manifest is None else "when it was packed"
@@ -106,7 +108,8 @@ class ExpertStore:
             layer, expert = divmod(expert_id, self._num_experts)
             raise ExpertReadError(str(first.file), layer, expert, first.offset, problem)
         self._checksums[expert_id] = checksum
-        return checksum, self._format
+        dtype = self._checkpoint.expert_dtype(*divmod(expert_id, self._num_experts))
+        return checksum, WeightFormat[dtype.upper()]
 
     def _location(self, expert_id: int) -> ExpertLocation:
         return self._checkpoint.expert(*divmod(expert_id, self._num_experts))

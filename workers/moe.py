@@ -57,7 +57,7 @@ class MixtureOfExperts:
         prefetch_displaced: bool = False,
     ) -> None:
         self._arena = segment.arena
-        self._slots = segment.view(Section.EXPERT_SLOTS)
+        self._slots = segment.slots()
         self._slot_info = segment.view(Section.SLOT_INFO)
         self._access = ExpertAccess(segment, queue, process)
         self._router = router
@@ -91,7 +91,7 @@ class MixtureOfExperts:
             expert_forward(
                 hidden,
                 selections[expert],
-                self._slots[slot, : info["nbytes"]],
+                self._slots[slot][: info["nbytes"]],
                 int(info["format"]),
                 self._config,
                 outputs,

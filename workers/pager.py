@@ -46,8 +46,8 @@ PREFETCH_EPOCHS = 8  # a prefetch that waited while its layer was routed that of
 class Pager:
     """Begins loads as long as read lanes are free, urgent ones first, and publishes them when they are finished.
 
-    `_expert_in_slot` and `_empty_slots` mirror the slot words, of which this process is the only writer. An expert
-    that was requested is in `_urgent` or `_prefetches` until its load begins, then in `_loads`.
+    `_expert_in_slot` and `_empty_slots` (of each class) mirror the slot words, of which this process is the only
+    writer. An expert that was requested is in `_urgent` or `_prefetches` until its load begins, then in `_loads`.
     """
 
     def __init__(self, channel: Channel[ToPager], start: StartPager) -> None:
@@ -59,7 +59,8 @@ class Pager:
         geometry = start.plan.geometry
         self._num_experts = geometry.num_experts
         model = ModelConfig.load(start.config.model)
-        self._store = ExpertStore(Checkpoint.open(start.config.model, model))
+        checkpoint = Checkpoint.open(start.config.model, model)
+        self._store = ExpertStore(checkpoint)
         self._warm_start = WarmStart(
             Path(start.config.model), self._segment, start.process, enabled=start.config.warm_start
         )
@@ -71,25 +72,32 @@ class Pager:
         self._next_rescan = 0.0
         self._arena.recover()
         self._expert_in_slot = np.full(geometry.num_slots, -1, np.int64)
-        self._empty_slots: list[int] = []
+        self._class_of_slot = np.array(geometry.classes_of_slots, np.int64)
+        self._class_of_expert = {
+            layer * geometry.num_experts + expert: geometry.class_for(checkpoint.expert(layer, expert).nbytes)
+            for layer, expert in checkpoint.expert_ids
+        }
+        self._empty_slots: list[list[int]] = [[] for _ in geometry.slot_classes]
         for slot in range(geometry.num_slots - 1, -1, -1):
             _, expert, state = self._arena.slot(slot)
             if state == SlotState.RESIDENT:
                 self._expert_in_slot[slot] = expert
             else:
-                self._empty_slots.append(slot)
-        self._lanes = ReadLanes(self._store, self._segment.view(Section.EXPERT_SLOTS), start.plan.read_lanes)
+                self._empty_slots[self._class_of_slot[slot]].append(slot)
+        self._lanes = ReadLanes(self._store, self._segment.slots(), start.plan.read_lanes)
 
     # ---- slots
 
     def _take_slot(self, expert: int, *, prefetched: bool) -> int | None:
-        """An EMPTY or EVICTING slot to load `expert` into. None if every resident expert is pinned, or if it is a
-        prefetch and the experts that are there are worth more."""
-        if self._empty_slots:
-            return self._empty_slots.pop()
+        """An EMPTY or EVICTING slot of its class to load `expert` into. None if all experts in such slots are pinned,
+        or if it is a prefetch and they are worth more."""
+        if (slot := self._take_empty_slot(expert)) is not None:
+            return slot
         slots = self._evictable_slots()
         for index in self._eviction.order(self._expert_in_slot[slots]):
             slot = int(slots[index])
+            if self._class_of_slot[slot] != self._class_of_expert[expert]:
+                continue
             if prefetched and not self._eviction.prefers(expert, int(self._expert_in_slot[slot])):
                 return None
             if self._arena.evict_begin(slot):
@@ -106,10 +114,14 @@ class Pager:
             slots = slots[~np.isin(self._expert_in_slot[slots], pinned)]
         return slots
 
+    def _take_empty_slot(self, expert: int) -> int | None:
+        slots = self._empty_slots[self._class_of_expert[expert]]
+        return slots.pop() if slots else None
+
     def _free_slot(self, slot: int) -> None:
         """Of an EVICTING slot, or of a LOADING one that will not be filled."""
         self._arena.slot_release(slot)
-        self._empty_slots.append(slot)
+        self._empty_slots[self._class_of_slot[slot]].append(slot)
 
     def _page_out(self, expert: int) -> None:
         slot = self._arena.find(expert)
@@ -146,7 +158,7 @@ class Pager:
                 self._publish(load)
 
     def _publish(self, load: Load) -> None:
-        nbytes, prefetched = self._store.nbytes, not load.urgent and not load.warm_start
+        nbytes, prefetched = self._store.nbytes(load.expert), not load.urgent and not load.warm_start
         self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, int(prefetched))
         self._arena.wake(load.expert // self._num_experts)
         self._expert_in_slot[load.slot] = load.expert
@@ -196,7 +208,9 @@ class Pager:
         return self._arena.load_u64(Section.LAYERS, expert // self._num_experts, 0)
 
     def _serve_urgent(self) -> None:
-        """Begins urgent loads until no lane is free or no slot can be had."""
+        """Begins urgent loads until no lane is free. One that finds no slot of its class does not hold up the others:
+        their waiters may pin what it waits for."""
+        full_classes: set[int] = set()
         for expert in list(self._urgent):
             # An earlier message, or a rescan, may have served it.
             if not self._arena.requested(expert, True) or self._is_settled(expert):
@@ -205,11 +219,18 @@ class Pager:
                 if not self._overtake(self._loads[expert]):
                     continue  # it was given up a moment ago, and begins again once its slot is free
                 del self._urgent[expert]
-            elif (slot := self._slot_for_urgent(expert)) is not None:
+            elif len(self._loads) >= self._lanes.count:
+                self._cancel_prefetches()
+                return
+            elif self._class_of_expert[expert] in full_classes:
+                continue
+            elif (slot := self._take_slot(expert, prefetched=False)) is not None:
                 del self._urgent[expert]
                 self._begin(expert, slot, urgent=True)
             else:
-                return
+                full_classes.add(self._class_of_expert[expert])
+                self._cancel_prefetches()
+                self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
 
     def _is_settled(self, expert: int) -> bool:
         """Whether there is nothing to load: then the request is answered."""
@@ -227,16 +248,10 @@ class Pager:
         self._arena.withdraw_request(load.expert)
         return True
 
-    def _slot_for_urgent(self, expert: int) -> int | None:
-        slot = None
-        if len(self._loads) < self._lanes.count:
-            slot = self._take_slot(expert, prefetched=False)
-            if slot is None:
-                self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
-        if slot is None:
-            for load in self._loads.values():
-                self._lanes.cancel(load)  # a prefetch gives its lane and its slot
-        return slot
+    def _cancel_prefetches(self) -> None:
+        """They give up their lanes and slots."""
+        for load in self._loads.values():
+            self._lanes.cancel(load)
 
     def _serve_prefetch(self) -> bool:
         """Begins or drops one prefetch if nothing else is going on and the disk is mostly idle; the latest one first.
@@ -263,10 +278,12 @@ class Pager:
         """Begins one load into an empty slot while nobody wants anything else."""
         if self._urgent or self._loads or not self._idle_disk.is_idle():
             return
-        if not self._empty_slots:
+        if not any(self._empty_slots):
             self._warm_start.end()
-        elif (expert := self._warm_start.next()) is not None:
-            self._begin(expert, self._empty_slots.pop(), urgent=False, warm_start=True)
+        while (expert := self._warm_start.next()) is not None:
+            if (slot := self._take_empty_slot(expert)) is not None:
+                self._begin(expert, slot, urgent=False, warm_start=True)
+                return
 
     def _save_heat(self) -> None:
         resident = self._expert_in_slot[self._expert_in_slot >= 0]

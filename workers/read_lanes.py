@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class ReadLanes:
         fd: readable while there are finished loads.
     """
 
-    def __init__(self, store: ExpertStore, slots: npt.NDArray[np.uint8], count: int) -> None:
+    def __init__(self, store: ExpertStore, slots: Sequence[npt.NDArray[np.uint8]], count: int) -> None:
         self.count = count
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._store = store

@@ -46,7 +46,8 @@ class DemandWindow:
         self._records.clear()
 
     def measure(self, geometry: Geometry) -> Regret | None:
-        """None while no decode step is in the window."""
+        """None while no decode step is in the window. Where slots are of several sizes, this does as if any expert
+        fitted any of them."""
         if not self._records:
             return None
         records = np.concatenate(self._records)

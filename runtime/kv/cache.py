@@ -47,8 +47,8 @@ class PagedKvCache(BlockTables):
     any more are kept until their room is needed.
 
     Args:
-        num_pages, block_size, memory: see `BlockTables`.
-        page_nbytes: bytes of one page over all layers, for the memory figures; those of `memory` if that is given.
+        num_pages, block_size, windows, max_step, memory: see `BlockTables`.
+        page_nbytes: bytes of one page, for the memory figures; those of `memory` if that is given.
         enable_prefix_caching: without it nothing is published and every hit is 0.
         hit_rate_window: requests that `hit_rate` looks back.
         events: whether to collect what `take_events` returns.
@@ -60,6 +60,8 @@ class PagedKvCache(BlockTables):
         num_pages: int,
         block_size: int = 16,
         *,
+        windows: Sequence[int] = (0,),
+        max_step: int | None = None,
         page_nbytes: int = 0,
         memory: PageMemory | None = None,
         enable_prefix_caching: bool = True,
@@ -67,10 +69,10 @@ class PagedKvCache(BlockTables):
         events: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(num_pages, block_size, memory=memory)
+        super().__init__(num_pages, block_size, windows=windows, max_step=max_step, memory=memory)
         self.page_nbytes = memory.page_nbytes if memory else page_nbytes
         self._enable_prefix_caching = enable_prefix_caching
-        self._prefixes = PrefixCache(self._pool, 4 * block_size, clock, events)
+        self._prefixes = PrefixCache(self._pool, 4 * block_size, clock, events, len(windows))
         self._find = self._prefixes.find
         self._hit_rate = HitRateWindow(hit_rate_window)
         self._misses = self._defragmentations = self._pages_moved = 0
@@ -101,24 +103,32 @@ class PagedKvCache(BlockTables):
         """
         packed = pack_tokens(tokens)
         num_tokens = len(packed) // 4
-        total = -(-num_tokens // self.block_size)
+        hit = self._longest_hit(packed[: (num_tokens - 1) // self.block_size * self.block_size * 4], salt)
+        tables = self._hit_tables(hit)
+        hit = tables[0]
+        hit_tokens = len(hit) * self.block_size
+        state = CachedSequence(tables, hit_tokens, num_tokens)
+        missing = sum(self._missing(state, num_tokens, hit_tokens))
+        shared = [page for table in tables for page in table]
+        total = missing + len(shared) - shared.count(NO_PAGE)
         if total > self.num_pages:
             raise ExceedsArena(total, self.num_pages)
-        hit = self._longest_hit(packed[: (num_tokens - 1) // self.block_size * self.block_size * 4], salt)
         references = self._pool.references
-        available = self._pool.available - [references[page] for page in hit].count(0)
-        if total - len(hit) > available:
-            raise OutOfPages(total - len(hit), available)
-        self._pool.share(hit)
-        hit_tokens = len(hit) * self.block_size
-        state = CachedSequence(hit + self._take(total - len(hit)), hit_tokens, num_tokens)
+        available = self._pool.available - [references[page] for page in shared].count(0)
+        if missing > available:
+            raise OutOfPages(missing, available)
+        hit_end = hit[-1] if hit else NO_PAGE
+        self._pool.share(shared)
+        self._cover(state, num_tokens, hit_tokens)
+        state.released = [table.count(NO_PAGE) for table in tables]
         if self._enable_prefix_caching:
             state.tokens = array("i", packed)
             state.publishable = True
-        state.published = len(hit)
+        state.published = hit_tokens // self.block_size
         state.salt, state.priority, state.retention = salt, priority, retention
-        if hit and priority != DEFAULT_PRIORITY:
-            self._prefixes.raise_priority(self._pool.published[hit[-1]], priority, retention)
+        if hit_end and priority != DEFAULT_PRIORITY:
+            self._prefixes.raise_priority(self._pool.published[hit_end], priority, retention)
+        self._move_windows(state)
         self._hit_rate.update(1, num_tokens, hit_tokens)
         return Admission(self._add(state), hit_tokens)
 
@@ -129,25 +139,33 @@ class PagedKvCache(BlockTables):
             OutOfBounds: that is less than was written, or more than there are pages or known tokens for.
         """
         state = self._state(sequence)
-        limit = len(state.tokens) if state.publishable else len(state.table) * self.block_size
+        limit = min(map(len, state.tables)) * self.block_size
+        if state.publishable:
+            limit = min(limit, len(state.tokens))
         if not state.length <= length <= limit:
             raise OutOfBounds(sequence, length, limit)
         state.length = length
         self._settle(state)
+        self._move_windows(state)
 
     def match(self, tokens: TokenIds, salt: Hashable = ()) -> int:
-        """Tokens of the longest published prefix, in whole pages. Counts as a use of its pages."""
+        """Tokens of the longest published prefix, in whole pages. Counts as a use of its pages.
+
+        Every group without a window has all its pages then, and one with a window those that the next token sees.
+        """
         if type(tokens) is not bytes:
             tokens = pack_tokens(tokens)
         node = self._find(tokens, salt)
         if node is None:
             self._misses += 1
             return 0
+        if len(self.windows) > 1:
+            return len(self._hit_tables(self._prefixes.pages_to(node))[0]) * self.block_size
         return (node.start + len(node.pages)) * self.block_size
 
     def match_pages(self, tokens: TokenIds, salt: Hashable = ()) -> list[int]:
-        """The pages of the longest published prefix; see `match`."""
-        return self._longest_hit(pack_tokens(tokens), salt)
+        """The pages that the first group has for the longest published prefix; see `match`."""
+        return self._hit_tables(self._longest_hit(pack_tokens(tokens), salt))[0]
 
     # Published pages
 
@@ -186,33 +204,42 @@ class PagedKvCache(BlockTables):
     # Rows, if the cache has a page memory
 
     def write(
-        self, sequence: int, position: int, keys: npt.ArrayLike, values: npt.ArrayLike, *, layer: int = 0
+        self,
+        sequence: int,
+        position: int,
+        keys: npt.ArrayLike,
+        values: npt.ArrayLike,
+        *,
+        layer: int = 0,
+        group: int = 0,
     ) -> None:
         """Stores the rows of consecutive tokens from `position` on, in pages that are made the sequence's own.
 
         Args:
             keys, values: `[tokens, num_kv_heads, head_dim]`.
+            layer: among those of the group.
 
         Raises:
             OutOfBounds: no page is held for some of them. UnrepresentableValue: the format cannot hold a value.
             OutOfPages: a page must be copied and none is available. Nothing is written then.
         """
         memory = self._page_memory()
-        self.slot(sequence, position)
+        self.slot(sequence, position, group)
         rows = memory.encode_rows(keys, values)
         end = position + rows.shape[1]
-        self.slot(sequence, max(position, end - 1))
+        self.slot(sequence, max(position, end - 1), group)
         starts = self._page_starts(position, end)
-        copies = sum(not self._is_writable(self.page_for(sequence, at)) for at in starts)
+        state = self._state(sequence)
+        copies = sum(len(self._shared_at(state, at // self.block_size)) for at in starts)
         if copies > self._pool.available:
             raise OutOfPages(copies, self._pool.available)
         for at in starts:
-            page = self.writable_page(sequence, at)
+            page = self.writable_page(sequence, at, group)
             offset = at % self.block_size
             count = min(self.block_size - offset, end - at)
             memory.write_rows(page, offset, layer, rows[:, at - position : at - position + count])
 
-    def read(self, sequence: int, start: int, stop: int, *, layer: int = 0) -> npt.NDArray[np.float32]:
+    def read(self, sequence: int, start: int, stop: int, *, layer: int = 0, group: int = 0) -> npt.NDArray[np.float32]:
         """Keys and values of the tokens `start` ... `stop - 1`, float32 `[2, tokens, num_kv_heads, head_dim]`.
 
         Raises:
@@ -222,7 +249,7 @@ class PagedKvCache(BlockTables):
         length = self._state(sequence).length
         if not 0 <= start <= stop <= length:
             raise OutOfBounds(sequence, start if start > length else stop, length)
-        slots = self.slot_mapping(sequence, start, stop)
+        slots = self.slot_mapping(sequence, start, stop, group)
         return memory.read_rows(*np.divmod(slots, self.block_size), layer)
 
     # Pages
@@ -235,7 +262,7 @@ class PagedKvCache(BlockTables):
         """Takes back one `pin` of the same pages."""
         self._pool.unpin(pages)
         for page in pages:
-            self._release((page,))
+            self._release((page,), int(page in self._prefixes.windowed))
 
     def references(self, page: int) -> int:
         """Block tables that name the page + its pins."""
@@ -303,8 +330,8 @@ class PagedKvCache(BlockTables):
             self._pool.free,
             self.num_pages,
             self.block_size,
-            [(state.table, state.length) for state in self._sequences.values()],
-            itertools.chain.from_iterable(self._prefixes.runs()),
+            [(table, state.length) for state in self._sequences.values() for table in state.tables],
+            itertools.chain(*self._prefixes.runs(), self._prefixes.windowed.all_pages()),
         )
 
     def contiguity(self, sequence: int) -> float:
@@ -322,7 +349,8 @@ class PagedKvCache(BlockTables):
         Block tables change: nobody else may read or write the moved pages meanwhile.
         """
         pool = self._pool
-        runs = [state.table for state in self._sequences.values()] + self._prefixes.runs()
+        tables = [table for state in self._sequences.values() for table in state.tables]
+        runs = tables + self._prefixes.runs()
         moves = plan_moves(self.num_pages, pool.free, pool.pins, runs, max_moves)
         if not moves:
             return moves
@@ -330,8 +358,8 @@ class PagedKvCache(BlockTables):
             for source, destination in moves.items():
                 self._memory.copy_page(source, destination)
         pool.move(moves)
-        for state in self._sequences.values():
-            state.table[:] = [moves.get(page, page) for page in state.table]
+        for table in tables:
+            table[:] = [moves.get(page, page) for page in table]
         self._prefixes.move(moves)
         self._defragmentations += 1
         self._pages_moved += len(moves)
@@ -344,17 +372,26 @@ class PagedKvCache(BlockTables):
             CorruptCache: it is not.
         """
         for sequence, state in self._sequences.items():
-            if max(state.length, state.reserved) > len(state.table) * self.block_size:
-                raise CorruptCache(f"{len(state.table)} pages do not hold what sequence {sequence} reserved")
-        tables = [state.table[state.released :] for state in self._sequences.values()]
+            if any(self._missing(state, max(state.reserved, state.length), 0)) or state.length > (
+                min(map(len, state.tables)) * self.block_size
+            ):
+                raise CorruptCache(f"the block tables of sequence {sequence} do not hold what it reserved")
+        tables = [
+            table[released:]
+            for state in self._sequences.values()
+            for table, released in zip(state.tables, state.released, strict=True)
+        ]
         problem = self._pool.problem(tables) or self._prefixes.problem()
         if problem:
             raise CorruptCache(problem)
 
     # Details
 
-    def _release(self, pages: Sequence[int]) -> None:
-        self._prefixes.release(pages)
+    def _release(self, pages: Sequence[int], group: int = 0) -> None:
+        if group:
+            self._prefixes.release_windowed(pages)
+        else:
+            self._prefixes.release(pages)
 
     def _is_writable(self, page: int) -> bool:
         return self._pool.is_writable(page) and not self._prefixes.is_duplicate(page)
@@ -378,6 +415,34 @@ class PagedKvCache(BlockTables):
             )
         )
         state.published = full
+        if state.publishable:
+            owners = self._prefixes.originals(state.table[first:full])
+            for group, table in enumerate(state.tables[1:], 1):
+                self._prefixes.windowed.publish(group, owners, table[first:full])
+
+    def _hit_tables(self, hit: list[int]) -> list[list[int]]:
+        """Block tables of all groups for the longest beginning of `hit`, which are pages of the first group, at whose
+        end no group lacks a page that the next token sees. Before its window a group has `NO_PAGE`.
+        """
+        if len(self.windows) == 1:
+            return [hit]
+        found = [self._prefixes.windowed.pages(group, hit) for group in range(1, len(self.windows))]
+        blocks = len(hit)
+        while True:
+            firsts = self._first_blocks(blocks * self.block_size)[1:]
+            # The last block that is missing inside a window: no prefix that is longer can be used.
+            lacking = [
+                index
+                for first, table in zip(firsts, found, strict=True)
+                for index in range(blocks - 1, first - 1, -1)
+                if table[index] == NO_PAGE
+            ]
+            if not lacking:
+                break
+            blocks = max(lacking)
+        return [hit[:blocks]] + [
+            [NO_PAGE] * first + table[first:blocks] for first, table in zip(firsts, found, strict=True)
+        ]
 
     def _longest_hit(self, tokens: bytes, salt: Hashable) -> list[int]:
         node = self._find(tokens, salt)

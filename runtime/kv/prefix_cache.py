@@ -12,6 +12,7 @@ from hotset.runtime.kv.events import CacheCleared, CacheEvent, PagesRemoved, Pag
 from hotset.runtime.kv.page_pool import PagePool
 from hotset.runtime.kv.prefix_eviction import DEFAULT_PRIORITY, EvictionOrder
 from hotset.runtime.kv.prefix_tree import PrefixNode, PrefixTree
+from hotset.runtime.kv.windowed_pages import WindowedPages
 
 TokenIds = bytes | Sequence[int] | npt.NDArray[np.integer]
 """Token ids; bytes are packed int32 already. Packing a list costs far more than looking it up."""
@@ -31,6 +32,9 @@ def pack_tokens(tokens: TokenIds) -> bytes:
 class PrefixCache:
     """Publishes full pages in a `PrefixTree` and evicts idle ones in `EvictionOrder`.
 
+    The tree holds the pages of the first group of layers, `windowed` those of the others. Of them the one that was used
+    longest ago goes first when it was used before the tree's candidate.
+
     A sequence that uses a published page uses all pages in front of it, so idle pages are found below pages in use and
     never above; only pins of single pages and sliding windows make exceptions, see `_evict_below_idle`.
 
@@ -42,10 +46,14 @@ class PrefixCache:
         page_nbytes: bytes of one page's token ids.
         clock: seconds, for priorities with a time limit.
         events: whether to collect `take_events`.
+        num_groups: of layers.
     """
 
-    def __init__(self, pool: PagePool, page_nbytes: int, clock: Callable[[], float], events: bool) -> None:
+    def __init__(
+        self, pool: PagePool, page_nbytes: int, clock: Callable[[], float], events: bool, num_groups: int = 1
+    ) -> None:
         self._pool = pool
+        self.windowed = WindowedPages(pool, num_groups)
         self._tree = PrefixTree(page_nbytes, pool.published)
         self._order = EvictionOrder(pool.references, clock)
         self._original: dict[int, int] = {}  # duplicate page -> published page with the same tokens
@@ -109,15 +117,30 @@ class PrefixCache:
                 self._order.retain(node)
             self._order.add(node)
 
+    def release_windowed(self, pages: Sequence[int]) -> None:
+        """One reference less to each page of another group than the first."""
+        self.windowed.release(pages, self._tree.tick)
+
+    def originals(self, pages: Sequence[int]) -> list[int]:
+        """The pages that the tree has for the tokens of published ones: themselves but for duplicates."""
+        return [self._original.get(page, page) for page in pages]
+
     def is_duplicate(self, page: int) -> bool:
         return page in self._original
 
     def evict(self) -> int:
         """Takes the idle page that is worth least out of the tree; there must be one."""
         node = self._order.first()
+        if self.windowed and (tick := self.windowed.oldest()) is not None and (node is None or tick < node.last_use):
+            if node is not None:
+                self._order.add(node)
+            self.evictions += 1
+            return self.windowed.evict()
         if node is None:
             return self._evict_below_idle()
         page = self._tree.remove_last_page(node)
+        if self.windowed:
+            self.evictions += self.windowed.drop(page)
         if not node.pages:
             parent = node.parent
             if parent is not None and not parent.children:
@@ -131,6 +154,7 @@ class PrefixCache:
     def move(self, moves: Mapping[int, int]) -> None:
         """The rows of pages are in other pages now: page -> new page, all at once."""
         self._tree.move(moves)
+        self.windowed.move(moves)
         if self._keys is not None:
             self._keys = {moves.get(page, page): key for page, key in self._keys.items()}
         if self._original:
@@ -146,6 +170,7 @@ class PrefixCache:
         """Forgets every published page. No sequence may use any."""
         published = [page for page in range(1, self._pool.num_pages + 1) if self._pool.published[page]]
         self._tree.clear()
+        self.windowed.clear()
         self._order.clear()
         self._pool.free += published
         self._pool.idle = 0
@@ -182,12 +207,12 @@ class PrefixCache:
                     return f"the idle page {page} keeps the place of a duplicate in use"
             if not node.children and not references[node.pages[-1]] and node.queued is None:
                 return f"the idle page {node.pages[-1]} cannot be evicted"
-        if held != sum(node is not None for node in self._pool.published):
-            return f"the tree holds {held} pages, and others are marked as published"
+        if held + len(self.windowed) != sum(node is not None for node in self._pool.published):
+            return f"{held} pages in the tree and {len(self.windowed)} beside it, and others are marked as published"
         for duplicate, original in self._original.items():
             if not references[duplicate] or duplicate not in self._duplicates.get(original, ()):
                 return f"page {duplicate} is no duplicate of {original}"
-        return None
+        return self.windowed.problem()
 
     def _settle_duplicates(self, pages: Sequence[int]) -> None:
         """After a release: forgets duplicates that are gone, and lets live ones inherit from idle pages."""
@@ -210,6 +235,7 @@ class PrefixCache:
             self._duplicates[heir] = others
             self._original.update(dict.fromkeys(others, heir))
         self._tree.move({page: heir})
+        self.windowed.inherit(page, heir)
         if self._keys is not None:
             self._keys[heir] = self._keys.pop(page)
         self._pool.free.append(page)
@@ -230,6 +256,7 @@ class PrefixCache:
             if self._keys is not None:
                 self._note_removed(page)
             self._drop_duplicates_of(page)
+            self.evictions += self.windowed.drop(page)
             if not pool.references[page]:
                 pool.free.append(page)
                 pool.idle -= 1

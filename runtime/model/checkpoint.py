@@ -77,8 +77,8 @@ class Checkpoint:
 
     @property
     def expert_nbytes(self) -> int:
-        """Bytes of one expert, the same for all: the size of a slot."""
-        return self.expert(*self.expert_ids[0]).nbytes
+        """Bytes of one expert; of the largest, if they are not all of one format."""
+        return max(self.expert(*ids).nbytes for ids in self.expert_ids)
 
     def expert_dtype(self, layer: int, expert: int) -> str:
         """float32, float16, bfloat16, q8_0, q4_0 or mxfp4; "" if its matrices are not all the same."""
@@ -130,10 +130,8 @@ class Checkpoint:
                     self._expert_dtypes[layer, expert] = self._check_expert(layer, expert, to_convert)
 
     def _check_expert(self, layer: int, expert: int, to_convert: bool) -> str:
-        """Its dtype. All experts have the same, unless they are to be converted."""
+        """Its dtype, which all its matrices have, unless they are to be converted."""
         dtype = "bfloat16" if self.config.mxfp4_experts else None  # of the biases beside packed numbers
-        if not to_convert:
-            dtype = dtype or next(iter(self._expert_dtypes.values()), None)
         for part in self._expert_parts(layer, expert):
             location = self._check(part.tensor, to_convert)
             dtype = dtype or location.dtype
@@ -141,11 +139,11 @@ class Checkpoint:
                 continue
             if to_convert:
                 return ""
-            raise CorruptCheckpoint(
+            raise UnsupportedModel(
                 location.file,
-                f"{location.file}: {part.tensor.name} is {location.dtype}, other experts {dtype}."
+                location.dtype,
+                f"{location.file}: {part.tensor.name} is {location.dtype}, other matrices of this expert {dtype}."
                 f"{_how_to_convert(location)}",
-                part.tensor.name,
             )
         return "mxfp4" if self.config.mxfp4_experts else dtype or ""
 

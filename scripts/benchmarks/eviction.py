@@ -1,6 +1,7 @@
 """What an eviction policy costs: ns per layer and token, learning included.
 
-The demands are random walks over 4,096 distinct steps, so that nothing about them can be learned by the processor.
+The demands are 4,096 distinct steps in which every expert is as likely as any other: nothing about them can be learned
+by the processor, and the caches that td's guard simulates miss as often as they can.
 
 usage: scripts/bench eviction [--json]
 """
@@ -28,6 +29,7 @@ MODELS = {  # layers, experts, experts per token
     "gpt-oss-20b": (24, 32, 4),
     "DeepSeek-V2-Lite": (26, 64, 6),
     "Qwen3-30B-A3B": (48, 128, 8),
+    "256 experts": (48, 256, 8),
 }
 
 

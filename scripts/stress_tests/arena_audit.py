@@ -33,7 +33,7 @@ class ArenaAudit:
     ) -> None:
         self._arena = segment.arena
         self._geometry = segment.layout.geometry
-        self._slots = segment.view(Section.EXPERT_SLOTS)
+        self._slots = segment.slots()
         self._info = segment.view(Section.SLOT_INFO)
         self._experts = experts
         self._budget_nbytes = budget_nbytes
@@ -114,7 +114,7 @@ class ArenaAudit:
 
     def _slot(self, slot: int, expert: int) -> None:
         nbytes, weight_format = int(self._info[slot, 0]["nbytes"]), int(self._info[slot, 0]["format"])
-        memory = self._slots[slot, :EXPERT_NBYTES]
+        memory = self._slots[slot][:EXPERT_NBYTES]
         where = f"slot {slot}, which holds expert {expert},"
         self._check(
             Check.FORMAT,

@@ -36,11 +36,12 @@ from stress_tests.synthetic_experts import EXPERT_NBYTES, SyntheticExperts, writ
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.errors import HotsetError
+from hotset.runtime.expert_slots import ExpertClass, expert_budget_nbytes
 from hotset.runtime.instance import Instance
 from hotset.runtime.metrics import MoeMetrics
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.plan import expert_budget_slots, plan_instance
+from hotset.runtime.plan import plan_instance
 from hotset.shm.counters import Counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
 from hotset.shm.segment import (
@@ -104,7 +105,8 @@ class StressRun:
         )
         model = ModelConfig.load(self._folder)
         self._plan = plan_instance(config, model, Checkpoint.open(self._folder, model))
-        budget_slots = expert_budget_slots(options.budget, options.layers * options.experts, EXPERT_NBYTES)
+        classes = [ExpertClass(options.layers * options.experts, EXPERT_NBYTES)]
+        budget_nbytes = expert_budget_nbytes(options.budget, classes)
         self._scoreboard = Scoreboard(
             self._folder / SCOREBOARD, self._plan.geometry.num_processes, self._plan.coordinator_process
         )
@@ -112,9 +114,7 @@ class StressRun:
         try:
             self._segment, self._arena = instance.segment, instance.arena
             self._experts = SyntheticExperts(self._folder)
-            self._audit = ArenaAudit(
-                instance.segment, self._experts, budget_slots * EXPERT_NBYTES, self._scoreboard, self.report
-            )
+            self._audit = ArenaAudit(instance.segment, self._experts, budget_nbytes, self._scoreboard, self.report)
             process = self._plan.coordinator_process
             self._sampler = ScoreSampler(self._segment, process, self._scoreboard)
             self._affinity = ExpertAffinity(AffinityConfig(options.experts), segment=self._segment, process=process)
@@ -261,7 +261,7 @@ class StressRun:
             return  # again at the next sample
         for slot in slots:
             if plant == "slot-byte":
-                self._segment.view(Section.EXPERT_SLOTS)[slot, 77] ^= 1
+                self._segment.slots()[slot][77] ^= 1
             elif plant == "format":
                 self._segment.view(Section.SLOT_INFO)[slot, 0]["format"] = 0
             elif plant == "slot-length":

@@ -87,7 +87,7 @@ class RoutingWorker:
         self._geometry = geometry
         self._segment = Segment.attach(start.instance, geometry)
         self._arena = self._segment.arena
-        self._slots = self._segment.view(Section.EXPERT_SLOTS)
+        self._slots = self._segment.slots()
         self._info = self._segment.view(Section.SLOT_INFO)
         self._experts = SyntheticExperts(Path(start.folder))
         self._scoreboard = Scoreboard(Path(start.folder) / SCOREBOARD, geometry.num_processes, start.process)
@@ -206,7 +206,7 @@ class RoutingWorker:
 
     def _check_slot(self, expert_id: int, slot: int) -> None:
         info = self._info[slot, 0]
-        memory = self._slots[slot, :EXPERT_NBYTES]
+        memory = self._slots[slot][:EXPERT_NBYTES]
         checksum, recorded = xxhash.xxh3_64_intdigest(memory), int(info["checksum"])
         self._scoreboard.checked(Check.SLOT_BYTES)
         if not checksum == recorded == self._experts.checksums[expert_id]:

@@ -15,12 +15,15 @@ static inline int columns_apply(const struct route_rule *rule, const struct rout
 /* A bit for each row of the tile. */
 static inline uint32_t tile_all_rows(const struct route_tile *tile) { return (uint32_t)((UINT64_C(1) << tile->rows) - 1); }
 
-/* Appends the experts whose bit in `mask` is `bit` to the order. */
-static inline void columns_order(struct route_columns *columns, const uint64_t *mask, int bit, uint32_t experts) {
+/* Appends the experts of a set to the order. */
+static inline void columns_order(struct route_columns *columns, const uint64_t *mask, uint64_t flipped, uint32_t experts) {
     uint32_t count = columns->num_all;
-    for (uint32_t e = 0; e < experts; e++) {
-        columns->order[count] = (struct ordered_column){e * BLOCK_LANES, e};
-        count += bit_test(mask, e) == bit;
+    for (uint32_t first = 0; first < experts; first += 64) {
+        uint64_t left = (mask[first / 64] ^ flipped) & (experts - first < 64 ? (UINT64_C(1) << (experts - first)) - 1 : UINT64_MAX);
+        for (; left; left &= left - 1) {
+            uint32_t e = first + (uint32_t)__builtin_ctzll(left);
+            columns->order[count++] = (struct ordered_column){e * BLOCK_LANES, e};
+        }
     }
     while (count % NETWORK_ROWS) columns->order[count++] = (struct ordered_column){experts * BLOCK_LANES, 0};
     columns->num_all = count;
@@ -32,60 +35,60 @@ static inline void columns_prepare(struct route_tile *tile) {
     const uint64_t *preferred = tile->snapshot->preferred;
     uint32_t experts = tile->rule->num_experts, ids = 1;
     while (ids < experts) ids *= 2;
+    columns->id_mask = (int32_t)ids - 1;
     columns->kept = float_from_bits(~(ids - 1));
     columns->resolution = (float)ids / (1 << 23);
     columns->num_all = 0;
-    columns_order(columns, preferred, 1, experts);
-    columns->num_preferred = columns->num_all;
     columns_order(columns, preferred, 0, experts);
-    block_store(tile->logits + experts * BLOCK_LANES, block_all(-INFINITY));
-    block_store(tile->adjusted + experts * BLOCK_LANES, block_all(-INFINITY));
+    columns->num_preferred = columns->num_all;
+    columns_order(columns, preferred, UINT64_MAX, experts);
 }
 
 static inline block column(const struct route_tile *tile, uint32_t expert) {
     return block_load(tile->logits + (size_t)expert * BLOCK_LANES);
 }
 
-/* Rows of eight logits from `first` on, for the last experts: missing ones repeat the first. */
-static inline void columns_pad(const float **rows, uint32_t first, uint32_t count, float (*padded)[8]) {
-    for (uint32_t r = 0; r < BLOCK_LANES; r++) {
-        for (uint32_t e = 0; e < 8; e++) padded[r][e] = rows[r][first + (e < count ? e : 0)];
-        rows[r] = padded[r] - first;
-    }
-}
-
-/* The rows as the steps for single rows see them. Not again before a tile of rows has come in between. */
-static inline void columns_rows(struct route_tile *tile) {
-    if (tile->row[0].step == BLOCK_LANES) return;
+/* The rows as the steps for single rows see them, their selections at `ids`. */
+static inline void columns_rows(struct route_tile *tile, int32_t *ids) {
     for (uint32_t r = 0; r < BLOCK_LANES; r++)
-        tile->row[r] = (struct route_row){.ids = tile->row[r].ids,
-                                          .logits = tile->logits + r,
+        tile->row[r] = (struct route_row){.logits = tile->logits + r,
                                           .adjusted = tile->adjusted + r,
                                           .step = BLOCK_LANES,
                                           .vector = 1,
                                           .share = tile->share + r,
                                           .scale = &tile->scale[r],
-                                          .statistics.finite = tile->rule->num_experts};
+                                          .ids = ids + r * tile->rule->top_k,
+                                          .statistics = {tile->columns.max[r], tile->columns.min[r], tile->rule->num_experts, 0, 0}};
 }
 
-/* Eight columns reduced to one. */
+/* As many rows as a block has lanes, of at least eight logits: the last row and the first logit stand for missing ones. */
+static inline const float *columns_fill(struct route_tile *tile, const float *logits, uint32_t stride) {
+    uint32_t experts = tile->rule->num_experts;
+    float *row = tile->adjusted;
+    for (uint32_t r = 0; r < BLOCK_LANES; r++, row += stride) {
+        const float *given = logits + (size_t)(r < tile->rows ? r : tile->rows - 1) * experts;
+        memcpy(row, given, experts * sizeof *row);
+        for (uint32_t e = experts; e < stride; e++) row[e] = given[0];
+    }
+    return tile->adjusted;
+}
+
+/* Eight columns reduced to one; in the order of canonical_sum(). */
 #define COLUMNS_TREE(op, c)                                                                                          \
-    op(op(op((c)[0], (c)[1]), op((c)[2], (c)[3])), op(op((c)[4], (c)[5]), op((c)[6], (c)[7])))
+    op(op(op((c)[0], (c)[4]), op((c)[2], (c)[6])), op(op((c)[1], (c)[5]), op((c)[3], (c)[7])))
 
 /* Makes columns of tile->rows rows. 0 if a logit is not finite, or their sum: then row after row is the way. */
 static inline int columns_begin(struct route_tile *tile, const float *logits, int want_min) {
-    uint32_t experts = tile->rule->num_experts;
-    const float *rows[BLOCK_LANES], *next = logits + (size_t)tile->rows * experts;
-    float padded[BLOCK_LANES][8];
+    uint32_t experts = tile->rule->num_experts, stride = experts < 8 ? 8 : experts;
+    const float *rows = logits, *next = logits + BLOCK_LANES * experts;
     block max = block_all(-INFINITY), min = block_all(INFINITY), sum = block_all(0);
-    for (uint32_t r = 0; r < BLOCK_LANES; r++) /* lanes without a row repeat the last one */
-        rows[r] = logits + (size_t)(r < tile->rows ? r : tile->rows - 1) * experts;
-    for (uint32_t first = 0; first < experts; first += 8) {
+    if (tile->rows < BLOCK_LANES || experts < 8) rows = columns_fill(tile, logits, stride);
+    for (uint32_t done = 0; done < experts; done += 8) {
+        uint32_t first = done + 8 <= stride ? done : stride - 8; /* the last eight, of which some may be done already */
         block columns[8];
-        if (experts - first < 8) columns_pad(rows, first, experts - first, padded);
-        block_transpose(rows, first, columns);
+        block_transpose(rows + first, stride, columns);
         for (uint32_t r = 0; r < BLOCK_LANES; r += 2) /* the next tile's, a line of 16 logits each */
-            __builtin_prefetch(next + (size_t)first * BLOCK_LANES + r * 8);
+            __builtin_prefetch(next + done * BLOCK_LANES + r * 8, 0, 2);
 #pragma GCC unroll 8
         for (uint32_t i = 0; i < 8; i++) block_store(tile->logits + (first + i) * BLOCK_LANES, columns[i]);
         max = block_max(COLUMNS_TREE(block_max, columns), max);
@@ -93,17 +96,11 @@ static inline int columns_begin(struct route_tile *tile, const float *logits, in
         sum = block_add(COLUMNS_TREE(block_add, columns), sum); /* NaN and infinities stay in it */
     }
     if (!block_is_zero(block_sub(sum, sum))) return 0;
-    if (experts % 8) block_store(tile->logits + experts * BLOCK_LANES, block_all(-INFINITY));
-    columns_rows(tile);
+    block_store(tile->logits + experts * BLOCK_LANES, block_all(-INFINITY));
+    block_store(tile->columns.max, max);
+    block_store(tile->columns.min, min);
     tile->given = logits;
     tile->shared = 0;
-    block_store(tile->columns.max, max);
-    if (!want_min) return 1;
-    block_store(tile->columns.min, min);
-    for (uint32_t r = 0; r < tile->rows; r++) {
-        tile->row[r].statistics.max = tile->columns.max[r];
-        tile->row[r].statistics.min = tile->columns.min[r];
-    }
     return 1;
 }
 
@@ -112,16 +109,16 @@ static inline void columns_adjust(struct route_tile *tile, const float *lanes, b
     for (uint32_t e = 0; e < tile->rule->num_experts; e++)
         block_store(tile->adjusted + e * BLOCK_LANES,
                     block_add(column(tile, e), block_and(block_all(lanes[e]), amounts)));
+    block_store(tile->adjusted + tile->rule->num_experts * BLOCK_LANES, block_all(-INFINITY));
 }
 
 /* canonical_sum() of `count` blocks; `sums` is used up. */
 static inline block columns_fold(block *sums, uint32_t count) {
-    for (uint32_t i = count; i < SUM_LANES; i++) sums[i] = block_all(0);
-#pragma GCC unroll 4
-    for (uint32_t step = SUM_LANES / 2; step > 0; step /= 2)
-#pragma GCC unroll 8
-        for (uint32_t i = 0; i < step; i++) sums[i] = block_add(sums[i], sums[i + step]);
-    return sums[0];
+    if (count > 8)
+        for (uint32_t i = 0; i < 8; i++) sums[i] = i + 8 < count ? block_add(sums[i], sums[i + 8]) : sums[i];
+    else /* what is missing adds nothing */
+        for (uint32_t i = count; i < 8; i++) sums[i] = block_all(0);
+    return COLUMNS_TREE(block_add, sums);
 }
 
 /* Fills the shares, and each row's factor that makes them probabilities. */

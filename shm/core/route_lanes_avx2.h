@@ -3,6 +3,7 @@
 #define HOTSET_ROUTE_LANES_AVX2_H
 
 #include "route_keys.h"
+#include "route_softmax.h"
 
 #include <immintrin.h>
 
@@ -46,9 +47,14 @@ static inline block block_where(lane_mask mask, block a) { return block_and(mask
 /* All ones where the mask is set, zero elsewhere. */
 static inline block block_from_mask(lane_mask mask) { return mask; }
 
-/* a * 2^n, n in the low bits of `rounded` */
-static inline block block_scale(block a, block rounded) {
-    __m256i n = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+/* t less the nearest integer, which is in the low bits of `whole`; |t| < 2^22. And a * 2^whole. */
+static inline block block_fraction(block t, block *whole) {
+    block rounder = _mm256_set1_ps(SOFTMAX_ROUNDER);
+    *whole = _mm256_add_ps(t, rounder);
+    return _mm256_sub_ps(t, _mm256_sub_ps(*whole, rounder));
+}
+static inline block block_scale(block a, block whole) {
+    __m256i n = _mm256_slli_epi32(_mm256_castps_si256(whole), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
 }
 
@@ -106,13 +112,13 @@ static inline block column_gather(const float *columns, const int32_t *ids) {
     return _mm256_i32gather_ps(columns, at, sizeof *columns);
 }
 
-/* Eight logits from `first` on of eight rows, as a block for each of the eight. */
-static inline void block_transpose(const float *const *rows, uint32_t first, block *out) {
-    for (uint32_t half = 0; half < 2; half++, first += 4, out += 4) {
+/* Eight floats each of eight rows that are `stride` apart, as a block for each of the eight. */
+static inline void block_transpose(const float *rows, size_t stride, block *out) {
+    for (uint32_t half = 0; half < 2; half++, rows += 4, out += 4) {
         __m256 r[4];
         for (uint32_t i = 0; i < 4; i++)
-            r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + first)),
-                                        _mm_loadu_ps(rows[i + 4] + first), 1);
+            r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows + i * stride)),
+                                        _mm_loadu_ps(rows + (i + 4) * stride), 1);
         __m256 low01 = _mm256_unpacklo_ps(r[0], r[1]), high01 = _mm256_unpackhi_ps(r[0], r[1]);
         __m256 low23 = _mm256_unpacklo_ps(r[2], r[3]), high23 = _mm256_unpackhi_ps(r[2], r[3]);
         out[0] = _mm256_shuffle_ps(low01, low23, 0x44);
@@ -120,6 +126,13 @@ static inline void block_transpose(const float *const *rows, uint32_t first, blo
         out[2] = _mm256_shuffle_ps(high01, high23, 0x44);
         out[3] = _mm256_shuffle_ps(high01, high23, 0xEE);
     }
+}
+
+/* The reverse of two blocks: their lanes in turn. */
+static inline void block_store_pairs(block a, block b, float *to) {
+    block low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    block_store(to, _mm256_permute2f128_ps(low, high, 0x20));
+    block_store(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 /* The reverse, of four blocks or eight: lane i of all of them to to[i * stride]. Each row overruns into the next one's

@@ -43,11 +43,13 @@ static inline block block_where(lane_mask mask, block a) { return _mm512_maskz_m
 /* All ones where the mask is set, zero elsewhere. */
 static inline block block_from_mask(lane_mask mask) { return _mm512_castsi512_ps(_mm512_movm_epi32(mask)); }
 
-/* a * 2^n, n in the low bits of `rounded` */
-static inline block block_scale(block a, block rounded) {
-    __m512i n = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), n));
+/* t less the nearest integer, `whole`; |t| < 2^22. And a * 2^whole. */
+static inline block block_fraction(block t, block *whole) {
+    block fraction = _mm512_reduce_ps(t, 0);
+    *whole = _mm512_sub_ps(t, fraction);
+    return fraction;
 }
+static inline block block_scale(block a, block whole) { return _mm512_scalef_ps(a, whole); }
 
 #define BLOCK_FOLD(a, op)                                                                   \
     __m256 eight = op##256_(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));       \
@@ -114,15 +116,15 @@ static inline block column_gather(const float *columns, const int32_t *ids) {
     return _mm512_i32gather_ps(at, columns, sizeof *columns);
 }
 
-/* Eight logits from `first` on of sixteen rows, as a block for each of the eight. */
-static inline void block_transpose(const float *const *rows, uint32_t first, block *out) {
-    for (uint32_t half = 0; half < 2; half++, first += 4, out += 4) {
+/* Eight floats each of sixteen rows that are `stride` apart, as a block for each of the eight. */
+static inline void block_transpose(const float *rows, size_t stride, block *out) {
+    for (uint32_t half = 0; half < 2; half++, rows += 4, out += 4) {
         __m512 r[4];
         for (uint32_t i = 0; i < 4; i++) {
-            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + first));
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 4] + first), 1);
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 8] + first), 2);
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 12] + first), 3);
+            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows + i * stride));
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows + (i + 4) * stride), 1);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows + (i + 8) * stride), 2);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows + (i + 12) * stride), 3);
         }
         /* Quarter by quarter the four rows that go into four neighbouring lanes. */
         __m512 low01 = _mm512_unpacklo_ps(r[0], r[1]), high01 = _mm512_unpackhi_ps(r[0], r[1]);
@@ -132,6 +134,13 @@ static inline void block_transpose(const float *const *rows, uint32_t first, blo
         out[2] = _mm512_shuffle_ps(high01, high23, 0x44);
         out[3] = _mm512_shuffle_ps(high01, high23, 0xEE);
     }
+}
+
+/* The reverse of two blocks: their lanes in turn. */
+static inline void block_store_pairs(block a, block b, float *to) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    block_store(to, _mm512_permutex2var_ps(a, low, b));
+    block_store(to + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b));
 }
 
 /* The reverse, of four blocks or eight: lane i of all of them to to[i * stride]. Each row overruns into the next one's

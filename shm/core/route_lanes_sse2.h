@@ -4,6 +4,7 @@
 #define HOTSET_ROUTE_LANES_SSE2_H
 
 #include "route_keys.h"
+#include "route_softmax.h"
 
 #include <emmintrin.h>
 
@@ -59,11 +60,16 @@ static inline block block_where(lane_mask mask, block a) { return block_and(mask
 /* All ones where the mask is set, zero elsewhere. */
 static inline block block_from_mask(lane_mask mask) { return mask; }
 
-static inline __m128 half_scale(__m128 a, __m128 rounded) {
-    return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_slli_epi32(_mm_castps_si128(rounded), 23)));
+/* t less the nearest integer, which is in the low bits of `whole`; |t| < 2^22. And a * 2^whole. */
+static inline block block_fraction(block t, block *whole) {
+    block rounder = block_all(SOFTMAX_ROUNDER);
+    *whole = block_add(t, rounder);
+    return block_sub(t, block_sub(*whole, rounder));
 }
-/* a * 2^n, n in the low bits of `rounded` */
-static inline block block_scale(block a, block rounded) { return BLOCK_EACH(half_scale, a, rounded); }
+static inline __m128 half_scale(__m128 a, __m128 whole) {
+    return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_slli_epi32(_mm_castps_si128(whole), 23)));
+}
+static inline block block_scale(block a, block whole) { return BLOCK_EACH(half_scale, a, whole); }
 
 #define BLOCK_FOLD(a, op)                               \
     __m128 half = op((a).low, (a).high);                \
@@ -131,19 +137,21 @@ static inline block column_gather(const float *columns, const int32_t *ids) {
 #undef LANE
 }
 
-static inline void half_transpose(const float *const *rows, uint32_t first, __m128 *out) {
-    for (uint32_t i = 0; i < 4; i++) out[i] = _mm_loadu_ps(rows[i] + first);
-    _MM_TRANSPOSE4_PS(out[0], out[1], out[2], out[3]);
+/* Eight floats each of eight rows that are `stride` apart, as a block for each of the eight. */
+static inline void block_transpose(const float *rows, size_t stride, block *out) {
+    for (uint32_t half = 0; half < 2; half++, rows += 4, out += 4) {
+        __m128 r[8];
+        for (uint32_t i = 0; i < 8; i++) r[i] = _mm_loadu_ps(rows + i * stride);
+        _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+        _MM_TRANSPOSE4_PS(r[4], r[5], r[6], r[7]);
+        for (uint32_t i = 0; i < 4; i++) out[i] = (block){r[i], r[4 + i]};
+    }
 }
 
-/* Eight logits from `first` on of eight rows, as a block for each of the eight. */
-static inline void block_transpose(const float *const *rows, uint32_t first, block *out) {
-    for (uint32_t half = 0; half < 2; half++, first += 4, out += 4) {
-        __m128 low[4], high[4];
-        half_transpose(rows, first, low);
-        half_transpose(rows + 4, first, high);
-        for (uint32_t i = 0; i < 4; i++) out[i] = (block){low[i], high[i]};
-    }
+/* The reverse of two blocks: their lanes in turn. */
+static inline void block_store_pairs(block a, block b, float *to) {
+    block_store(to, (block){_mm_unpacklo_ps(a.low, b.low), _mm_unpackhi_ps(a.low, b.low)});
+    block_store(to + 8, (block){_mm_unpacklo_ps(a.high, b.high), _mm_unpackhi_ps(a.high, b.high)});
 }
 
 /* The reverse, of four blocks or eight: lane i of all of them to to[i * stride]. Each row overruns into the next one's

@@ -30,6 +30,10 @@ static const uint8_t NETWORK_PAIRS[19][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0,
         _Pragma("GCC unroll 19") for (int i = 0; i < 19; i++)                                                        \
             VECTOR##_compare(r, NETWORK_PAIRS[i][0], NETWORK_PAIRS[i][1]);                                           \
     }                                                                                                                \
+    static inline void VECTOR##_sort_four(VECTOR *r) {                                                               \
+        VECTOR##_compare(r, 0, 2), VECTOR##_compare(r, 1, 3);                                                        \
+        VECTOR##_compare(r, 0, 1), VECTOR##_compare(r, 2, 3), VECTOR##_compare(r, 1, 2);                             \
+    }                                                                                                                \
     static inline void VECTOR##_merge(VECTOR *r, const VECTOR *other) {                                              \
         _Pragma("GCC unroll 8") for (uint32_t i = 0; i < NETWORK_ROWS; i++)                                          \
             r[i] = VECTOR##_max(r[i], other[NETWORK_ROWS - 1 - i]);                                                  \

@@ -55,7 +55,8 @@ static inline void tile_apply_policy(struct route_tile *tile, uint32_t policy, c
     float amounts[TILE_ROWS] = {0};
     switch (policy) {
     case POLICY_BONUS:
-        tile_prefer(tile, strengths);
+        tile_adjust(tile, strengths);
+        tile_select(tile, 0);
         break;
     case POLICY_RANGE:
         tile_adjust(tile, none);
@@ -80,7 +81,8 @@ static inline void tile_apply_policy(struct route_tile *tile, uint32_t policy, c
         tile_resnorm(tile, strengths);
         break;
     default:
-        tile_prefer(tile, none);
+        tile_adjust(tile, none);
+        tile_select(tile, 0);
     }
 }
 

@@ -9,31 +9,32 @@
 
 #include "route_ranking.h"
 
-/* The pairs that the bonus decides, as bits of rows: columns->changed[i] of rank i of the others. Returns the rows where
- * that is not certain. */
+/* Fills in the pairs that the bonus decides. Returns the rows where that is not certain. */
 static inline uint32_t columns_compare(struct route_tile *tile, const struct column_ranking *preferred,
                                        const struct column_ranking *others, const struct column_ranking *selected,
                                        block bonus) {
     struct route_columns *columns = &tile->columns;
-    uint32_t k = tile->rule->top_k, all = tile_all_rows(tile), any = 0, unsure = 0, tied = 0;
+    uint32_t k = tile->rule->top_k;
     block none = block_all(-INFINITY), kept = ranking_kept(tile, others, 0);
     /* A key is off by less than the scores' magnitude * resolution; twice that for two of them, and again for the sums. */
     block first = selected->best[0], last = selected->best[k - 1];
     block magnitude = block_max(block_max(first, last), block_sub(block_all(0), block_min(first, last)));
     block doubt = block_mul(block_add(magnitude, bonus), block_all(4 * columns->resolution));
+    block denied = block_sub(block_all(0), doubt);
+    lane_mask any = block_above(none, none), unsure = any, tied = any;
     for (uint32_t i = 0; i < k; i++) {
         block in = preferred->best[k - 1 - i], out = others->best[i], next = ranking_kept(tile, others, i + 1);
         block lead = block_sub(block_sub(in, bonus), out);
         lane_mask changed = mask_and(block_above(in, out), block_above(doubt, lead));
-        columns->changed[i] = mask_bits(changed) & all;
-        any |= columns->changed[i];
-        unsure |= mask_bits(mask_and(changed, block_above(block_add(lead, doubt), block_all(0))));
-        tied |= mask_bits(mask_and(block_equal(kept, next), block_above(next, none)));
+        any = mask_or(any, changed);
+        unsure = mask_or(unsure, mask_and(changed, block_above(lead, denied)));
+        tied = mask_or(tied, mask_and(block_equal(kept, next), block_above(next, none)));
         kept = next;
-        block_store_tags(columns->in[i], in, block_all(columns->kept));
-        block_store_tags(columns->out[i], out, block_all(columns->kept));
+        block_store((float *)columns->in[i], in);
+        block_store((float *)columns->out[i], out);
+        columns->changed[i * BLOCK_LANES / 64] |= (uint64_t)mask_bits(changed) << (i * BLOCK_LANES % 64);
     }
-    return unsure | (tied & any);
+    return mask_bits(mask_or(unsure, mask_and(tied, any)));
 }
 
 /* Selects with amounts[r] added to the preferred experts, into columns->chosen. */
@@ -45,6 +46,8 @@ static inline void columns_prefer(struct route_tile *tile, const float *amounts)
     block bonus = block_load(amounts);
     if (preferred_end == 0) ranking_of(tile, tile->logits, 0, end, NULL, NULL, want_ninth, &selected);
     else ranking_of(tile, tile->logits, 0, preferred_end, &bonus, NULL, want_ninth, &selected);
+    columns->unsure = 0;
+    for (uint32_t word = 0; word < sizeof columns->changed / 8; word++) columns->changed[word] = 0;
     if (mixed) {
         struct column_ranking preferred = selected;
         ranking_of(tile, tile->logits, preferred_end, end, NULL, NULL, want_ninth, &others);
@@ -52,8 +55,9 @@ static inline void columns_prefer(struct route_tile *tile, const float *amounts)
         columns->unsure = columns_compare(tile, &preferred, &others, &selected, bonus);
     }
     unsure = ranking_unsure(tile, &selected);
-    columns->unsure = mixed ? (columns->unsure | unsure) & tile_all_rows(tile) : 0;
-    columns->mixed = mixed;
+    /* Infinite scores make keys that are no numbers. */
+    unsure |= ~mask_bits(block_above(block_all(INFINITY), block_add(block_load(columns->max), bonus))) & tile_all_rows(tile);
+    if (preferred_end > 0) columns->unsure |= unsure; /* without a preference nothing changes */
     ranking_ids(tile, &selected, unsure, tile->logits, amounts, columns->chosen);
 }
 

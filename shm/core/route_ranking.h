@@ -30,27 +30,37 @@ static inline void ranking_merge(struct column_ranking *ranking, const struct co
     block_merge(ranking->best, other->best);
 }
 
-/* Ranks the experts from position `first` of the order up to `end`, more than none. The scores: `columns`, plus `added`
- * if it is given, and at least `least` if that is. */
+/* Keys of the first `count` experts of `order`, sorted. Their scores: `columns`, plus `added` if it is given, and at least
+ * `least` if that is. */
+static inline void ranking_begin(const struct route_tile *tile, const float *columns, const struct ordered_column *order,
+                                 uint32_t count, const block *added, const block *least, struct column_ranking *ranking) {
+    block kept = block_all(tile->columns.kept);
+    ranking->ninth = block_all(-INFINITY);
+#pragma GCC unroll 8
+    for (uint32_t i = 0; i < NETWORK_ROWS; i++) {
+        block score = i < count ? block_load(columns + order[i].at) : block_all(-INFINITY);
+        if (added) score = block_add(score, *added);
+        if (least) score = block_max(score, *least);
+        ranking->best[i] = i < count ? block_tagged(score, order[i].tag, kept) : score;
+    }
+    if (count > 4) block_sort(ranking->best);
+    else block_sort_four(ranking->best);
+}
+
+/* Ranks the experts from position `first` of the order up to `end`, more than none; the scores as above. */
 static inline void ranking_of(const struct route_tile *tile, const float *columns, uint32_t first, uint32_t end,
                               const block *added, const block *least, int want_ninth, struct column_ranking *ranking) {
-    block kept = block_all(tile->columns.kept);
-    uint32_t at = first;
-    do {
-        const struct ordered_column *order = tile->columns.order + at;
-        struct column_ranking next = {.ninth = block_all(-INFINITY)};
-#pragma GCC unroll 8
-        for (uint32_t i = 0; i < NETWORK_ROWS; i++) {
-            block score = block_load(columns + order[i].at);
-            if (added) score = block_add(score, *added);
-            if (least) score = block_max(score, *least);
-            next.best[i] = block_tagged(score, order[i].tag, kept);
-        }
-        block_sort(next.best);
-        if (at > first) ranking_merge(&next, ranking, want_ninth);
-        *ranking = next;
-        at += NETWORK_ROWS;
-    } while (at < end);
+    const struct ordered_column *order = tile->columns.order;
+    struct column_ranking next;
+    if (first + NETWORK_ROWS == end && order[first + 4].at == tile->rule->num_experts * BLOCK_LANES) { /* at most four */
+        ranking_begin(tile, columns, order + first, 4, added, least, ranking);
+        return;
+    }
+    ranking_begin(tile, columns, order + first, NETWORK_ROWS, added, least, ranking);
+    for (uint32_t at = first + NETWORK_ROWS; at < end; at += NETWORK_ROWS) {
+        ranking_begin(tile, columns, order + at, NETWORK_ROWS, added, least, &next);
+        ranking_merge(ranking, &next, want_ninth);
+    }
 }
 
 /* The score of rank `i`, without the bits that are lost. */

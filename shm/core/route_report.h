@@ -81,22 +81,37 @@ static inline float report_vector(struct route_tile *tile, struct route_row *row
     return count ? report_outsiders(tile, row, outsiders, count, tally) : 0;
 }
 
-/* Pair by pair of route_preference.h: of each row, the exchanges are in the same order as above. */
+/* A row of columns, by comparison with its true top k. */
+static inline float columns_report_row(struct route_tile *tile, uint32_t r, struct route_tally *tally) {
+    int32_t ids[NETWORK_ROWS];
+    struct route_row row = {.logits = tile->logits + r, .share = tile->share + r, .scale = &tile->scale[r],
+                            .step = BLOCK_LANES, .vector = 1, .ids = ids};
+    for (uint32_t i = 0; i < tile->rule->top_k; i++) ids[i] = tile->columns.chosen[i][r];
+    return report_given(tile, &row, tile->given + (size_t)r * tile->rule->num_experts, tally);
+}
+
+/* Pair by pair of route_preference.h: each row's exchanges are in the same order as above. */
 static inline void columns_report(struct route_tile *tile, struct route_tally *tally) {
-    struct route_columns *columns = &tile->columns;
-    uint32_t k = tile->rule->top_k;
+    const struct route_columns *columns = &tile->columns;
+    uint32_t rows = tile_all_rows(tile), sure = rows & ~columns->unsure;
+    uint64_t counted = sure | (uint64_t)sure << BLOCK_LANES;
     float lost[TILE_ROWS] = {0};
-    if (!columns->mixed) return;
-    for (uint32_t i = 0; i < k; i++)
-        for (uint32_t left = columns->changed[i] & ~columns->unsure; left; left &= left - 1) {
-            uint32_t r = (uint32_t)__builtin_ctz(left);
-            lost[r] += report_exchange(tile, &tile->row[r], (uint32_t)columns->out[i][r], (uint32_t)columns->in[i][r], tally);
+    for (uint32_t shift = 2 * BLOCK_LANES; shift < 64; shift *= 2) counted |= counted << shift;
+    columns_shares(tile);
+    for (uint32_t word = 0; word < sizeof columns->changed / 8; word++) {
+        uint64_t left = columns->changed[word] & counted;
+        tally->changed += (uint32_t)__builtin_popcountll(left);
+        for (; left; left &= left - 1) {
+            uint32_t at = word * 64 + (uint32_t)__builtin_ctzll(left), r = at % BLOCK_LANES;
+            uint32_t in = (uint32_t)(columns->in[0][at] & columns->id_mask);
+            uint32_t out = (uint32_t)(columns->out[0][at] & columns->id_mask);
+            bit_set(tally->displaced, out);
+            lost[r] += (tile->share[out * BLOCK_LANES + r] - tile->share[in * BLOCK_LANES + r]) * tile->scale[r];
         }
-    for (uint32_t left = columns->unsure; left; left &= left - 1) {
+    }
+    for (uint32_t left = rows & columns->unsure; left; left &= left - 1) {
         uint32_t r = (uint32_t)__builtin_ctz(left);
-        struct route_row *row = &tile->row[r];
-        for (uint32_t i = 0; i < k; i++) row->ids[i] = columns->chosen[i][r];
-        lost[r] = report_given(tile, row, tile->given + (size_t)r * tile->rule->num_experts, tally);
+        lost[r] = columns_report_row(tile, r, tally);
     }
     for (uint32_t r = 0; r < tile->rows; r++) tally->lost_mass += lost[r];
 }
@@ -112,12 +127,6 @@ static inline float least_logit(const struct route_row *row, uint32_t k) {
 #endif
 
 static inline void tile_report(struct route_tile *tile, uint32_t policy, struct route_tally *tally) {
-#if ROUTE_VECTOR
-    if (tile->transposed && policy == POLICY_BONUS) {
-        columns_report(tile, tally);
-        return;
-    }
-#endif
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
         if (!row->statistics.finite) continue;

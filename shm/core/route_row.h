@@ -32,12 +32,14 @@ struct route_columns {
     uint32_t num_preferred, num_all;
     float kept;       /* the bits of a score that its key keeps; not a number */
     float resolution; /* two scores that a key does not tell apart differ by less than their magnitude times this */
+    int32_t id_mask;  /* the bits of a key that hold the id */
     /* Of a tile. */
     _Alignas(64) float max[BLOCK_LANES], min[BLOCK_LANES]; /* of each row's logits; min only for POLICY_RANGE */
     _Alignas(64) int32_t chosen[NETWORK_ROWS][BLOCK_LANES]; /* chosen[i][r] has rank i in row r */
-    /* POLICY_BONUS, by rank of out: where the row's bit is set in `changed`, in[i][r] took the place of out[i][r]. */
-    int mixed; /* some experts are preferred, and some are not */
-    uint32_t changed[NETWORK_ROWS], unsure;
+    /* POLICY_BONUS. Pair i is the preferred expert of rank k - 1 - i, which came in if its bit i * BLOCK_LANES + r of
+     * `changed` is set, and the other of rank i, which went out; as bits of keys. */
+    uint64_t changed[NETWORK_ROWS * BLOCK_LANES / 64];
+    uint32_t unsure; /* rows of which `changed` may be wrong */
     _Alignas(64) int32_t in[NETWORK_ROWS][BLOCK_LANES], out[NETWORK_ROWS][BLOCK_LANES];
 };
 #endif
@@ -65,8 +67,8 @@ struct route_tile {
     const float *given; /* columns: the caller's logits */
     struct route_row row[TILE_ROWS];
     _Alignas(64) float logits[TILE_FLOATS]; /* where the caller's do not do: columns, and rows that blocks would overrun */
-    _Alignas(64) float adjusted[TILE_FLOATS];
     _Alignas(64) float share[TILE_FLOATS];
+    _Alignas(64) float adjusted[TILE_FLOATS];
     _Alignas(64) float scale[TILE_ROWS];
     _Alignas(64) float preferred[TILE_LANES], others[TILE_LANES]; /* lanes of the preferred experts, and of the rest */
 #if ROUTE_VECTOR
@@ -82,7 +84,6 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
     uint32_t experts = rule->num_experts;
     tile->rule = rule;
     tile->snapshot = snapshot;
-    tile->row[0].step = 0;
 #if ROUTE_VECTOR
     tile->stride = experts <= 8 ? BLOCK_LANES : round_up(experts, EXP_BLOCKS * BLOCK_LANES);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);

@@ -17,16 +17,23 @@ static inline void row_prefetch(struct route_tile *tile, struct route_row *row, 
 }
 
 #if ROUTE_VECTOR
-/* Ids and weights of a tile of columns, row after row. `exactly`: nothing may be written beyond them, to be overwritten. */
-static inline void columns_write(struct route_tile *tile, int exactly, int32_t *ids, float *weights) {
-    uint32_t k = tile->rule->top_k, count = tile->rows * k, ranks = k > 4 ? 8 : 4;
+/* One array of ranks, row after row; only its own ranks count. */
+static inline void columns_write(const block *by_rank, uint32_t k, float *rows) {
+    if (k == 1) block_store(rows, by_rank[0]);
+    else if (k == 2) block_store_pairs(by_rank[0], by_rank[1], rows);
+    else block_store_rows(by_rank, k > 4 ? 8 : 4, rows, k);
+}
+
+/* Ids and weights of a tile of columns. `exactly`: nothing may be written beyond them, to be overwritten. */
+static inline void columns_finish(struct route_tile *tile, int exactly, int32_t *ids, float *weights) {
+    uint32_t k = tile->rule->top_k, count = tile->rows * k;
     block by_rank[2][NETWORK_ROWS];
     float whole[2][(TILE_ROWS + 1) * NETWORK_ROWS];
-    columns_weights(tile, tile->columns.chosen, by_rank[1]);
+    for (uint32_t i = 2; i < NETWORK_ROWS; i++) by_rank[0][i] = by_rank[1][i] = block_all(0);
     for (uint32_t i = 0; i < k; i++) by_rank[0][i] = block_load((const float *)tile->columns.chosen[i]);
-    for (uint32_t i = k; i < ranks; i++) by_rank[0][i] = by_rank[1][i] = block_all(0);
-    block_store_rows(by_rank[0], ranks, exactly ? whole[0] : (float *)ids, k);
-    block_store_rows(by_rank[1], ranks, exactly ? whole[1] : weights, k);
+    columns_weights(tile, tile->columns.chosen, by_rank[1]);
+    columns_write(by_rank[0], k, exactly ? whole[0] : (float *)ids);
+    columns_write(by_rank[1], k, exactly ? whole[1] : weights);
     if (!exactly) return;
     memcpy(ids, whole[0], count * sizeof *ids);
     memcpy(weights, whole[1], count * sizeof *weights);
@@ -38,42 +45,71 @@ static inline void columns_collect(struct route_tile *tile) {
         for (uint32_t i = 0; i < tile->rule->top_k; i++)
             tile->columns.chosen[i][r] = tile->row[r < tile->rows ? r : tile->rows - 1].ids[i];
 }
+
+/* All steps of a tile of columns but the last. */
+static inline void columns_route(struct route_tile *tile, uint32_t policy, const float *strengths, struct route_tally *tally) {
+    if (policy > POLICY_BONUS) {
+        tile_apply_policy(tile, policy, strengths, tally);
+        columns_collect(tile);
+        tile_report(tile, policy, tally);
+    } else {
+        columns_prefer(tile, strengths);
+        if (policy == POLICY_BONUS) columns_report(tile, tally);
+    }
+}
 #endif
+
+/* All steps of a tile of single rows. */
+static inline void rows_route(struct route_tile *tile, const struct route_call *call, const float *strengths, float *weights,
+                              struct route_tally *tally) {
+    tile_apply_policy(tile, call->policy, strengths, tally);
+    if (call->policy != POLICY_OFF) tile_report(tile, call->policy, tally);
+    tile_weights(tile, weights, tally);
+    for (uint32_t r = 0; r < tile->rows && call->want_prefetch; r++)
+        if (tile->row[r].statistics.finite) row_prefetch(tile, &tile->row[r], tally);
+}
+
+/* Adds `rows` rows up, `by_age`[0] being what the last of them is worth. */
+static inline void tally_selections(const struct route_boosts *boosts, const uint64_t *by_age, uint32_t rows, uint32_t k,
+                                    const int32_t *ids, struct route_tally *tally) {
+    for (uint32_t r = rows; r-- > 0; ids += k) {
+        uint64_t worth = (by_age ? by_age[r] << ROUTE_COUNT_BITS : 0) + 1;
+        if (boosts->keep == UINT64_MAX)
+            for (uint32_t i = 0; i < k; i++) tally->selections[ids[i]] += worth;
+        else
+            for (uint32_t i = 0; i < k; i++)
+                tally->selections[ids[i]] = (tally->selections[ids[i]] & boosts->keep) + worth;
+    }
+}
 
 static void route_rows(const struct route_rule *rule, const struct route_call *call,
                        const struct route_snapshot *snapshot, const struct route_boosts *boosts, const float *logits,
                        uint32_t rows, int32_t *ids, float *weights, struct route_tally *tally) {
     struct route_tile tile;
     uint32_t k = rule->top_k, room = tile_begin(&tile, rule, call, snapshot);
-    _Alignas(64) float strengths[TILE_ROWS] = {0};
+    const float *by_row = call->policy == POLICY_OFF ? NULL : call->strengths;
+    _Alignas(64) float strengths[TILE_ROWS];
+    for (uint32_t r = 0; r < TILE_ROWS; r++) strengths[r] = call->policy == POLICY_OFF ? 0 : call->strength;
 #if ROUTE_VECTOR
     if (columns_apply(rule, call, rows)) columns_prepare(&tile);
 #endif
-    for (uint32_t first = 0; first < rows; first += room) {
-        int32_t *tile_ids = ids + (size_t)first * k;
-        tile.rows = rows - first < room ? rows - first : room;
-        for (uint32_t r = 0; r < tile.rows; r++)
-            strengths[r] = call->strengths ? call->strengths[first + r] : call->strength;
-        tile_load(&tile, call, logits + (size_t)first * rule->num_experts, tile_ids);
-        tile_apply_policy(&tile, call->policy, strengths, tally);
+    for (uint32_t first = 0; first < rows; first += tile.rows) {
+        uint32_t left = rows - first;
+        tile.rows = left < room ? left : room;
+        for (uint32_t r = 0; r < tile.rows && by_row; r++) strengths[r] = by_row[first + r];
+        tile_load(&tile, call, logits + (size_t)first * rule->num_experts, ids);
 #if ROUTE_VECTOR
-        if (tile.transposed && call->policy != POLICY_BONUS && call->policy != POLICY_OFF) columns_collect(&tile);
+        if (tile.transposed) {
+            columns_route(&tile, call->policy, strengths, tally);
+            columns_finish(&tile, (left - tile.rows) * k < NETWORK_ROWS, ids, weights);
+        } else
 #endif
-        if (call->policy != POLICY_OFF) tile_report(&tile, call->policy, tally);
-#if ROUTE_VECTOR
-        uint32_t after = (rows - first - tile.rows) * k;
-        if (tile.transposed) columns_write(&tile, after < NETWORK_ROWS, tile_ids, weights + (size_t)first * k);
-        else
-#endif
-        tile_weights(&tile, weights + (size_t)first * k, tally);
-        for (uint32_t r = 0; r < tile.rows && call->want_prefetch; r++)
-            if (tile.row[r].statistics.finite) row_prefetch(&tile, &tile.row[r], tally);
+            rows_route(&tile, call, strengths, weights, tally);
         if (rows == 1) return; /* its ids are its tally */
-        for (uint32_t r = 0; r < tile.rows; r++, tile_ids += k) {
-            uint64_t boost = boosts->by_age ? boosts->by_age[rows - 1 - first - r] << ROUTE_COUNT_BITS : 0;
-            for (uint32_t i = 0; i < k; i++)
-                tally->selections[tile_ids[i]] = (tally->selections[tile_ids[i]] & boosts->keep) + boost + 1;
-        }
+        left -= tile.rows;
+        tally_selections(boosts, boosts->by_age ? boosts->by_age + left : NULL, tile.rows, k, ids, tally);
+        ids += (size_t)tile.rows * k;
+        weights += (size_t)tile.rows * k;
     }
 }
 

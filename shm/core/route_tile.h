@@ -9,14 +9,17 @@
 
 /* Takes up tile->rows rows, whose selections go to `ids`. */
 static inline void tile_load(struct route_tile *tile, const struct route_call *call, const float *logits, int32_t *ids) {
-    for (uint32_t r = 0; r < tile->rows; r++) tile->row[r].ids = ids + r * tile->rule->top_k;
     tile->transposed = 0;
 #if ROUTE_VECTOR
     tile->transposed = columns_apply(tile->rule, call, tile->rows) && columns_begin(tile, logits, call->policy == POLICY_RANGE);
+    if (tile->transposed && call->policy > POLICY_BONUS) columns_rows(tile, ids);
 #else
     (void)call;
 #endif
-    for (uint32_t r = 0; r < tile->rows && !tile->transposed; r++) row_begin(tile, r, logits);
+    for (uint32_t r = 0; r < tile->rows && !tile->transposed; r++) {
+        row_begin(tile, r, logits);
+        tile->row[r].ids = ids + r * tile->rule->top_k;
+    }
 }
 
 /* Fills row->adjusted with the logits, amounts[r] added to the preferred experts. In plain C, NaN then marks the experts
@@ -96,18 +99,6 @@ static inline void tile_select(struct route_tile *tile, int into_truth) {
 #endif
         select_top_k(row->adjusted, rule->num_experts, rule->top_k, ids);
     }
-}
-
-/* Selects with amounts[r] added to the preferred experts, into row->ids. */
-static inline void tile_prefer(struct route_tile *tile, const float *amounts) {
-#if ROUTE_VECTOR
-    if (tile->transposed) {
-        columns_prefer(tile, amounts);
-        return;
-    }
-#endif
-    tile_adjust(tile, amounts);
-    tile_select(tile, 0);
 }
 
 /* The factor that makes row_share() probabilities; computes what it needs when it is first called. */

@@ -35,14 +35,13 @@ static inline void vector_pad(const float *logits, uint32_t count, float *to, ui
 /* softmax_exp() on each lane. */
 static inline block block_exp(block x) {
     block t = block_max(block_mul(x, block_all(SOFTMAX_LOG2E)), block_all(SOFTMAX_LOWEST));
-    block rounded = block_add(t, block_all(SOFTMAX_ROUNDER));
-    block r = block_sub(t, block_sub(rounded, block_all(SOFTMAX_ROUNDER)));
+    block whole, r = block_fraction(t, &whole);
     block square = block_mul(r, r);
     block c54 = block_add(block_mul(block_all(SOFTMAX_C5), r), block_all(SOFTMAX_C4));
     block c32 = block_add(block_mul(block_all(SOFTMAX_C3), r), block_all(SOFTMAX_C2));
     block c10 = block_add(block_mul(block_all(SOFTMAX_C1), r), block_all(1.0f));
     block p = block_add(block_mul(block_add(block_mul(c54, square), c32), square), c10);
-    return block_scale(p, rounded);
+    return block_scale(p, whole);
 }
 
 /* e^(logit - top) of EXP_BLOCKS blocks of logits from `first` on into `share`; added to `sums`. */

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from race.native import compile_program, write_arena_image
 
-from hotset.shm.layout import Geometry
+from hotset.shm.layout import Geometry, SlotClass
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="elsewhere an atomic operation is a loop that stepping never lets finish"
 )
-GEOMETRY = Geometry(num_layers=1, num_experts=6, num_processes=3, pins_per_process=2, num_slots=3, slot_nbytes=64)
+GEOMETRY = Geometry(num_layers=1, num_experts=6, num_processes=3, pins_per_process=2, slot_classes=(SlotClass(3, 64),))
 NOT_PERMITTED = 77
 
 

@@ -32,7 +32,7 @@ static inline struct arena arena_from_image(const char *path) {
     return arena;
 }
 
-/* The bytes of an expert slot. */
+/* The bytes of an expert slot. In these images, no slot is longer than a page. */
 static inline uint64_t *slot_bytes(const struct arena *arena, uint32_t slot) {
     const struct section_entry *entry = &arena->header->sections[SECTION_EXPERT_SLOTS];
     return (uint64_t *)(arena->base + entry->offset + (size_t)slot * entry->stride);

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from race.native import compile_program, write_arena_image
 
-from hotset.shm.layout import Geometry
+from hotset.shm.layout import Geometry, SlotClass
 
 pytestmark = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="the two processes never meet on one processor"
 )
 SOURCE = Path(__file__).parent / "pin_evict.c"
-GEOMETRY = Geometry(num_layers=1, num_experts=2, num_processes=2, pins_per_process=1, num_slots=1, slot_nbytes=512)
+GEOMETRY = Geometry(num_layers=1, num_experts=2, num_processes=2, pins_per_process=1, slot_classes=(SlotClass(1, 512),))
 
 
 def run(folder: Path, seconds: float, *flags: str) -> dict[str, int]:

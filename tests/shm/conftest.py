@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hotset.shm import segment as segment_module
-from hotset.shm.layout import Geometry
+from hotset.shm.layout import Geometry, SlotClass
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 
 GEOMETRY = Geometry(
@@ -16,8 +16,7 @@ GEOMETRY = Geometry(
     num_experts=70,  # more than one mask word, the second one partly used
     num_processes=3,
     pins_per_process=4,
-    num_slots=5,
-    slot_nbytes=100,
+    slot_classes=(SlotClass(5, 100),),
     num_pages=4,
     page_nbytes=128,
     max_sequences=2,

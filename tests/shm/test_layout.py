@@ -30,6 +30,7 @@ from hotset.shm.layout import (
     Geometry,
     Layout,
     Section,
+    SlotClass,
 )
 
 CORE = Path(__file__).parents[2] / "shm" / "core"
@@ -40,8 +41,7 @@ geometries = st.builds(
     num_experts=st.integers(1, 1024),
     num_processes=st.integers(1, 9),
     pins_per_process=st.integers(0, 40),
-    num_slots=st.integers(0, 50),
-    slot_nbytes=st.integers(0, 20_000),
+    slot_classes=st.lists(st.builds(SlotClass, st.integers(0, 50), st.integers(1, 20_000)), max_size=3).map(tuple),
     num_pages=st.integers(0, 50),
     page_nbytes=st.integers(0, 20_000),
     block_size=st.integers(1, 64),
@@ -103,7 +103,7 @@ def test_sections_are_aligned_and_do_not_overlap(geometry: Geometry) -> None:
     assert end <= layout.nbytes < end + PAGE
     assert layout.nbytes % PAGE == 0
     assert layout.sections[Section.EXPERT_SLOTS].offset % PAGE == 0
-    assert layout.sections[Section.EXPERT_SLOTS].stride % PAGE == 0
+    assert layout.sections[Section.EXPERT_SLOTS].nbytes == geometry.slots_nbytes
 
 
 @given(geometries)
@@ -138,13 +138,14 @@ def test_the_hash_tells_every_two_geometries_apart(geometry: Geometry) -> None:
     hashes = {Layout(geometry).hash}
     for change in (
         {"pins_per_process": 5},
-        {"slot_nbytes": 101},
+        {"slot_classes": (SlotClass(5, 101),)},
+        {"slot_classes": (SlotClass(2, 100), SlotClass(3, 100))},
         {"block_size": 8},
         {"max_model_len": 41},
         {"num_experts": 71},
     ):
         hashes.add(Layout(msgspec.structs.replace(geometry, **change)).hash)
-    assert len(hashes) == 6
+    assert len(hashes) == 7
     assert Layout(geometry).hash == Layout(geometry).hash
 
 
@@ -154,7 +155,7 @@ def test_a_geometry_of_nothing_is_refused(geometry: Geometry, field: str) -> Non
         msgspec.structs.replace(geometry, **{field: 0})
 
 
-@pytest.mark.parametrize("field", Geometry.__struct_fields__)
+@pytest.mark.parametrize("field", [field for field in Geometry.__struct_fields__ if field != "slot_classes"])
 def test_a_negative_geometry_is_refused(geometry: Geometry, field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} is -1, expected at least"):
         msgspec.structs.replace(geometry, **{field: -1})
@@ -166,7 +167,20 @@ def test_more_experts_than_a_slot_word_can_name_are_refused() -> None:
         Geometry(num_layers=1 << 14, num_experts=1 << 10)
 
 
-@pytest.mark.parametrize("field", ["slot_nbytes", "page_nbytes"])
-def test_a_row_longer_than_a_stride_can_say_is_refused(geometry: Geometry, field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field} is 4294967296, expected at most"):
-        msgspec.structs.replace(geometry, **{field: 1 << 32})
+def test_a_row_longer_than_a_stride_can_say_is_refused(geometry: Geometry) -> None:
+    with pytest.raises(ValueError, match="page_nbytes is 4294967296, expected at most"):
+        msgspec.structs.replace(geometry, page_nbytes=1 << 32)
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(-1, 100), (3, 0), (3, 1 << 32)])
+def test_slots_of_no_possible_number_or_size_are_refused(geometry: Geometry, count: int, nbytes: int) -> None:
+    with pytest.raises(ValueError, match=f"slot_classes has {count} slots of {nbytes} bytes, expected at least 0"):
+        msgspec.structs.replace(geometry, slot_classes=(SlotClass(count, nbytes),))
+
+
+def test_an_expert_goes_into_the_smallest_slots_that_hold_it(geometry: Geometry) -> None:
+    classes = (SlotClass(2, 300), SlotClass(3, 100), SlotClass(4, 200))
+    geometry = msgspec.structs.replace(geometry, slot_classes=classes)
+    assert [geometry.class_for(nbytes) for nbytes in (1, 100, 101, 200, 201, 300)] == [1, 1, 2, 2, 0, 0]
+    with pytest.raises(ValueError, match=r"an expert has 301 bytes, the slots \[300, 100, 200\]"):
+        geometry.class_for(301)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hotset.shm import _core
-from hotset.shm.layout import Geometry, PrefetchSource, Section, SlotState
+from hotset.shm.layout import Geometry, PrefetchSource, Section, SlotClass, SlotState
 from hotset.shm.segment import Segment
 
 MASKS = (
@@ -400,7 +400,7 @@ def test_recovery_drops_the_mark_of_a_prefetch_that_did_not_arrive(private: Segm
 
 # ---- any sequence of calls ----
 
-SMALL = Geometry(num_layers=2, num_experts=3, num_processes=2, pins_per_process=2, num_slots=3, slot_nbytes=64)
+SMALL = Geometry(num_layers=2, num_experts=3, num_processes=2, pins_per_process=2, slot_classes=(SlotClass(3, 64),))
 experts = st.integers(0, 5)
 slots = st.integers(0, 2)
 processes = st.integers(0, 1)

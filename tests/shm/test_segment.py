@@ -16,7 +16,7 @@ import posix_ipc
 import pytest
 
 from hotset.shm import segment as segment_module
-from hotset.shm.layout import HEADER, PAGE, ArenaState, Geometry, Layout, Section, header_crc
+from hotset.shm.layout import HEADER, PAGE, ArenaState, Geometry, Layout, Section, SlotClass, header_crc
 from hotset.shm.process import boot_id, start_time
 from hotset.shm.segment import (
     SHM_FOLDER,
@@ -112,7 +112,7 @@ def test_another_layout_is_refused(created: Segment, geometry: Geometry, change:
 
 
 def test_a_too_small_segment_is_refused(created: Segment, geometry: Geometry) -> None:
-    larger = msgspec.structs.replace(geometry, num_slots=geometry.num_slots + 1)
+    larger = msgspec.structs.replace(geometry, slot_classes=(*geometry.slot_classes, SlotClass(1, 100)))
     with pytest.raises(SegmentError, match=rf"has {Layout(geometry).nbytes} bytes, expected {Layout(larger).nbytes}"):
         Segment.attach("mine", larger)
 
@@ -151,13 +151,8 @@ def shared_memory_in_use() -> int:
 def too_large() -> Geometry:
     """Needs more than `/dev/shm` could hold even if it were empty."""
     space = os.statvfs(SHM_FOLDER)
-    slot_nbytes = 1 << 30
-    return Geometry(
-        num_layers=1,
-        num_experts=8,
-        num_slots=space.f_blocks * space.f_frsize // slot_nbytes + 1,
-        slot_nbytes=slot_nbytes,
-    )
+    slots = SlotClass(space.f_blocks * space.f_frsize // (1 << 30) + 1, 1 << 30)
+    return Geometry(num_layers=1, num_experts=8, slot_classes=(slots,))
 
 
 def test_too_little_shared_memory_is_an_error_with_both_numbers(instance: str) -> None:
@@ -243,11 +238,23 @@ def test_closing_twice_is_harmless(geometry: Geometry) -> None:
 def test_a_view_has_the_sections_shape_and_place(private: Segment, geometry: Geometry) -> None:
     assert private.view(Section.PINS).shape == (geometry.num_processes, geometry.pins_per_process)
     assert private.view(Section.KV_PAGES).shape == (geometry.num_pages + 1, geometry.page_nbytes)
-    assert private.view(Section.EXPERT_SLOTS).strides == (PAGE, 1)
     assert private.view(Section.BLOCK_TABLES).shape == (geometry.max_sequences, 3)
-    private.view(Section.EXPERT_SLOTS)[4, 99] = 17
-    where = Layout(geometry).sections[Section.EXPERT_SLOTS].offset + 4 * PAGE + 99
-    assert memoryview(private._mmap)[where] == 17
+    private.view(Section.PINS)[1, 3] = 17
+    pins = Layout(geometry).sections[Section.PINS]
+    assert memoryview(private._mmap)[pins.offset + pins.stride + 3 * 4] == 17
+
+
+def test_slots_of_each_class_are_whole_pages_apart(geometry: Geometry) -> None:
+    classes = (SlotClass(2, PAGE + 1), SlotClass(0, 7), SlotClass(3, 100))
+    segment = Segment.private(msgspec.structs.replace(geometry, slot_classes=classes))
+    slots = segment.slots()
+    assert [len(slot) for slot in slots] == [PAGE + 1, PAGE + 1, 100, 100, 100]
+    for number, slot in enumerate(slots):
+        slot[:] = number
+    begin = segment.layout.sections[Section.EXPERT_SLOTS].offset
+    memory = memoryview(segment._mmap)
+    assert [memory[begin + page * PAGE] for page in (0, 2, 4, 5, 6)] == [0, 1, 2, 3, 4]
+    assert segment.layout.geometry.classes_of_slots == [0, 0, 2, 2, 2]
 
 
 def test_a_process_started_afresh_attaches(created: Segment, geometry: Geometry, namespace: str) -> None:

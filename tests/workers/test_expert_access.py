@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from hotset.shm.layout import Geometry
+from hotset.shm.layout import Geometry, SlotClass
 from hotset.shm.paging_queue import PagingMessage, PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.expert_access import ExpertAccess
@@ -28,7 +28,7 @@ def load(segment: Segment, slot: int, expert: int) -> None:
 
 def access_to(pins: int) -> tuple[Segment, ExpertAccess, Sent]:
     """Two layers of eight experts; expert 3 of layer 1 is in slot 0, expert 5 in slot 1."""
-    geometry = Geometry(num_layers=2, num_experts=8, pins_per_process=pins, num_slots=8, slot_nbytes=64)
+    geometry = Geometry(num_layers=2, num_experts=8, pins_per_process=pins, slot_classes=(SlotClass(8, 64),))
     segment, queue = Segment.private(geometry), Sent()
     load(segment, 0, 8 + 3)
     load(segment, 1, 8 + 5)

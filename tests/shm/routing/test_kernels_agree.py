@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
 from hotset.shm import _core
 
+KERNELS = _core.route_kernels()  # the plain one last: the oracle
 POLICIES = ["off", "bonus", "range", "mass", "resnorm"]
 
 
@@ -34,15 +35,29 @@ def logits(seed: int, rows: int, experts: int, kind: str) -> np.ndarray:
 
 
 def routed(
-    config: RouterConfig, rows: np.ndarray, resident: list[int], kernel: str
+    config: RouterConfig,
+    rows: np.ndarray,
+    resident: list[int],
+    kernel: str,
+    strength: float | None = None,
+    *,
+    prefetch: bool = False,
 ) -> tuple[BatchRouteResult, list[int]]:
     previous = _core.use_route_kernel(kernel)
     try:
         router = MemoryAwareRouter(config)
         router.update_cache_state(resident)
-        return router.route_batch(rows, prefetch=True), bits(router.affinity.scores())
+        result = router.route_batch(rows, strength=strength, prefetch=prefetch)
+        return result, bits(router.affinity.scores())
     finally:
         _core.use_route_kernel(previous)
+
+
+def assert_same(result: BatchRouteResult, expected: BatchRouteResult) -> None:
+    assert result.experts.tolist() == expected.experts.tolist()
+    assert bits(result.weights) == bits(expected.weights)
+    for field in ("misses", "displaced", "prefetches", "lost_mass", "changed"):
+        assert getattr(result, field) == getattr(expected, field), field
 
 
 @settings(max_examples=80, deadline=None)
@@ -52,10 +67,11 @@ def routed(
     policy=st.sampled_from(POLICIES),
     kind=st.sampled_from(["ordinary", "tied", "odd", "denormal", "huge"]),
     renormalize=st.booleans(),
+    prefetch=st.booleans(),
     data=st.data(),
 )
 def test_kernels_agree_bit_for_bit(
-    seed: int, experts: int, policy: str, kind: str, renormalize: bool, data: st.DataObject
+    seed: int, experts: int, policy: str, kind: str, renormalize: bool, prefetch: bool, data: st.DataObject
 ) -> None:
     config = RouterConfig(
         experts,
@@ -65,13 +81,10 @@ def test_kernels_agree_bit_for_bit(
     )
     rows = logits(seed, 19, experts, kind)
     resident = np.flatnonzero(np.random.default_rng(seed).random(experts) < 0.5).tolist()
-    plain, scores = routed(config, rows, resident, "plain")
-    for kernel in _core.route_kernels():
-        result, its_scores = routed(config, rows, resident, kernel)
-        assert result.experts.tolist() == plain.experts.tolist(), kernel
-        assert bits(result.weights) == bits(plain.weights), kernel
-        for field in ("misses", "displaced", "prefetches", "lost_mass", "changed"):
-            assert getattr(result, field) == getattr(plain, field), (kernel, field)
+    plain, scores = routed(config, rows, resident, "plain", prefetch=prefetch)
+    for kernel in KERNELS:
+        result, its_scores = routed(config, rows, resident, kernel, prefetch=prefetch)
+        assert_same(result, plain)
         assert its_scores == scores, kernel
 
 
@@ -84,11 +97,48 @@ def test_kernels_agree_where_the_bonus_rounds_logits_to_the_same_score() -> None
         resident = np.flatnonzero(rng.random(experts) < rng.choice([0.3, 0.6, 0.95])).tolist()
         config = RouterConfig(experts, int(rng.integers(1, min(experts, 8) + 1)), cache_bonus=1.0)
         plain, _ = routed(config, rows, resident, "plain")
-        for kernel in _core.route_kernels():
-            result, _ = routed(config, rows, resident, kernel)
-            assert result.experts.tolist() == plain.experts.tolist(), kernel
-            for field in ("displaced", "lost_mass", "changed"):
-                assert getattr(result, field) == getattr(plain, field), (kernel, field)
+        for kernel in KERNELS:
+            assert_same(routed(config, rows, resident, kernel)[0], plain)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kernels_agree_on_logits_that_differ_in_their_last_bits_only(policy: str) -> None:
+    """Batches rank by keys that leave these bits out, and have to notice where they matter."""
+    rng = np.random.default_rng(11)
+    for experts, k in ((8, 2), (9, 1), (20, 3), (64, 6), (64, 8), (128, 8), (300, 7)) * 3:
+        values = rng.choice(np.array([-1.5, -1e-3, 1e-3, 1.0, 2.0], np.float32), (37, experts))
+        last_bits = rng.integers(0, 1 << rng.integers(1, 14), values.shape, np.int32)
+        rows = np.where(rng.random(values.shape) < 0.5, values, (values.view(np.int32) + last_bits).view(np.float32))
+        resident = np.flatnonzero(rng.random(experts) < rng.choice([0.1, 0.5, 0.9])).tolist()
+        strength = float(rng.choice(np.array([0, 1e-6, 1e-3, 1.0], np.float32)))
+        config = RouterConfig(experts, k, policy=policy)  # type: ignore[arg-type]
+        results = [routed(config, rows, resident, kernel, strength) for kernel in KERNELS]
+        for result, scores in results:
+            assert_same(result, results[0][0])
+            assert scores == results[0][1]
+
+
+def test_kernels_agree_where_the_preference_exceeds_all_floats() -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.normal(scale=1e38, size=(40, 24)).astype(np.float32)
+    config = RouterConfig(24, 4, policy="bonus")
+    results = [routed(config, rows, list(range(0, 24, 2)), kernel, 3e38)[0] for kernel in KERNELS]
+    for result in results:
+        assert_same(result, results[0])
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 9])
+def test_nothing_is_written_beyond_the_outputs(k: int) -> None:
+    rows = logits(1, 50, 12, "ordinary")
+    router = MemoryAwareRouter(RouterConfig(12, k))
+    router.update_cache_state([0, 5])
+    for count in (1, 2, 5, 8, 15, 16, 17, 18, 33, 47, 50):
+        experts, weights = np.full(count * k + 16, -7, np.int32), np.full(count * k + 16, -7, np.float32)
+        inside = experts[: count * k].reshape(count, k), weights[: count * k].reshape(count, k)
+        router.bind(rows[:count], *inside)()
+        assert (experts[count * k :] == -7).all() and (weights[count * k :] == -7).all()
+        assert (inside[0] >= 0).all() and (inside[1] >= 0).all()
 
 
 @pytest.mark.usefixtures("kernel")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.shm.layout import Geometry
+from hotset.shm.layout import Geometry, SlotClass
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
 
@@ -23,8 +23,7 @@ def segment() -> Iterator[Segment]:
             num_layers=2,
             num_experts=8,
             num_processes=3,
-            num_slots=8,
-            slot_nbytes=64,
+            slot_classes=(SlotClass(8, 64),),
             max_sequences=4,
             max_model_len=16,
             demand_words=1024,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from hotset.shm.demands import DemandReader, demand_of_set
-from hotset.shm.layout import Geometry
+from hotset.shm.layout import Geometry, SlotClass
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.replay import replay
 from hotset.workers.regret import DemandWindow
 
 GEOMETRY = Geometry(
-    num_layers=2, num_experts=8, num_processes=2, num_slots=6, slot_nbytes=64, max_sequences=2, max_model_len=16,
+    num_layers=2, num_experts=8, num_processes=2, slot_classes=(SlotClass(6, 64),), max_sequences=2, max_model_len=16,
     demand_words=4096,
 )  # fmt: skip
 

@@ -7,46 +7,54 @@ import numpy.typing as npt
 import pytest
 
 from hotset.runtime.eviction import parse_eviction
-from hotset.shm.demands import Records, demands_of_steps
+from hotset.shm.demands import Records, demand_of_set, demands_of_steps
 from hotset.workers.eviction import _core
 from hotset.workers.eviction.replay import make_policy, replay
 
-RATES = np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256])
+RATES = np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256], np.float32)
 SETS = 6
+UNIT = 1 / 4096
 Ids = npt.NDArray[np.int64]
 
 
 class PlainTd:
-    """workers/eviction/core/td.h for one model, as formulas."""
+    """workers/eviction/core/td.h for one model, as formulas, in float32 like there: whole units round alike."""
 
-    def __init__(self, layers: int, experts: int, streams: int) -> None:
-        self.set_weights = np.zeros((layers, SETS, experts, experts))
-        self.trait_weights = np.zeros((layers, 6, experts))
-        self.averages = np.zeros((streams, layers, 4, experts))
-        self.features: dict[tuple[int, int], tuple[list[tuple[int, int]], npt.NDArray[np.float64]]] = {}
-        self.estimates = np.zeros((streams, layers, experts))
+    def __init__(self, layers: int, experts: int, streams: int, unit: float = UNIT) -> None:
+        self.set_weights = np.zeros((layers, SETS, experts, experts))  # multiples of the unit
+        self.remainder = np.zeros((layers, experts), np.float32)
+        self.trait_weights = np.zeros((layers, 6, experts), np.float32)
+        self.averages = np.zeros((streams, layers, 4, experts), np.float32)
+        self.features: dict[tuple[int, int], tuple[list[tuple[int, int]], npt.NDArray[np.float32]]] = {}
+        self.estimates = np.zeros((streams, layers, experts), np.float32)
         self.latest: dict[tuple[int, int], list[int]] = {}
-        self.layers, self.experts = layers, experts
+        self.layers, self.experts, self.unit = layers, experts, unit
 
     def observe(self, stream: int, layer: int, used: list[int], batch: int) -> None:
         neighbours = [(layer - 1) % self.layers, (layer - 2) % self.layers, (layer - 3) % self.layers]
+        most = 3 if self.experts > 64 else self.experts
         sets = [used, self.latest.get((stream, layer), [])]
-        sets += [self.latest.get((stream, near), []) for near in (*neighbours, (layer + 1) % self.layers)]
+        sets += [self.latest.get((stream, near), [])[:most] for near in (*neighbours, (layer + 1) % self.layers)]
         rows = [(number, expert) for number, members in enumerate(sets) for expert in members]
-        now = np.isin(np.arange(self.experts), used).astype(float)
-        averages = self.averages[stream, layer]
-        averages += RATES[:, None] * (now - averages)
-        traits = np.vstack([np.ones(self.experts), now, averages])
-        y = (self.trait_weights[layer] * traits).sum(0)
-        y += sum(self.set_weights[layer, number, expert] for number, expert in rows)
+        now = np.isin(np.arange(self.experts), used).astype(np.float32)
+        averages = self.averages[stream, layer] * (1 - RATES[:, None]) + RATES[:, None] * now
+        self.averages[stream, layer] = averages
+        traits = np.vstack([np.ones_like(now), now, averages])
+        y = np.zeros_like(now)
+        for weights, trait in zip(self.trait_weights[layer], traits, strict=True):
+            y += weights * trait
+        y += sum(self.set_weights[layer, number, expert] for number, expert in rows).astype(np.float32)
         if (stream, layer) in self.features:
             old_rows, old_traits = self.features[stream, layer]
-            gamma = 2 / 3 if batch >= 4 else 7 / 8 - (7 / 8 - 2 / 3) * (batch - 1) / 3
-            eta = min(0.005, 0.5 / (batch * (len(old_rows) + 3)))
-            target = np.where(now > 0, 1, gamma * y.clip(0, 1))
+            gamma = np.float32(2 / 3 if batch >= 4 else 7 / 8 - (7 / 8 - 2 / 3) * (batch - 1) / 3)
+            eta = np.float32(min(0.005, 0.5 / (batch * (len(old_rows) + 3))))
+            target = np.where(now > 0, np.float32(1), gamma * y.clip(0, 1))
             change = eta * (target - self.estimates[stream, layer])
+            exact = change / np.float32(self.unit) + self.remainder[layer]
+            whole = np.rint(exact)
+            self.remainder[layer] = exact - whole
             for number, expert in old_rows:
-                self.set_weights[layer, number, expert] += change
+                self.set_weights[layer, number, expert] += whole * self.unit
             self.trait_weights[layer] += change * old_traits
         self.features[stream, layer] = (rows, traits)
         self.estimates[stream, layer] = y
@@ -89,6 +97,32 @@ def test_estimates_agree_with_numpy(layers: int, experts: int, streams: int, top
             policy.estimates(stream, layer, estimates)
             np.testing.assert_allclose(estimates, plain.estimates[stream, layer], atol=1e-5)
     assert np.abs(plain.estimates).max() > 0.1  # there was something to agree about
+
+
+def test_whole_units_learn_what_real_numbers_would() -> None:
+    ids = follows(3, 6000, 12)
+    policy = td_policy(2, 12, 1)
+    policy.observe(records_of(ids))
+    plain, estimates = PlainTd(2, 12, 1, unit=2**-30), np.empty(12, np.float32)
+    for step in ids:
+        for layer in range(2):
+            plain.observe(0, layer, step[0, layer].tolist(), 1)
+    for layer in range(2):
+        policy.estimates(0, layer, estimates)
+        np.testing.assert_allclose(estimates, plain.estimates[0, layer], atol=24 * UNIT)
+
+
+def test_a_layer_that_diverged_begins_anew() -> None:
+    policy = td_policy(1, 12, 2)
+    policy.observe(records_of(random_ids(2, 50, 2, 1, 12, 3)))
+    assert not policy.divergences
+    # As if every step had one token, while 900 learn from each other: the step is too long for that.
+    crowd = td_policy(1, 12, 900)
+    ids = random_ids(2, 40, 900, 1, 12, 3)
+    for step in ids:
+        for stream in range(900):
+            crowd.observe(demand_of_set(0, step[stream, 0].tolist(), stream))
+    assert crowd.divergences
 
 
 def test_a_batch_wants_an_expert_when_one_of_its_streams_does() -> None:

@@ -49,9 +49,9 @@ static void cache_type_dealloc(PyObject *self) {
 static void cache_mask(const struct replay_pools *pools, const struct policy *policy, uint32_t layer, uint64_t *words) {
     int shared = pools->count == 1;
     const struct pool *pool = &pools->pools[shared ? 0 : layer];
-    const uint8_t *row = pool->resident + (shared ? (size_t)layer * policy->num_experts : 0);
+    const uint32_t *place = pool->place + (shared ? (size_t)layer * policy->num_experts : 0);
     for (uint32_t e = 0; e < policy->num_experts; e++)
-        words[e / 64] = (e % 64 ? words[e / 64] : 0) | (uint64_t)row[e] << (e % 64);
+        words[e / 64] = (e % 64 ? words[e / 64] : 0) | (uint64_t)(place[e] != 0) << (e % 64);
 }
 
 static PyObject *cache_type_use(PyObject *self, PyObject *const *args, Py_ssize_t count) {

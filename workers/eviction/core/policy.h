@@ -57,6 +57,7 @@ struct policy {
     double *uses;         /* [layers][experts] */
     double *affinity;     /* [layers][experts] */
     uint64_t *stream_seen;/* [streams][layers]: layer_steps then */
+    uint16_t *live;       /* [streams]: those that want something of the layer that is valued */
     /* The latest demand. */
     uint32_t layer, count;
     uint16_t experts[TD_MAX_EXPERTS]; /* distinct */
@@ -73,6 +74,7 @@ static inline void policy_free(struct policy *policy) {
     free(policy->uses);
     free(policy->affinity);
     free(policy->stream_seen);
+    free(policy->live);
     free(policy->member);
     free(policy->td_value);
     td_free(&policy->td);
@@ -103,10 +105,11 @@ static inline int policy_init(struct policy *policy) {
     policy->uses = calloc(places, sizeof(double));
     policy->affinity = calloc(places, sizeof(double));
     policy->stream_seen = calloc((size_t)policy->num_streams * policy->num_layers, sizeof(uint64_t));
+    policy->live = calloc(policy->num_streams, sizeof(uint16_t));
     policy->member = calloc(policy->num_experts, 1);
     policy->td_value = calloc(places, sizeof(double));
     if (!(policy->layer_steps && policy->value && policy->last_used && policy->uses && policy->affinity &&
-          policy->stream_seen && policy->member && policy->td_value))
+          policy->stream_seen && policy->live && policy->member && policy->td_value))
         return 0;
     if (policy->base != POLICY_TD) return 1;
     return td_init(&policy->td, policy->num_layers, policy->num_experts, policy->num_streams) &&
@@ -177,20 +180,15 @@ static inline void policy_value_blend(struct policy *policy, uint32_t layer) {
     }
 }
 
-/* 1 - product over the streams of (1 - y): that at least one of them wants the expert soon. */
+/* What the streams that the layer has seen lately want, together. */
 static inline void policy_value_td(struct policy *policy, uint32_t layer) {
-    double *value = policy->td_value + (size_t)layer * policy->num_experts;
-    float nobody[TD_MAX_EXPERTS];
-    for (uint32_t e = 0; e < policy->num_experts; e++) nobody[e] = 1;
+    uint32_t count = 0;
     for (uint32_t s = 0; s < policy->num_streams; s++) {
-        size_t place = (size_t)s * policy->num_layers + layer;
-        if (!policy->stream_seen[place] ||
-            policy->layer_steps[layer] - policy->stream_seen[place] >= POLICY_IDLE_STEPS)
-            continue;
-        const float *y = policy->td.estimate + place * policy->td.stride;
-        for (uint32_t e = 0; e < policy->num_experts; e++) nobody[e] *= 1 - (y[e] < 1 ? y[e] : 1);
+        uint64_t seen = policy->stream_seen[(size_t)s * policy->num_layers + layer];
+        if (seen && policy->layer_steps[layer] - seen < POLICY_IDLE_STEPS) policy->live[count++] = (uint16_t)s;
     }
-    for (uint32_t e = 0; e < policy->num_experts; e++) value[e] = 1 - (double)nobody[e];
+    policy->td.run.combine(&policy->td, layer, policy->live, count,
+                           policy->td_value + (size_t)layer * policy->num_experts);
 }
 
 static inline void policy_value(struct policy *policy, uint32_t layer) {
@@ -241,7 +239,7 @@ static inline void policy_learn(struct policy *policy, const uint16_t *record) {
     for (uint32_t i = 0; i < record[DEMAND_ROWS]; i++, row += count + 1u) {
         if (row[0] >= policy->num_streams || count > TD_MAX_TOP_K) continue; /* a set, not one token's choice */
         policy->stream_seen[(size_t)row[0] * policy->num_layers + layer] = policy->layer_steps[layer];
-        policy->td.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
+        policy->td.run.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
     }
     policy_value_td(policy, layer);
     policy_guard(policy);

@@ -8,12 +8,16 @@
  * Active rows: the members of six expert sets of the token's stream: this layer's now and one token ago, and the
  * latest of the layers l-1, l-2, l-3 and l+1 (cyclic: the layer before the first is the previous token's last).
  * Traits of the expert itself: 1, used now, and moving averages of its use with rates 1/4, 1/16, 1/64 and 1/256.
+ * Where rows are long (more than TD_FEW_EXPERTS), only the foremost of another layer's set count.
  *
  * One token later the truth is nearer: it is 1 if e was used, else gamma times the new estimate. The weights that
  * were active then move by eta times the difference. So y_e tends to the mean of gamma^(tokens until the next use
  * - 1): a discounted probability, which can be compared between layers.
  *
- * Invariant: between two calls, `active`, `averages`, `used` and `estimate` describe the same token of a stream. */
+ * W is most of the memory and of the work, so it has 16 bits a weight and moves by whole units. What is beyond them
+ * is kept for the expert and added to its next move: nothing is lost to rounding.
+ *
+ * Invariant: between two calls, `active`, `averages` and `estimate` describe the same token of a stream. */
 #ifndef HOTSET_TD_H
 #define HOTSET_TD_H
 
@@ -25,45 +29,64 @@
 #define TD_TRAITS 6u
 #define TD_AVERAGES 4u
 #define TD_MAX_TOP_K 32u
+#define TD_FEW_EXPERTS 64u    /* in models with more, rows are long, and ... */
+#define TD_FOREMOST 3u        /* ... of another layer's set only the experts ranked highest are active rows */
 #define TD_MAX_EXPERTS 1024u
-#define TD_LANES 16u          /* rows are padded to whole vectors of 64 bytes; padding stays zero */
+#define TD_LANES 32u          /* rows are padded to whole vectors of 64 bytes; padding stays zero */
+#define TD_FLOATS 16u
+#define TD_UNIT (1 / 4096.f)  /* of the set weights, whose 16 bits so hold -8 to 8 */
 #define TD_MAX_STEP 0.005f    /* eta */
 #define TD_STABLE_STEP 0.5f   /* eta * tokens per step * |features|^2: it diverges from about 1 on */
-#define TD_MAX_ESTIMATE 1e3f  /* an estimate beyond has diverged: the layer forgets what it learned */
+#define TD_MAX_ESTIMATE 4     /* an estimate beyond has diverged: the layer forgets what it learned */
 
 static const float td_rates[TD_AVERAGES] = {1 / 4.f, 1 / 16.f, 1 / 64.f, 1 / 256.f};
 
-typedef float td_lanes __attribute__((vector_size(4 * TD_LANES))); /* the compiler splits it where vectors are shorter */
+/* Vectors of 64 bytes, which the compiler splits where the processor's are shorter. */
+typedef uint16_t td_lanes __attribute__((vector_size(2 * TD_LANES)));
+typedef float td_floats __attribute__((vector_size(4 * TD_FLOATS), may_alias));
+typedef int32_t td_ints __attribute__((vector_size(4 * TD_FLOATS)));
+typedef int16_t td_halves __attribute__((vector_size(2 * TD_FLOATS), may_alias));
 
 struct td;
 typedef void td_observe_function(struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
                                  uint32_t count, uint32_t batch);
+typedef void td_combine_function(const struct td *td, uint32_t layer, const uint16_t *streams, uint32_t count,
+                                 double *value);
+
+/* The numerics for one level of the instruction set. */
+struct td_kernels {
+    td_observe_function *observe;
+    td_combine_function *combine;
+};
 
 struct td {
     uint32_t num_layers, num_experts, num_streams, stride;
-    float *set_weights;   /* W [layers][TD_SETS][experts][stride] */
-    float *trait_weights; /* D [layers][TD_TRAITS][stride] */
+    uint16_t *set_weights; /* W [layers][TD_SETS][experts][stride], in units of TD_UNIT, two's complement */
+    float *trait_weights;  /* D [layers][TD_TRAITS][stride] */
+    float *remainder;      /* [layers][stride]: what the set weights should have moved by beyond whole units */
     /* Per stream and layer, at [stream * num_layers + layer]: */
     float *averages;      /* [TD_AVERAGES][stride] */
-    float *used;          /* [stride]: 1 where the latest token used the expert */
     float *estimate;      /* [stride]: y */
     uint16_t *active;     /* [TD_SETS * TD_MAX_TOP_K]: rows of the layer's W, first this layer's own set */
     uint16_t *num_active, *set_size; /* 0: no token yet */
     uint64_t divergences;
-    td_observe_function *observe; /* for this processor */
+    struct td_kernels run; /* for this processor */
 };
 
-static inline float *td_floats(size_t count) {
-    float *floats = aligned_alloc(sizeof(td_lanes), count * sizeof(float)); /* a multiple of it: rows are padded */
-    if (floats) memset(floats, 0, count * sizeof(float));
-    return floats;
+/* Zeros; `nbytes` are whole vectors, because rows are padded. */
+static inline void *td_array(size_t nbytes) {
+    void *array = aligned_alloc(sizeof(td_lanes), nbytes);
+    if (array) memset(array, 0, nbytes);
+    return array;
 }
+
+static inline float *td_float_array(size_t count) { return td_array(count * sizeof(float)); }
 
 static inline void td_free(struct td *td) {
     free(td->set_weights);
     free(td->trait_weights);
+    free(td->remainder);
     free(td->averages);
-    free(td->used);
     free(td->estimate);
     free(td->active);
     free(td->num_active);
@@ -71,24 +94,24 @@ static inline void td_free(struct td *td) {
     memset(td, 0, sizeof *td);
 }
 
-static inline td_observe_function *td_best_observe(void);
+static inline struct td_kernels td_best_kernels(void);
 
 /* 0 when there is not enough memory. */
 static inline int td_init(struct td *td, uint32_t num_layers, uint32_t num_experts, uint32_t num_streams) {
     uint32_t stride = (num_experts + TD_LANES - 1) / TD_LANES * TD_LANES;
     size_t places = (size_t)num_streams * num_layers;
     *td = (struct td){.num_layers = num_layers, .num_experts = num_experts, .num_streams = num_streams,
-                      .stride = stride, .observe = td_best_observe()};
-    td->set_weights = td_floats((size_t)num_layers * TD_SETS * num_experts * stride);
-    td->trait_weights = td_floats((size_t)num_layers * TD_TRAITS * stride);
-    td->averages = td_floats(places * TD_AVERAGES * stride);
-    td->used = td_floats(places * stride);
-    td->estimate = td_floats(places * stride);
+                      .stride = stride, .run = td_best_kernels()};
+    td->set_weights = td_array((size_t)num_layers * TD_SETS * num_experts * stride * sizeof *td->set_weights);
+    td->trait_weights = td_float_array((size_t)num_layers * TD_TRAITS * stride);
+    td->remainder = td_float_array((size_t)num_layers * stride);
+    td->averages = td_float_array(places * TD_AVERAGES * stride);
+    td->estimate = td_float_array(places * stride);
     td->active = calloc(places * TD_SETS * TD_MAX_TOP_K, sizeof(uint16_t));
     td->num_active = calloc(places, sizeof(uint16_t));
     td->set_size = calloc(places, sizeof(uint16_t));
-    if (td->set_weights && td->trait_weights && td->averages && td->used && td->estimate && td->active &&
-        td->num_active && td->set_size)
+    if (td->set_weights && td->trait_weights && td->remainder && td->averages && td->estimate &&
+        td->active && td->num_active && td->set_size)
         return 1;
     td_free(td);
     return 0;
@@ -111,10 +134,12 @@ static inline void td_forget_streams(struct td *td) {
     memset(td->set_size, 0, sizeof(uint16_t) * td->num_streams * td->num_layers);
 }
 
-/* Appends the experts that the latest token of `place` used, as rows of the weight block of set number `set`. */
-static inline uint32_t td_append(const struct td *td, size_t place, uint32_t set, uint16_t *rows, uint32_t count) {
+/* Appends the first `most` experts that the latest token of `place` used, as rows of the weight block of set number
+ * `set`. */
+static inline uint32_t td_append(const struct td *td, size_t place, uint32_t set, uint32_t most, uint16_t *rows,
+                                 uint32_t count) {
     const uint16_t *own = td->active + place * TD_SETS * TD_MAX_TOP_K;
-    for (uint32_t i = 0; i < td->set_size[place]; i++) rows[count++] = (uint16_t)(set * td->num_experts + own[i]);
+    for (uint32_t i = 0; i < td->set_size[place] && i < most; i++) rows[count++] = (uint16_t)(set * td->num_experts + own[i]);
     return count;
 }
 
@@ -125,17 +150,33 @@ static inline uint32_t td_active_rows(const struct td *td, uint32_t stream, uint
     size_t first = (size_t)stream * td->num_layers;
     uint32_t layers = td->num_layers, n = 0;
     for (uint32_t i = 0; i < count; i++) rows[n++] = experts[i];
-    n = td_append(td, first + layer, 1, rows, n);
+    n = td_append(td, first + layer, 1, TD_MAX_TOP_K, rows, n);
+    const uint32_t most = td->num_experts > TD_FEW_EXPERTS ? TD_FOREMOST : TD_MAX_TOP_K;
     for (uint32_t i = 0; i < 3; i++)
-        n = td_append(td, first + (layer + layers - before[i] % layers) % layers, 2 + i, rows, n);
-    return td_append(td, first + (layer + 1) % layers, 5, rows, n);
+        n = td_append(td, first + (layer + layers - before[i] % layers) % layers, 2 + i, most, rows, n);
+    return td_append(td, first + (layer + 1) % layers, 5, most, rows, n);
 }
 
 static inline void td_reset_layer(struct td *td, uint32_t layer) {
     size_t block = (size_t)TD_SETS * td->num_experts * td->stride, traits = (size_t)TD_TRAITS * td->stride;
-    memset(td->set_weights + layer * block, 0, block * sizeof(float));
+    memset(td->set_weights + layer * block, 0, block * sizeof *td->set_weights);
+    memset(td->remainder + (size_t)layer * td->stride, 0, td->stride * sizeof(float));
     memset(td->trait_weights + layer * traits, 0, traits * sizeof(float));
     td->divergences++;
+}
+
+/* [stride]: 1 for the given experts, 0 for the others. */
+static inline void td_mark(const struct td *td, td_floats *marks, const uint16_t *experts, uint32_t count) {
+    memset(marks, 0, td->stride * sizeof(float));
+    for (uint32_t i = 0; i < count; i++) ((float *)marks)[experts[i]] = 1;
+}
+
+/* Whether an estimate is beyond TD_MAX_ESTIMATE, or no number; of the bits of the largest one without its sign. */
+static inline int td_diverged(int32_t largest) {
+    float allowed = TD_MAX_ESTIMATE;
+    int32_t limit;
+    memcpy(&limit, &allowed, sizeof limit);
+    return largest > limit;
 }
 
 /* The numerics, compiled once for each level of the instruction set. */
@@ -153,18 +194,19 @@ static inline void td_reset_layer(struct td *td, uint32_t layer) {
 #undef TD_TARGET
 
 #define TD_NAME(name) name##_avx512
-#define TD_TARGET __attribute__((target("avx512f")))
+#define TD_TARGET __attribute__((target("avx512bw,avx512vl,avx512dq")))
 #include "td_kernel.h"
 #undef TD_NAME
 #undef TD_TARGET
 #endif
 
-static inline td_observe_function *td_best_observe(void) {
+static inline struct td_kernels td_best_kernels(void) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) return td_observe_avx512;
-    if (__builtin_cpu_supports("avx2")) return td_observe_avx2;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return (struct td_kernels){td_observe_avx512, td_combine_avx512};
+    if (__builtin_cpu_supports("avx2")) return (struct td_kernels){td_observe_avx2, td_combine_avx2};
 #endif
-    return td_observe_portable;
+    return (struct td_kernels){td_observe_portable, td_combine_portable};
 }
 
 #endif
