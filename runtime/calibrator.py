@@ -5,6 +5,7 @@ The measuring is a process of its own (workers/calibrate.py); here it is describ
 
 from __future__ import annotations
 
+import re
 import select
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,6 @@ from hotset.runtime.messages import (
 )
 from hotset.runtime.model.calibration import Calibration
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.plan import expert_budget_slots
 from hotset.runtime.supervision import Child
 
 CALIBRATOR_MODULE = "hotset.workers.calibrate"
@@ -57,13 +57,16 @@ def parse_limit(max_kl: float | None, max_ppl: str | None) -> Limit:
             raise ValueError(f"--max-kl is {max_kl}, expected nats over 0 and under 1, such as 0.005")
         return Limit("divergence", max_kl)
     assert max_ppl is not None
-    try:
-        percent = float(max_ppl.strip().removesuffix("%")) if max_ppl.strip().endswith("%") else -1.0
-    except ValueError:
-        percent = -1.0
+    percent = _percentage(max_ppl)
     if not 0 < percent <= 10:
         raise ValueError(f"--max-ppl is {max_ppl!r}, expected a percentage over 0 and up to 10, such as 0.25%")
     return Limit("perplexity", percent / 100)
+
+
+def _percentage(text: str) -> float:
+    """The number before the sign; -1 for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    return float(match[1]) if match else -1.0
 
 
 def start_message(
@@ -73,10 +76,11 @@ def start_message(
     if routing not in STRENGTH_OPTIONS:
         raise ValueError(f"--routing is {routing!r}, expected one of {', '.join(STRENGTH_OPTIONS)}")
     parse_eviction(eviction)
-    if not expert_budget.strip().endswith("%"):
+    budget = _percentage(expert_budget) / 100
+    if not 0 < budget <= 1:
         raise ValueError(f"--expert-budget is {expert_budget!r}, expected a percentage of the experts, such as 25%")
     experts = ModelConfig.load(model).num_experts
-    if expert_budget_slots(expert_budget, experts, 1) < 1:
+    if int(budget * experts) < 1:
         raise ValueError(f"--expert-budget is {expert_budget!r}, expected at least one of a layer's {experts} experts")
     if text is not None and not text.is_file():
         raise ValueError(f"--text is {str(text)!r}, expected a file")
@@ -84,7 +88,7 @@ def start_message(
         model=str(model),
         routing=routing,
         eviction=eviction,
-        budget=float(expert_budget.strip().removesuffix("%")) / 100,
+        budget=budget,
         measure=limit.measure,
         limit=limit.value,
         limit_text=str(limit),

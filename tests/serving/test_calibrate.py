@@ -84,5 +84,5 @@ def test_ctrl_c_leaves_nothing(cache: Path) -> None:
     os.kill(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 130 and "interrupted" in errors
-    assert not Path(f"/proc/{child}").exists()
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
     assert not list(cache.rglob("*calibration*"))
