@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import msgspec
 
 from hotset.runtime.eviction import parse_eviction
+from hotset.runtime.prefetch import parse_prefetch
 
 RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]
-PrefetchPolicy = Literal["off", "displaced"]
 KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
 TRAINED_MODEL = Path(__file__).parent / "model" / "trained"
@@ -60,8 +60,12 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             theirs, the more the less experts add to the token's state. See `RouterConfig`. The default, a mild
             "range", has not been calibrated against perplexity: on the shipped model it gives up 0.8 % of the gate's
             probability mass.
-        prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
-            model 2 to 7 % of them were used before they went again, so the default is "off".
+        prefetch: which sources name experts to read before they are needed: "gate-ahead" (the next layer's gate on
+            the current hidden state), "gate-ahead-2" (the layer's after it), "transitions" (what followed the current
+            experts in the next layer), "runners-up" (what the gate almost wanted, with a probability of at least
+            `prefetch_threshold`), "affinity" (what was used most lately), or several with + between them; "auto"
+            takes the one that foresees most and stops it while it does not help. Only candidates of a kind that has
+            been used 60 % of the times are asked for.
         eviction: which expert goes when a slot is needed: "affinity" the one used least lately, "td" the one that is
             needed last as far as could be learned while serving, "lru", "lfu", "adaptive", and blends such as
             "lru+affinity:0.5"; see `parse_eviction`.
@@ -90,7 +94,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     range_strength: float = 0.1
     mass_budget: float = 0.004
     resnorm_strength: float = 0.1
-    prefetch: PrefetchPolicy = "off"
+    prefetch: str = "off"
+    prefetch_threshold: float = 0.02
     eviction: str = "affinity"
     read_lanes: int | None = None
     warm_start: bool = True
@@ -123,13 +128,13 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "memory decides how many experts fit"
             )
         parse_eviction(self.eviction)
-        for name in ("cache_bonus", "range_strength", "mass_budget", "resnorm_strength"):
+        parse_prefetch(self.prefetch)
+        for name in ("cache_bonus", "range_strength", "mass_budget", "resnorm_strength", "prefetch_threshold"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
         for name, choices in (
             ("routing", RoutingPolicy),
-            ("prefetch", PrefetchPolicy),
             ("kv_cache_dtype", KvDtype),
         ):
             value, allowed = getattr(self, name), get_args(choices)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hotset.shm.layout import WeightFormat
+from hotset.shm.layout import PrefetchSource, WeightFormat
 from hotset.workers.expert_store import Chunk, ExpertReadError, ExpertStore
 
 ATTEMPTS = 2  # a passing error of the disk is not a lost request
@@ -27,16 +27,26 @@ class Load:
     Attributes:
         urgent: somebody waits for it; a prefetch that is overtaken by a request becomes urgent.
         warm_start: nobody had asked for it when it was begun.
+        source: of a prefetch; it stays when somebody comes to wait for it.
         began: when it was begun, or became urgent; monotonic nanoseconds.
         cancelled: a prefetch that was given up, its slot half-filled.
         error: why the expert cannot be had; otherwise `checksum` and `weight_format` are those of its bytes.
     """
 
-    def __init__(self, expert: int, slot: int, *, urgent: bool, warm_start: bool = False) -> None:
+    def __init__(
+        self,
+        expert: int,
+        slot: int,
+        *,
+        urgent: bool,
+        warm_start: bool = False,
+        source: PrefetchSource = PrefetchSource.NONE,
+    ) -> None:
         self.expert = expert
         self.slot = slot
         self.urgent = urgent
         self.warm_start = warm_start
+        self.source = source
         self.began = time.monotonic_ns()
         self.checksum = 0
         self.weight_format = WeightFormat.FLOAT32
