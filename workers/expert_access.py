@@ -145,7 +145,7 @@ class ExpertAccess:
     def _wait(self, layer: int, experts: Iterable[int]) -> list[tuple[int, int]]:
         """Sleeps until at least one of the pinned `experts` is resident; returns those that are, with their slots."""
         arena, first = self._arena, layer * self._num_experts
-        began = time.monotonic_ns()
+        began = asked = time.monotonic_ns()
         while True:
             # Read before the check: an arrival between check and sleep changes it, and the sleep does not begin.
             generation = arena.generation(layer)
@@ -156,5 +156,8 @@ class ExpertAccess:
             for expert in experts:
                 if arena.failed(first + expert):
                     raise ExpertUnavailable(layer, expert)
-            self._request(layer, list(experts))
+            if time.monotonic_ns() - asked >= 1000 * WAIT_MICROSECONDS:
+                # No request is lost, but for a pager that was killed at the wrong moment.
+                self._request(layer, list(experts))
+                asked = time.monotonic_ns()
             arena.wait(layer, generation, WAIT_MICROSECONDS)

@@ -40,6 +40,7 @@ from hotset.workers.read_lanes import Load, ReadLanes
 from hotset.workers.warm_start import WarmStart
 
 RESCAN_SECONDS = 0.1
+LOADS_PER_LANE = 2  # begun at once, so that a lane finds the next one without waiting for the main thread
 RETRY_SECONDS = 0.001  # for requests that found every slot pinned: pins last about a layer step
 PREFETCHES_AT_ONCE = 2  # one is read; the next begins without waiting for this process
 
@@ -240,7 +241,7 @@ class Pager:
                 if not self._overtake(self._loads[expert]):
                     continue  # it was given up a moment ago, and begins again once its slot is free
                 del self._urgent[expert]
-            elif len(self._loads) >= self._lanes.count:
+            elif len(self._loads) >= LOADS_PER_LANE * self._lanes.count:
                 self._cancel_prefetches()
                 return
             elif self._class_of_expert[expert] in full_classes:
@@ -251,7 +252,8 @@ class Pager:
             else:
                 full_classes.add(self._class_of_expert[expert])
                 self._cancel_prefetches()
-                self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
+                if len(self._loads) < self._lanes.count:  # else the next load that ends is soon enough
+                    self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
 
     def _is_settled(self, expert: int) -> bool:
         """Whether there is nothing to load: then the request is answered."""
@@ -322,27 +324,32 @@ class Pager:
 
     def run(self) -> None:
         """Returns when the coordinator says so; raises `ChannelClosed` when it is gone."""
+        channel, queue, lanes = self._channel.fileno(), self._queue.fd, self._lanes.fd
         poll = select.poll()
-        for source in (self._queue.fd, self._channel.fileno(), self._lanes.fd):
+        for source in (channel, queue, lanes):
             poll.register(source, select.POLLIN)
         self._channel.send(PagerReady(self._process))
         self._report_warm_start()
+        ready = {channel, queue, lanes}
         while True:
-            for message in self._channel.receive():
-                if isinstance(message, StopWorking):
-                    self._save_heat()
-                    return
-            self._finish_loads()
-            self._receive_messages()
+            if channel in ready and any(isinstance(message, StopWorking) for message in self._channel.receive()):
+                self._save_heat()
+                return
+            if lanes in ready:
+                self._finish_loads()
+            if queue in ready:
+                self._receive_messages()
             if time.monotonic() >= self._next_rescan:
                 self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
             self._serve_urgent()
             if self._warm_start.is_save_due():
                 self._save_heat()
+            timeout = 0.0
             if not self._serve_prefetch():
                 self._serve_warm_start()
-                poll.poll(max(0.0, self._next_rescan - time.monotonic()) * 1000)
+                timeout = max(0.0, self._next_rescan - time.monotonic())
+            ready = {fd for fd, _ in poll.poll(timeout * 1000)}
 
     def close(self) -> None:
         """Returns when nothing writes to the arena any more."""
