@@ -230,7 +230,7 @@ class Pager:
             self._urgent.setdefault(expert)
 
     def _serve_urgent(self) -> None:
-        """Begins urgent loads until no lane is free. One that finds no slot of its class does not hold up the others:
+        """Begins urgent loads until the lanes have enough to do. One that finds no slot of its class does not hold up the others:
         their waiters may pin what it waits for."""
         full_classes: set[int] = set()
         for expert in list(self._urgent):
