@@ -45,7 +45,7 @@ def generate(
         str | None,
         typer.Option(help="Which expert goes: affinity, td, lru, lfu, adaptive, lru+affinity."),
     ] = None,
-    prefetch: Annotated[str | None, typer.Option(help="off, or displaced: what routing passed over.")] = None,
+    prefetch: Annotated[str | None, typer.Option(help="off, auto, or sources: gate-ahead, transitions ...")] = None,
     cold_start: Annotated[
         bool, typer.Option("--cold-start", help="Neither begin with the last run's experts nor remember this one's.")
     ] = False,

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import msgspec
 
 from hotset.runtime.eviction import parse_eviction
+from hotset.runtime.prefetch import parse_prefetch
 
 RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]
 STRENGTH_OPTIONS: dict[RoutingPolicy, str] = {
@@ -18,7 +19,6 @@ STRENGTH_OPTIONS: dict[RoutingPolicy, str] = {
     "mass": "mass_budget",
     "resnorm": "resnorm_strength",
 }
-PrefetchPolicy = Literal["off", "displaced"]
 KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
 TRAINED_MODEL = Path(__file__).parent / "model" / "trained"
@@ -66,8 +66,12 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             theirs, the more the less experts add to the token's state. See `RouterConfig`.
         cache_bonus, range_strength, mass_budget, resnorm_strength: the strength of the policy whose it is; refused with
             another. None is what `hotset calibrate` found for the model, or else a cautious default.
-        prefetch: "displaced" asks for experts that the gate wanted and the routing policy passed over; on the shipped
-            model 2 to 7 % of them were used before they went again, so the default is "off".
+        prefetch: which sources name experts to read before they are needed: "gate-ahead" (the next layer's gate on
+            the current hidden state), "gate-ahead-2" (the layer's after it), "transitions" (what followed the current
+            experts in the next layer), "runners-up" (what the gate almost wanted, with a probability of at least
+            `prefetch_threshold`), "affinity" (what was used most lately), or several with + between them; "auto"
+            takes the one that foresees most and stops it while it does not help. Only candidates of a kind that has
+            been used 60 % of the times are asked for.
         eviction: which expert goes when a slot is needed: "affinity" the one used least lately, "td" the one that is
             needed last as far as could be learned while serving, "lru", "lfu", "adaptive", and blends such as
             "lru+affinity:0.5"; see `parse_eviction`.
@@ -96,7 +100,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     range_strength: float | None = None
     mass_budget: float | None = None
     resnorm_strength: float | None = None
-    prefetch: PrefetchPolicy = "off"
+    prefetch: str = "off"
+    prefetch_threshold: float = 0.02
     eviction: str = "affinity"
     read_lanes: int | None = None
     warm_start: bool = True
@@ -129,6 +134,9 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "memory decides how many experts fit"
             )
         parse_eviction(self.eviction)
+        parse_prefetch(self.prefetch)
+        if not 0 <= self.prefetch_threshold <= 1:
+            raise ValueError(f"prefetch_threshold is {self.prefetch_threshold!r}, expected a number from 0 to 1")
         for policy, name in STRENGTH_OPTIONS.items():
             value = getattr(self, name)
             if value is None:
@@ -142,7 +150,6 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 )
         for name, choices in (
             ("routing", RoutingPolicy),
-            ("prefetch", PrefetchPolicy),
             ("kv_cache_dtype", KvDtype),
         ):
             value, allowed = getattr(self, name), get_args(choices)

@@ -8,10 +8,11 @@ import numpy.typing as npt
 
 from hotset.runtime.metrics import Latency, MoeMetrics
 from hotset.runtime.plan import InstancePlan
+from hotset.runtime.prefetch import SOURCES
 from hotset.runtime.routing_preference import RoutingPreference
 from hotset.runtime.scheduler import Scheduler
 from hotset.runtime.user_pins import UserPins
-from hotset.shm.counters import Counter
+from hotset.shm.counters import Counter, PrefetchCount, prefetch_counter
 from hotset.shm.layout import COUNTERS_PER_PROCESS, Section, SlotState
 from hotset.shm.segment import Segment
 
@@ -32,6 +33,35 @@ class Regret(msgspec.Struct, frozen=True):
     crowd: float
 
 
+class PrefetchStats(msgspec.Struct, frozen=True):
+    """What one source of prefetches was worth.
+
+    Attributes:
+        requests: experts that it asked for.
+        page_ins: of those, read.
+        hits: of these, used at once before they were evicted.
+        late_hits: of these, used by somebody who had to wait for the rest of the read.
+        misses: of all decode steps, had nothing been prefetched.
+    """
+
+    source: str
+    requests: int
+    page_ins: int
+    hits: int
+    late_hits: int
+    misses: int
+
+    @property
+    def precision(self) -> float:
+        """Of what was read, what was used."""
+        return _ratio(self.hits + self.late_hits, self.page_ins)
+
+    @property
+    def recall(self) -> float:
+        """Of the misses there would have been, those that had been asked for in time, or almost."""
+        return _ratio(self.hits + self.late_hits, self.misses)
+
+
 class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot. Counts are since the start, or since the last `reset_stats`.
 
@@ -49,6 +79,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     prefetch_page_ins: int
     warm_page_ins: int  # of what earlier instances had, before anybody asked for it
     prefetch_hits: int
+    prefetch: list[PrefetchStats]  # of the sources that asked for something
     evictions: int
     bytes_read: int
     preference: RoutingPreference
@@ -133,6 +164,7 @@ class InstanceCounters:
             prefetch_page_ins=counts[Counter.PREFETCH_PAGE_INS],
             warm_page_ins=counts[Counter.WARM_PAGE_INS],
             prefetch_hits=counts[Counter.PREFETCH_HITS],
+            prefetch=self._prefetch(counts),
             evictions=counts[Counter.EVICTIONS],
             bytes_read=counts[Counter.BYTES_READ],
             preference=plan.routing,
@@ -164,6 +196,16 @@ class InstanceCounters:
     def _resident_nbytes(self, num_slots: int) -> int:
         resident = [slot for slot in range(num_slots) if self._arena.slot(slot)[2] == SlotState.RESIDENT]
         return int(self._slot_info["nbytes"][resident].sum())
+
+    def _prefetch(self, counts: dict[Counter, int]) -> list[PrefetchStats]:
+        totals = self._totals() - self._baseline
+        misses = counts[Counter.DECODE_EXPERT_MISSES] + counts[Counter.PREFETCH_HITS]
+        found: list[PrefetchStats] = []
+        for name, source in SOURCES.items():
+            requests, page_ins, hits, late = (int(totals[prefetch_counter(source, count)]) for count in PrefetchCount)
+            if requests:
+                found.append(PrefetchStats(name, requests, page_ins, hits, late, misses))
+        return found
 
     def _totals(self) -> npt.NDArray[np.uint64]:
         totals = np.empty(COUNTERS_PER_PROCESS, np.uint64)

@@ -52,9 +52,9 @@ class PrefetchCount(enum.IntEnum):
     """What is counted of each source of prefetches."""
 
     REQUESTS = 0  # by the worker that asked
-    PAGE_INS = 1  # by the pager: read, and nobody waited for it meanwhile
+    PAGE_INS = 1  # by the pager, also if somebody came to wait for it meanwhile
     HITS = 2  # by the worker that was the first to use one of those, before it was evicted
-    OVERTAKEN = 3  # by the pager: somebody came to wait for it while it was being read
+    LATE_HITS = 3  # likewise, but somebody waited for the rest of the read; by the pager if it knew of that
 
 
 PREFETCH_OF_SOURCE = 64

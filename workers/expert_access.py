@@ -7,13 +7,14 @@ An expert's id is in this worker's pin row from before its slot is looked up unt
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.errors import HotsetError
-from hotset.shm.counters import Counter
+from hotset.shm.counters import Counter, PrefetchCount, prefetch_counter
+from hotset.shm.layout import PrefetchSource, Section
 from hotset.shm.paging_queue import PagingMessage, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
 
@@ -42,6 +43,7 @@ class ExpertAccess:
 
     def __init__(self, segment: Segment, queue: PagingQueue, process: int) -> None:
         self._arena = segment.arena
+        self._slot_info = segment.view(Section.SLOT_INFO)
         self._queue = queue
         self._process = process
         self._num_experts = segment.layout.geometry.num_experts
@@ -61,9 +63,15 @@ class ExpertAccess:
         """
         self._arena.write_demand(self._process, layer, experts, streams)
 
-    def resident(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def is_resident(self, layer: int, expert: int) -> bool:
+        """A hint, as the expert is not pinned."""
+        return self._arena.find(layer * self._num_experts + expert) >= 0
+
+    def resident(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, int]]:
         """Yields (expert, slot) of every expert, resident ones first; each is pinned until the next is asked for, and
-        those that are missing are requested before the first is given.
+        those that are missing are requested before the first is given. `meanwhile` is called once, in between.
 
         Raises `ExpertUnavailable`; the pins that are then still set are the caller's to clear (`Arena.unpin_all`).
         """
@@ -85,34 +93,47 @@ class ExpertAccess:
             if missed:  # before the others are computed: the pager reads meanwhile
                 arena.count(process, self._miss_counter, len(missed))
                 self._request(layer, missed)
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
             for expert, slot, pin in found:
-                self._note_hit(first + expert)
+                self._note_hit(first + expert, slot)
                 yield expert, slot
                 arena.unpin(process, pin)
                 free_pins.append(pin)
             if waiting and not (remaining and free_pins):
                 for expert, slot in self._wait(layer, waiting):
+                    if arena.take_prefetched(first + expert):
+                        self._count_for_source(slot, PrefetchCount.LATE_HITS)
                     yield expert, slot
                     pin = waiting.pop(expert)
                     arena.unpin(process, pin)
                     free_pins.append(pin)
 
-    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+    def prefetch(self, layer: int, experts: Iterable[int], source: PrefetchSource) -> None:
         """Asks for experts that nobody waits for; what does not fit the queue is dropped."""
         first = layer * self._num_experts
         unasked = [expert for expert in experts if self._arena.request_prefetch(first + expert)]
         if not unasked:
             return
         self._arena.count(self._process, Counter.PREFETCH_REQUESTS, len(unasked))
-        if not self._queue.send(PagingMessage(layer, unasked, priority=PagingPriority.PREFETCH)):
+        self._arena.count(self._process, prefetch_counter(source, PrefetchCount.REQUESTS), len(unasked))
+        if not self._queue.send(PagingMessage(layer, unasked, priority=PagingPriority.PREFETCH, source=source)):
             self._arena.count(self._process, Counter.PREFETCH_DROPPED, len(unasked))
             for expert in unasked:
                 self._arena.withdraw_prefetch(first + expert)
 
-    def _note_hit(self, expert_id: int) -> None:
+    def _note_hit(self, expert_id: int, slot: int) -> None:
+        """Of an expert that is pinned."""
         self._arena.count(self._process, self._hit_counter, 1)
         if self._arena.take_prefetched(expert_id):
             self._arena.count(self._process, Counter.PREFETCH_HITS, 1)
+            self._count_for_source(slot, PrefetchCount.HITS)
+
+    def _count_for_source(self, slot: int, count: PrefetchCount) -> None:
+        """For the source of a prefetch that is used for the first time."""
+        source = PrefetchSource(int(self._slot_info[slot, 0]["source"]))
+        self._arena.count(self._process, prefetch_counter(source, count), 1)
 
     def _request(self, layer: int, experts: Sequence[int]) -> None:
         """Sets the urgent bits and sends one message for those that nobody had asked for yet."""
@@ -124,7 +145,7 @@ class ExpertAccess:
     def _wait(self, layer: int, experts: Iterable[int]) -> list[tuple[int, int]]:
         """Sleeps until at least one of the pinned `experts` is resident; returns those that are, with their slots."""
         arena, first = self._arena, layer * self._num_experts
-        began = time.monotonic_ns()
+        began = asked = time.monotonic_ns()
         while True:
             # Read before the check: an arrival between check and sleep changes it, and the sleep does not begin.
             generation = arena.generation(layer)
@@ -135,5 +156,8 @@ class ExpertAccess:
             for expert in experts:
                 if arena.failed(first + expert):
                     raise ExpertUnavailable(layer, expert)
-            self._request(layer, list(experts))
+            if time.monotonic_ns() - asked >= 1000 * WAIT_MICROSECONDS:
+                # No request is lost, but for a pager that was killed at the wrong moment.
+                self._request(layer, list(experts))
+                asked = time.monotonic_ns()
             arena.wait(layer, generation, WAIT_MICROSECONDS)

@@ -57,13 +57,21 @@ class ExpertStore:
                 first = layer * self._num_experts
                 self._checksums[first : first + len(experts)] = [expert.checksum for expert in experts]
         self._files: dict[str, int] = {}
+        self._locations: dict[int, ExpertLocation] = {}
+        self._chunks: dict[int, list[Chunk]] = {}
 
     def nbytes(self, expert_id: int) -> int:
         """What it takes in a slot."""
         return self._location(expert_id).nbytes
 
     def chunks(self, expert_id: int) -> list[Chunk]:
-        """What has to be read, in the order of the file."""
+        """What has to be read, as nearly in the order of the slot as the file allows."""
+        chunks = self._chunks.get(expert_id)
+        if chunks is None:
+            chunks = self._chunks[expert_id] = self._cut(expert_id)
+        return chunks
+
+    def _cut(self, expert_id: int) -> list[Chunk]:
         location = self._location(expert_id)
         starts = itertools.accumulate((part.nbytes for part in location.parts[:-1]), initial=0)
         parts = sorted(zip(location.parts, starts, strict=True), key=lambda part: (part[0].file, part[0].offset))
@@ -74,7 +82,7 @@ class ExpertStore:
                 chunks += _cut(expert_id, run)
                 run = []
             run.append((tensor, start))
-        return chunks + _cut(expert_id, run)
+        return sorted(chunks + _cut(expert_id, run), key=lambda chunk: min(chunk.pieces))
 
     def read(self, chunk: Chunk, slot: npt.NDArray[np.uint8]) -> None:
         """Raises `ExpertReadError`."""
@@ -94,12 +102,15 @@ class ExpertStore:
         except OSError as error:
             raise self._error(chunk, done, error.strerror or str(error)) from error
 
-    def complete(self, expert_id: int, slot: npt.NDArray[np.uint8]) -> tuple[int, WeightFormat]:
-        """Checksum and format of an expert whose chunks are all in `slot`; raises `ExpertReadError` if its bytes are
-        not what they were."""
+    def complete(self, expert_id: int, slot: npt.NDArray[np.uint8], checksum: int) -> tuple[int, WeightFormat]:
+        """Checksum and format of an expert whose chunks are all in `slot`, with `checksum` as they were read.
+
+        Raises `ExpertReadError` if its bytes are not what they were.
+        """
         location = self._location(expert_id)
-        transpose_parts(location, slot)
-        checksum = xxhash.xxh3_64_intdigest(memoryview(slot)[: location.nbytes])
+        if location.transposed:
+            transpose_parts(location, slot)
+            checksum = xxhash.xxh3_64_intdigest(memoryview(slot)[: location.nbytes])
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
             origin = "when it was first read" if self._manifest is None else "when it was packed"
@@ -112,7 +123,11 @@ class ExpertStore:
         return checksum, WeightFormat[dtype.upper()]
 
     def _location(self, expert_id: int) -> ExpertLocation:
-        return self._checkpoint.expert(*divmod(expert_id, self._num_experts))
+        location = self._locations.get(expert_id)
+        if location is None:
+            location = self._checkpoint.expert(*divmod(expert_id, self._num_experts))
+            self._locations[expert_id] = location
+        return location
 
     def _file(self, path: str) -> int:
         fd = self._files.get(path)

@@ -6,6 +6,7 @@ Getting at the experts, whether they are in memory or not, is workers/expert_acc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
 from hotset.shm import _core
 from hotset.shm.layout import Section
-from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, row_norms
 from hotset.workers.expert_access import ExpertAccess
+from hotset.workers.prefetch.prefetcher import Prefetcher
+from hotset.workers.prefetch.source import LayerStep
 
 Float32 = npt.NDArray[np.float32]
 
@@ -39,29 +41,26 @@ class MixtureOfExperts:
 
     Args:
         segment: the arena.
-        queue: for requests to the pager.
         router: on the same arena.
-        process: this worker's row of pins and counters.
         config: of the model.
-        prefetch_displaced: ask for experts that the gate wanted and the policy passed over, lest it be for ever.
+        access: to the experts, this worker's.
+        prefetcher: foresees what the next layers use; None for not.
     """
 
     def __init__(
         self,
         segment: Segment,
-        queue: PagingQueue,
         router: MemoryAwareRouter,
-        process: int,
         config: ModelConfig,
-        *,
-        prefetch_displaced: bool = False,
+        access: ExpertAccess,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         self._arena = segment.arena
         self._slots = segment.slots()
         self._slot_info = segment.view(Section.SLOT_INFO)
-        self._access = ExpertAccess(segment, queue, process)
+        self._access = access
         self._router = router
-        self._prefetch_displaced = prefetch_displaced
+        self._prefetcher = prefetcher
         self._config = config
         self._measures_norms = router.config.policy == "resnorm"
         self._exact = np.zeros(0, np.bool_)
@@ -86,7 +85,11 @@ class MixtureOfExperts:
             self._access.note_demand(layer, np.fromiter(selections, np.int32)[np.newaxis])
         else:
             self._access.note_demand(layer, routed.experts, self._streams)
-        for expert, slot in self._access.resident(layer, list(selections)):
+        look_ahead = None
+        if self._prefetcher is not None and self._streams is not None:
+            step = LayerStep(layer, routed.experts, gate_logits, residual)
+            look_ahead = partial(self._prefetcher.after_routing, step)
+        for expert, slot in self._access.resident(layer, list(selections), look_ahead):
             info = self._slot_info[slot, 0]
             expert_forward(
                 hidden,
@@ -96,8 +99,6 @@ class MixtureOfExperts:
                 self._config,
                 outputs,
             )
-        if self._prefetch_displaced:
-            self._access.prefetch(layer, routed.displaced)
         if self._measures_norms:
             self._arena.note_expert_norm(layer, float(row_norms(outputs).mean()), len(outputs))
         # In rank order, so that the sum does not depend on which expert arrived first.

@@ -28,19 +28,21 @@ from hotset.runtime.messages import (
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.supervision import run_child
-from hotset.shm.counters import Counter, Histogram
-from hotset.shm.layout import Section, SlotState
+from hotset.shm.counters import Counter, Histogram, PrefetchCount, prefetch_counter
+from hotset.shm.layout import PrefetchSource, SlotState
 from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
 from hotset.workers.idle_disk import IdleDisk
+from hotset.workers.prefetch.requests import PrefetchRequests
 from hotset.workers.read_lanes import Load, ReadLanes
 from hotset.workers.warm_start import WarmStart
 
 RESCAN_SECONDS = 0.1
+LOADS_PER_LANE = 2  # begun at once, so that a lane finds the next one without waiting for the main thread
 RETRY_SECONDS = 0.001  # for requests that found every slot pinned: pins last about a layer step
-PREFETCH_EPOCHS = 8  # a prefetch that waited while its layer was routed that often is not wanted any more
+PREFETCHES_AT_ONCE = 2  # one is read; the next begins without waiting for this process
 
 
 class Pager:
@@ -66,7 +68,7 @@ class Pager:
         )
         self._eviction = Eviction(start.config.eviction, self._segment, start.process, self._warm_start.affinity())
         self._urgent: dict[int, None] = {}  # in the order of arrival
-        self._prefetches: dict[int, int] = {}  # with the layer's epoch at arrival
+        self._prefetches = PrefetchRequests(self._arena, geometry.num_experts, start.plan.num_workers)
         self._loads: dict[int, Load] = {}
         self._idle_disk = IdleDisk()
         self._next_rescan = 0.0
@@ -90,22 +92,33 @@ class Pager:
 
     def _take_slot(self, expert: int, *, prefetched: bool) -> int | None:
         """An EMPTY or EVICTING slot of its class to load `expert` into. None if all experts in such slots are pinned,
-        or if it is a prefetch and they are worth more."""
+        or if it is a prefetch and they are worth more. What was prefetched for a step that is still to come goes last.
+        """
         if (slot := self._take_empty_slot(expert)) is not None:
             return slot
         slots = self._evictable_slots()
+        awaited = self._prefetches.awaited()
+        last: list[int] = []
         for index in self._eviction.order(self._expert_in_slot[slots]):
             slot = int(slots[index])
             if self._class_of_slot[slot] != self._class_of_expert[expert]:
                 continue
-            if prefetched and not self._eviction.prefers(expert, int(self._expert_in_slot[slot])):
+            resident = int(self._expert_in_slot[slot])
+            if resident in awaited:
+                last.append(slot)
+            elif prefetched and not self._eviction.yields(resident):
                 return None
-            if self._arena.evict_begin(slot):
-                self._expert_in_slot[slot] = -1
-                self._count(Counter.EVICTIONS)
+            elif self._evict(slot):
                 return slot
+        return None if prefetched else next((slot for slot in last if self._evict(slot)), None)
+
+    def _evict(self, slot: int) -> bool:
+        if not self._arena.evict_begin(slot):
             self._count(Counter.EVICTIONS_REFUSED)
-        return None
+            return False
+        self._expert_in_slot[slot] = -1
+        self._count(Counter.EVICTIONS)
+        return True
 
     def _evictable_slots(self) -> npt.NDArray[np.int64]:
         """Those with an expert that the user has not pinned: trying to evict it would hide it for a moment."""
@@ -132,9 +145,17 @@ class Pager:
 
     # ---- loads
 
-    def _begin(self, expert: int, slot: int, *, urgent: bool, warm_start: bool = False) -> None:
+    def _begin(
+        self,
+        expert: int,
+        slot: int,
+        *,
+        urgent: bool,
+        warm_start: bool = False,
+        source: PrefetchSource = PrefetchSource.NONE,
+    ) -> None:
         (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
-        load = self._loads[expert] = Load(expert, slot, urgent=urgent, warm_start=warm_start)
+        load = self._loads[expert] = Load(expert, slot, urgent=urgent, warm_start=warm_start, source=source)
         self._note_disk()
         self._lanes.begin(load)
 
@@ -159,13 +180,18 @@ class Pager:
 
     def _publish(self, load: Load) -> None:
         nbytes, prefetched = self._store.nbytes(load.expert), not load.urgent and not load.warm_start
-        self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, int(prefetched))
+        source = load.source if prefetched else PrefetchSource.NONE
+        self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, source)
         self._arena.wake(load.expert // self._num_experts)
         self._expert_in_slot[load.slot] = load.expert
         if load.urgent:
             self._count(Counter.URGENT_PAGE_INS)
         else:
             self._count(Counter.PREFETCH_PAGE_INS if prefetched else Counter.WARM_PAGE_INS)
+        if load.source:
+            self._count(prefetch_counter(load.source, PrefetchCount.PAGE_INS))
+            if load.urgent:
+                self._count(prefetch_counter(load.source, PrefetchCount.LATE_HITS))
         self._count(Counter.BYTES_READ, nbytes)
         if load.urgent:
             self._arena.record_latency(self._process, Histogram.PAGING, time.monotonic_ns() - load.began)
@@ -188,27 +214,23 @@ class Pager:
                 self._warm_start.drop(experts)
                 for expert in experts:
                     self._page_out(expert)
+            elif message.priority is PagingPriority.URGENT:
+                self._note_urgent(experts)
             else:
-                self._note_requests(experts, urgent=message.priority is PagingPriority.URGENT)
+                self._prefetches.note(experts, message.source)
 
     def _rescan(self) -> None:
         """Repairs from the bits what the queue did not carry."""
-        self._note_requests(self._arena.urgent_requests(), urgent=True)
-        self._note_requests(self._arena.prefetch_requests(), urgent=False)
+        self._note_urgent(self._arena.urgent_requests())
+        self._prefetches.note(self._arena.prefetch_requests(), PrefetchSource.NONE)
         self._next_rescan = time.monotonic() + RESCAN_SECONDS
 
-    def _note_requests(self, experts: Iterable[int], *, urgent: bool) -> None:
+    def _note_urgent(self, experts: Iterable[int]) -> None:
         for expert in experts:
-            if urgent:
-                self._urgent.setdefault(expert)
-            else:
-                self._prefetches.setdefault(expert, self._epoch(expert))
-
-    def _epoch(self, expert: int) -> int:
-        return self._arena.load_u64(Section.LAYERS, expert // self._num_experts, 0)
+            self._urgent.setdefault(expert)
 
     def _serve_urgent(self) -> None:
-        """Begins urgent loads until no lane is free. One that finds no slot of its class does not hold up the others:
+        """Begins urgent loads until the lanes have enough to do. One that finds no slot of its class does not hold up the others:
         their waiters may pin what it waits for."""
         full_classes: set[int] = set()
         for expert in list(self._urgent):
@@ -219,7 +241,7 @@ class Pager:
                 if not self._overtake(self._loads[expert]):
                     continue  # it was given up a moment ago, and begins again once its slot is free
                 del self._urgent[expert]
-            elif len(self._loads) >= self._lanes.count:
+            elif len(self._loads) >= LOADS_PER_LANE * self._lanes.count:
                 self._cancel_prefetches()
                 return
             elif self._class_of_expert[expert] in full_classes:
@@ -230,7 +252,8 @@ class Pager:
             else:
                 full_classes.add(self._class_of_expert[expert])
                 self._cancel_prefetches()
-                self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
+                if len(self._loads) < self._lanes.count:  # else the next load that ends is soon enough
+                    self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
 
     def _is_settled(self, expert: int) -> bool:
         """Whether there is nothing to load: then the request is answered."""
@@ -254,22 +277,24 @@ class Pager:
             self._lanes.cancel(load)
 
     def _serve_prefetch(self) -> bool:
-        """Begins or drops one prefetch if nothing else is going on and the disk is mostly idle; the latest one first.
+        """Begins or drops one prefetch if no urgent load is going on and the disk is mostly idle; the latest one first.
 
         One only, so that an urgent request never waits behind a queue of them; whether there was one.
         """
-        if not self._prefetches or self._urgent or self._loads or not self._idle_disk.is_idle():
+        most = min(PREFETCHES_AT_ONCE, self._lanes.count)
+        if not self._prefetches or self._urgent or len(self._loads) >= most or not self._idle_disk.is_idle():
             return False
-        expert, epoch = self._prefetches.popitem()
+        expert, source, epoch = self._prefetches.take()
         if not self._arena.requested(expert, False) or self._is_settled(expert):
             return True
-        wanted = self._epoch(expert) - epoch <= PREFETCH_EPOCHS
-        slot = self._take_slot(expert, prefetched=True) if wanted else None
-        if slot is None:
-            self._arena.withdraw_prefetch(expert)
-            self._count(Counter.PREFETCH_DROPPED)
-        else:
-            self._begin(expert, slot, urgent=False)
+        if epoch is not None and expert not in self._loads:
+            slot = self._take_slot(expert, prefetched=True)
+            if slot is not None:
+                self._prefetches.begin(expert, epoch)
+                self._begin(expert, slot, urgent=False, source=source)
+                return True
+        self._arena.withdraw_prefetch(expert)
+        self._count(Counter.PREFETCH_DROPPED)
         return True
 
     # ---- what earlier instances had, and what later ones will
@@ -299,34 +324,39 @@ class Pager:
 
     def run(self) -> None:
         """Returns when the coordinator says so; raises `ChannelClosed` when it is gone."""
+        channel, queue, lanes = self._channel.fileno(), self._queue.fd, self._lanes.fd
         poll = select.poll()
-        for source in (self._queue.fd, self._channel.fileno(), self._lanes.fd):
+        for source in (channel, queue, lanes):
             poll.register(source, select.POLLIN)
         self._channel.send(PagerReady(self._process))
         self._report_warm_start()
+        ready = {channel, queue, lanes}
         while True:
-            for message in self._channel.receive():
-                if isinstance(message, StopWorking):
-                    self._save_heat()
-                    return
-            self._finish_loads()
-            self._receive_messages()
+            if channel in ready and any(isinstance(message, StopWorking) for message in self._channel.receive()):
+                self._save_heat()
+                return
+            if lanes in ready:
+                self._finish_loads()
+            if queue in ready:
+                self._receive_messages()
             if time.monotonic() >= self._next_rescan:
                 self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
             self._serve_urgent()
             if self._warm_start.is_save_due():
                 self._save_heat()
+            timeout = 0.0
             if not self._serve_prefetch():
                 self._serve_warm_start()
-                poll.poll(max(0.0, self._next_rescan - time.monotonic()) * 1000)
+                timeout = max(0.0, self._next_rescan - time.monotonic())
+            ready = {fd for fd, _ in poll.poll(timeout * 1000)}
 
     def close(self) -> None:
         """Returns when nothing writes to the arena any more."""
         self._lanes.close()
         self._store.close()
 
-    def _count(self, counter: Counter, amount: int = 1) -> None:
+    def _count(self, counter: int, amount: int = 1) -> None:
         self._arena.count(self._process, counter, amount)
 
 

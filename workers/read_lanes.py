@@ -6,6 +6,7 @@ bytes of LOADING slots. Everything else is for the pager's main thread, which be
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hotset.shm.layout import WeightFormat
+from hotset.shm.layout import PrefetchSource, WeightFormat
 from hotset.workers.expert_store import Chunk, ExpertReadError, ExpertStore
+from hotset.workers.running_checksum import RunningChecksum
 
 ATTEMPTS = 2  # a passing error of the disk is not a lost request
 
@@ -27,16 +29,26 @@ class Load:
     Attributes:
         urgent: somebody waits for it; a prefetch that is overtaken by a request becomes urgent.
         warm_start: nobody had asked for it when it was begun.
+        source: of a prefetch; it stays when somebody comes to wait for it.
         began: when it was begun, or became urgent; monotonic nanoseconds.
         cancelled: a prefetch that was given up, its slot half-filled.
         error: why the expert cannot be had; otherwise `checksum` and `weight_format` are those of its bytes.
     """
 
-    def __init__(self, expert: int, slot: int, *, urgent: bool, warm_start: bool = False) -> None:
+    def __init__(
+        self,
+        expert: int,
+        slot: int,
+        *,
+        urgent: bool,
+        warm_start: bool = False,
+        source: PrefetchSource = PrefetchSource.NONE,
+    ) -> None:
         self.expert = expert
         self.slot = slot
         self.urgent = urgent
         self.warm_start = warm_start
+        self.source = source
         self.began = time.monotonic_ns()
         self.checksum = 0
         self.weight_format = WeightFormat.FLOAT32
@@ -46,13 +58,18 @@ class Load:
         self.attempts_left = ATTEMPTS
         self.unread: deque[Chunk] = deque()
         self.reading = 0  # chunks that lanes are at
+        self.running_checksum: RunningChecksum  # from `ReadLanes.begin` on
+
+    def count_reading(self) -> int:
+        return self.reading
 
 
 class ReadLanes:
     """`count` threads that share the chunks of all loads.
 
-    A single load is spread over all lanes. A prefetch is read by one lane, one chunk after the other, and only while
-    no urgent load is under way: what an urgent load may find before it is at most one chunk.
+    A single load is spread over all lanes, several loads over a lane each. A prefetch is read by one lane, one chunk
+    after the other, and only while no urgent load is under way: what an urgent load may find before it is at most one
+    chunk.
 
     Attributes:
         fd: readable while there are finished loads.
@@ -78,8 +95,10 @@ class ReadLanes:
     # ---- the main thread's side
 
     def begin(self, load: Load) -> None:
+        chunks = self._store.chunks(load.expert)
+        load.running_checksum = RunningChecksum(self._slots[load.slot])
         with self._changed:
-            load.unread.extend(self._store.chunks(load.expert))
+            load.unread.extend(chunks)
             if load.urgent:
                 self._urgent_under_way += 1
             (self._urgent if load.urgent else self._prefetches).append(load)
@@ -108,16 +127,18 @@ class ReadLanes:
                 return
             load.cancelled = True
             self._forget_unread(load)
-            if not load.reading:
-                self._finish(load)
+            if load.reading:
+                return
+            self._finish(load)
+        os.eventfd_write(self.fd, 1)
 
     def take_finished(self) -> list[Load]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)  # before looking: what is finished after that makes it readable again
         with self._changed:
             if self._failure is not None:
                 raise self._failure
             finished, self._finished = self._finished, []
-            if finished:
-                os.eventfd_read(self.fd)
         return finished
 
     def close(self) -> None:
@@ -138,6 +159,7 @@ class ReadLanes:
                 error = None
                 try:
                     self._store.read(chunk, self._slots[load.slot])
+                    load.running_checksum.add(chunk.pieces)
                 except ExpertReadError as problem:
                     error = problem
                 if self._was_last(load, of_prefetch, error):
@@ -145,7 +167,7 @@ class ReadLanes:
         except Exception as problem:  # a mistake in this program: the main thread has to know of it
             with self._changed:
                 self._failure = problem
-                os.eventfd_write(self.fd, 1)
+            os.eventfd_write(self.fd, 1)
 
     def _next_chunk(self) -> tuple[Load, Chunk, bool] | None:
         """Waits for work, and says whether it is a prefetch's; None when the lanes close."""
@@ -156,10 +178,11 @@ class ReadLanes:
                     self._changed.wait()
                     continue
                 loads = self._prefetches if of_prefetch else self._urgent
-                load = loads[0]
+                # A load for each lane while there are enough of them: then its bytes stay in one core's cache.
+                load = min(loads, key=Load.count_reading)
                 chunk = load.unread.popleft()
                 if not load.unread:
-                    loads.popleft()
+                    loads.remove(load)
                 load.reading += 1
                 self._prefetch_is_read |= of_prefetch
                 return load, chunk, of_prefetch
@@ -182,19 +205,25 @@ class ReadLanes:
         """All chunks were read, or one cannot be: verifies, begins again, or gives up."""
         if load.error is None and not load.cancelled:
             try:
-                load.checksum, load.weight_format = self._store.complete(load.expert, self._slots[load.slot])
+                load.checksum, load.weight_format = self._store.complete(
+                    load.expert, self._slots[load.slot], load.running_checksum.digest()
+                )
             except ExpertReadError as problem:
                 load.error = problem
         with self._changed:
             load.reading = 0
             load.attempts_left -= 1
-            if load.error is None or load.cancelled or not load.attempts_left:
+            again = load.error is not None and not load.cancelled and load.attempts_left > 0
+            if again:
+                load.error = None
+                load.running_checksum = RunningChecksum(self._slots[load.slot])
+                load.unread.extend(self._store.chunks(load.expert))
+                (self._urgent if load.urgent else self._prefetches).appendleft(load)
+                self._changed.notify_all()
+            else:
                 self._finish(load)
-                return
-            load.error = None
-            load.unread.extend(self._store.chunks(load.expert))
-            (self._urgent if load.urgent else self._prefetches).appendleft(load)
-            self._changed.notify_all()
+        if not again:
+            os.eventfd_write(self.fd, 1)
 
     def _forget_unread(self, load: Load) -> None:
         if load.unread:
@@ -202,7 +231,7 @@ class ReadLanes:
             (self._urgent if load.urgent else self._prefetches).remove(load)
 
     def _finish(self, load: Load) -> None:
+        """The main thread is told without the lock: it would wake only to wait for it."""
         load.finished = True
         self._urgent_under_way -= load.urgent
         self._finished.append(load)
-        os.eventfd_write(self.fd, 1)

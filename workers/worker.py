@@ -31,6 +31,7 @@ from hotset.runtime.messages import (
 )
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.prefetch import parse_prefetch
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.supervision import run_child
 from hotset.shm.counters import Counter
@@ -41,8 +42,10 @@ from hotset.shm.segment import Segment
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
-from hotset.workers.expert_access import ExpertUnavailable
+from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
 from hotset.workers.moe import MixtureOfExperts, router_config
+from hotset.workers.prefetch.prefetcher import Prefetcher
+from hotset.workers.prefetch.sources import make_sources
 
 
 class Sequence:
@@ -101,15 +104,13 @@ class Worker:
             segment=self._segment,
             process=start.process,
         )
-        queue = PagingQueue.attach(start.instance)
-        self._experts = MixtureOfExperts(
-            self._segment,
-            queue,
-            router,
-            start.process,
-            model,
-            prefetch_displaced=start.config.prefetch == "displaced",
-        )
+        access = ExpertAccess(self._segment, PagingQueue.attach(start.instance), start.process)
+        prefetch = parse_prefetch(start.config.prefetch)
+        prefetcher = None
+        if prefetch.sources:
+            sources = make_sources(prefetch.sources, start.config, checkpoint, self._segment, router)
+            prefetcher = Prefetcher(sources, access, model.experts_per_token)
+        self._experts = MixtureOfExperts(self._segment, router, model, access, prefetcher)
         kv_format = KvFormat(start.config.kv_cache_dtype)
         page = model.kv_page_layout(geometry.block_size, kv_format)
         kv_pages = self._segment.view(Section.KV_PAGES)[:, : page.page_nbytes].reshape(-1, *page.shape)

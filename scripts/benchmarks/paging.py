@@ -1,9 +1,10 @@
 """The pager against a plain loop on the same files: read rate, and what a full prefetch queue costs an urgent request.
 
 The plain loop is as many threads as the pager has read lanes, each reading whole experts in a random order with preadv
-into memory of its own. The pager runs as its own process on an arena of its own; this process asks for experts as a
-worker does. Both take turns, medians are reported. `cold` drops the files from the page cache before each pass (the
-host under a virtual machine may still have them); `warm` reads what is there.
+into shared memory, as much as the pager has and touched before as its own. The pager runs as its own process on an
+arena of its own; this process asks for experts as a worker does. Both take turns, medians are reported. `cold` drops
+the files from the page cache before each pass (the host under a virtual machine may still have them); `warm` reads
+what is there.
 
 usage: scripts/bench paging [--megabytes 1 4 16] [--rounds 5] [--json]
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import mmap
 import os
 import random
 import statistics
@@ -91,6 +93,17 @@ def write_model(folder: Path, expert_mib: int) -> None:
     os.sync()  # pages that are still to be written cannot be dropped from the page cache
 
 
+def shared_memory(slots: int, nbytes: int) -> list[memoryview]:
+    """Of the same kind as the arena, and touched: in fresh memory, or in a core's cache, reading takes another time."""
+    stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    fd = os.memfd_create("paging")
+    os.posix_fallocate(fd, 0, slots * stride)
+    memory = mmap.mmap(fd, slots * stride)
+    os.close(fd)
+    memory[:: mmap.PAGESIZE] = bytes(slots * stride // mmap.PAGESIZE)
+    return [memoryview(memory)[slot * stride : slot * stride + nbytes] for slot in range(slots)]
+
+
 class Experts:
     """Where they lie, and the plain loop over them."""
 
@@ -100,6 +113,8 @@ class Experts:
         self.nbytes = checkpoint.expert_nbytes
         self.offsets = [min(part.offset for part in checkpoint.expert(0, n).parts) for n in range(self.count)]
         self.fd = os.open(checkpoint.expert(0, 0).parts[0].file, os.O_RDONLY)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self.slots = shared_memory(SLOTS, self.nbytes)
 
     def drop_from_page_cache(self) -> None:
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -107,9 +122,6 @@ class Experts:
     def read_plainly(self, order: list[int], threads: int) -> float:
         """Seconds for reading all of them once."""
         take = iter(order)
-        # As much memory as the pager has slots (a buffer that stays in a core's cache is of no use to anybody), and
-        # all of it touched.
-        buffers = [[memoryview(bytearray(self.nbytes)) for _ in range(SLOTS // threads)] for _ in range(threads)]
         start = threading.Barrier(threads + 1)
 
         def read(slots: list[memoryview]) -> None:
@@ -118,7 +130,7 @@ class Experts:
                 for at in range(0, self.nbytes, CHUNK_NBYTES):
                     os.preadv(self.fd, [buffer[at : at + CHUNK_NBYTES]], self.offsets[expert] + at)
 
-        readers = [threading.Thread(target=read, args=(slots,)) for slots in buffers]
+        readers = [threading.Thread(target=read, args=(self.slots[thread::threads],)) for thread in range(threads)]
         for reader in readers:
             reader.start()
         start.wait()

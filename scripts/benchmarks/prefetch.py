@@ -60,7 +60,7 @@ class Row(msgspec.Struct, frozen=True):
     buckets: list[str]
 
 
-class PreviousToken:
+class PreviousToken(Source):
     """What the layer used a token ago, and a token before that ...: popularity of the shortest memory."""
 
     edges = (0.1, 0.3, 0.6)
@@ -69,11 +69,14 @@ class PreviousToken:
         self._decay = decay
         self._scores: dict[int, Float32] = {}
 
-    def scores(self, step: LayerStep) -> tuple[int, Float32]:
+    def target(self, layer: int) -> int:
+        return layer
+
+    def scores(self, step: LayerStep) -> Float32:
         scores = self._scores.setdefault(step.layer, np.zeros(step.gate_logits.shape[1], np.float32))
         scores *= self._decay
         scores[step.experts.ravel()] += 1 - self._decay
-        return step.layer, scores.copy()
+        return scores
 
 
 class Recorder(Experts):
@@ -164,20 +167,23 @@ class Tally:
         counts["misses"] += int((~resident[step.experts.ravel()]).sum())
         counts["asked"] += int(asked.sum())
         counts["asked_used"] += int((asked & used).sum())
-        self.confidence.learn(buckets[absent], used[absent])
+        for bucket, was_used in zip(buckets[absent].tolist(), used[absent].tolist(), strict=True):
+            self.confidence.learn(bucket, used=was_used)
         np.add.at(self.named, buckets[absent], 1)
         np.add.at(self.used, buckets[absent], used[absent])
 
     def name_candidates(self, step: LayerStep, slots: Slots) -> None:
-        found = self.source.scores(step)
-        if found is None:
+        self.source.observe(step)
+        layer = self.source.target(step.layer)
+        if layer is None:
             return
-        layer, scores = found
+        scores = self.source.scores(step)
         order = np.argsort(-scores, kind="stable")[: 2 * self.top_k].astype(np.int32)
         order = order[np.isfinite(scores[order])]
         absent = ~slots.resident[layer, order]
-        buckets = self.confidence.buckets(scores[order])
-        self.pending[layer] = order, absent, buckets, absent & self.confidence.trusts(buckets)
+        buckets = np.array(self.confidence.buckets(scores[order]), np.int64)
+        trusted = np.array([self.confidence.trusts(bucket) for bucket in buckets], np.bool_)
+        self.pending[layer] = order, absent, buckets, absent & trusted
 
     def row(self, budget: float) -> Row:
         counts = self.counts
@@ -206,7 +212,7 @@ def measure(steps: Sequence[LayerStep], budget: float, num_experts: int, gates: 
     layers = sorted({step.layer for step in steps})
     tallies = [
         Tally(Transitions(layers, num_experts), "transitions", top_k),
-        Tally(Affinity(slots.affinity.__getitem__), "affinity", top_k),
+        Tally(Affinity(lambda: slots.affinity), "affinity", top_k),
         Tally(PreviousToken(0.0), "previous token", top_k),
         Tally(PreviousToken(0.999), "popularity", top_k),
     ]

@@ -35,7 +35,7 @@ from hotset.runtime.messages import StopWorking
 from hotset.runtime.router import MemoryAwareRouter, Policy, RouterConfig
 from hotset.runtime.supervision import enter_child
 from hotset.shm.counters import Counter
-from hotset.shm.layout import Section, SlotState
+from hotset.shm.layout import PrefetchSource, Section, SlotState
 from hotset.shm.paging_queue import PagingDirection, PagingMessage, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment, SegmentError
 from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
@@ -160,7 +160,7 @@ class RoutingWorker:
         result = self._router.route_batch(logits, layer, policy=policy, epochs=epochs)
         after = MaskSnapshot.take(self._arena, layer, self._selection.words)
         self._judge(before, after, logits, result.experts, result.weights, policy)
-        self._access.prefetch(layer, result.displaced)
+        self._access.prefetch(layer, result.displaced, PrefetchSource.RUNNERS_UP)
         return np.unique(result.experts).tolist()
 
     def _judge(

@@ -153,16 +153,6 @@ def test_C11_exact_requests_do_not_reuse_rows_of_a_cache_preference(backend: Bac
     assert backend.generate(prompt, preferring).cached_tokens > 0
 
 
-def test_displaced_experts_are_prefetched_when_asked_for() -> None:
-    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-    for prefetch, expected in (("off", False), ("displaced", True)):
-        with Backend(workers=1, expert_budget="25%", routing="range", prefetch=prefetch) as backend:
-            backend.generate(PROMPTS, params)
-            stats = backend.stats()
-            assert (stats.prefetch_page_ins > 0) == expected
-            assert stats.prefetch_hits <= stats.prefetch_page_ins
-
-
 def test_resnorm_prefers_resident_experts_and_at_strength_0_none() -> None:
     params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
     exact = msgspec.structs.replace(params, routing="off")

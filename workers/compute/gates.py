@@ -13,7 +13,11 @@ from hotset.workers.compute.weights import Floats, Projection, as_float32
 
 
 class Gates:
-    """Weights stay where the checkpoint's mapping has them, as those of the forward pass, which are the same."""
+    """Weights stay where the checkpoint's mapping has them, as those of the forward pass, which are the same.
+
+    Attributes:
+        layers: those with experts, ascending.
+    """
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self._epsilon = config.rms_norm_eps
@@ -26,12 +30,12 @@ class Gates:
                     for part in ("feed_forward_norm", "router_bias")
                 )
                 self._gates[layer] = norm, Projection.of(checkpoint, tensors["router"].name, bias)
-        self._layers = list(self._gates)  # those with experts, ascending
+        self.layers = list(self._gates)
 
     def ahead(self, layer: int, distance: int) -> int | None:
         """The layer with experts that is the `distance`th after `layer`, or None if the model ends before."""
-        index = self._layers.index(layer) + distance
-        return self._layers[index] if index < len(self._layers) else None
+        index = self.layers.index(layer) + distance
+        return self.layers[index] if index < len(self.layers) else None
 
     def __call__(self, layer: int, residual: NDArray[np.float32]) -> Floats:
         """Gate logits [n, num_experts] of `layer` for hidden states [n, hidden_size] before its norm."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.eviction import parse_eviction
+from hotset.runtime.prefetch import LEAST_PRECISION
 from hotset.shm.demands import DemandReader
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.replay import make_policy
@@ -38,13 +39,16 @@ class Eviction:
         self._num_experts = geometry.num_experts
         slots_per_layer = max(geometry.num_slots, 1) / geometry.num_layers
         self._floor = int(slots_per_layer / 4)
+        settings = parse_eviction(policy)
+        self._has_probabilities = settings.base in ("affinity", "td")
         self._policy = make_policy(
-            parse_eviction(policy),
+            settings,
             num_layers=geometry.num_layers,
             num_experts=geometry.num_experts,
             num_streams=max(geometry.max_sequences, 1),
             slots_per_layer=slots_per_layer,
         )
+        self._protected: set[int] = set()
         self._demands = DemandReader(segment)
         self._values = np.zeros((geometry.num_layers, geometry.num_experts))
         self._last_used = np.zeros(self._values.shape, np.uint64)
@@ -68,9 +72,16 @@ class Eviction:
         residents = np.bincount(experts // self._num_experts, minlength=len(self._values))
         # Those that go last of all: the latest step's, if they are admitted, and those of layers at their floor.
         protected = np.isin(experts, self._policy.kept()) | (residents <= self._floor)[experts // self._num_experts]
+        self._protected = {*experts[protected].tolist()}
         values, last_used = self._values.ravel()[experts], self._last_used.ravel()[experts]
         yield from np.lexsort((experts, last_used, values, protected)).tolist()
 
-    def prefers(self, candidate: int, victim: int) -> bool:
-        """Whether an expert that nobody waits for is worth the slot of a resident one."""
-        return bool(self._values.ravel()[candidate] > self._values.ravel()[victim])
+    def yields(self, victim: int) -> bool:
+        """Whether a resident expert, of those last ordered, is worth less than one that its layer's next step uses with
+        a probability of LEAST_PRECISION, as prefetches are.
+
+        The values of "affinity" and "td" are such probabilities. Those of the others only say which goes first.
+        """
+        if victim in self._protected:
+            return False
+        return not self._has_probabilities or bool(self._values.ravel()[victim] < LEAST_PRECISION)

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hotset.workers.prefetch.source import Float32, LayerStep
+from hotset.workers.prefetch.source import Float32, LayerStep, Source
 
 
-class Affinity:
-    """The score is the affinity, 0 to 1.
+class Affinity(Source):
+    """The score is the affinity, 0 to 1, as it was before the step's first layer.
 
     Args:
-        affinity: layer -> scores now, [num_experts].
+        snapshot: scores now, [layers, num_experts].
     """
 
     edges = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
-    def __init__(self, affinity: Callable[[int], Float32]) -> None:
-        self._affinity = affinity
+    def __init__(self, snapshot: Callable[[], Float32]) -> None:
+        self._snapshot = snapshot
+        self._scores = snapshot()
+        self._layer = -1
 
-    def scores(self, step: LayerStep) -> tuple[int, Float32]:
-        return step.layer, self._affinity(step.layer).copy()
+    def target(self, layer: int) -> int:
+        return layer
+
+    def observe(self, step: LayerStep) -> None:
+        if step.layer <= self._layer:
+            self._scores = self._snapshot()
+        self._layer = step.layer
+
+    def scores(self, step: LayerStep) -> Float32:
+        return self._scores[step.layer]

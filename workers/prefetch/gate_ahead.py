@@ -1,4 +1,4 @@
-"""Source "gate-ahead": a later layer's gate applied to the hidden state of this one.
+"""Sources "gate-ahead" and "gate-ahead-2": a later layer's gate applied to the hidden state of this one.
 
 A layer adds little to the state, so what a later gate says of it now is mostly what it will say then.
 """
@@ -10,18 +10,18 @@ from collections.abc import Callable
 import numpy as np
 
 from hotset.workers.compute.gates import Gates
-from hotset.workers.prefetch.source import Float32, LayerStep
+from hotset.workers.prefetch.source import Float32, LayerStep, Source
 
 Preference = Callable[[int], tuple[float, list[int]]]
 """layer -> (what the routing policy adds to the logits of preferred experts, those experts)."""
 
 
-class GateAhead:
+class GateAhead(Source):
     """The score is by how much a logit is above what selection takes, in units of the row's max - min.
 
     Args:
         gates: of the model.
-        distance: 1 looks at the next layer, 2 at the one after it.
+        distance: 1 looks at the next layer with experts, 2 at the one after it.
         top_k: experts per token.
         preference: of the routing policy; None where the gate alone decides.
     """
@@ -34,21 +34,25 @@ class GateAhead:
         self._top_k = top_k
         self._preference = preference
 
-    def scores(self, step: LayerStep) -> tuple[int, Float32] | None:
-        layer = self._gates.ahead(step.layer, self._distance)
+    def target(self, layer: int) -> int | None:
+        return self._gates.ahead(layer, self._distance)
+
+    def scores(self, step: LayerStep) -> Float32:
+        layer = self.target(step.layer)
         if layer is None:
-            return None
+            raise ValueError(f"layer is {step.layer}, expected one with {self._distance} after it")
         logits = self._gates(layer, step.residual)
         num_experts = logits.shape[1]
         first = num_experts - self._top_k
         if first <= 0:
-            return layer, np.zeros(num_experts, np.float32)
+            return np.zeros(num_experts, np.float32)
         adjusted = logits
         if self._preference is not None:
             bonus, preferred = self._preference(layer)
-            adjusted = logits.copy()
-            adjusted[:, preferred] += bonus
+            if bonus:
+                adjusted = logits.copy()
+                adjusted[:, preferred] += bonus
         ordered = np.partition(adjusted, (first - 1, first), axis=1)
         threshold = (ordered[:, first - 1] + ordered[:, first]) / 2  # half-way between the last chosen and the next
-        spread = np.ptp(logits, axis=1)
-        return layer, ((logits - threshold[:, None]) / np.maximum(spread, 1e-9)[:, None]).max(axis=0)
+        spread = np.maximum(np.ptp(logits, axis=1), 1e-9)
+        return ((logits - threshold[:, None]) / spread[:, None]).max(axis=0)

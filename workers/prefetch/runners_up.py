@@ -1,13 +1,13 @@
-"""Source "runners-up": experts that the gate wanted almost, for the layer's next step."""
+"""Source "runners-up": experts that the gate almost wanted, for the layer's next step."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from hotset.workers.prefetch.source import Float32, LayerStep
+from hotset.workers.prefetch.source import Float32, LayerStep, Source
 
 
-class RunnersUp:
+class RunnersUp(Source):
     """The score is the largest gate probability that a row gave to an expert that no row uses.
 
     Args:
@@ -19,9 +19,12 @@ class RunnersUp:
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
 
-    def scores(self, step: LayerStep) -> tuple[int, Float32]:
+    def target(self, layer: int) -> int:
+        return layer
+
+    def scores(self, step: LayerStep) -> Float32:
         weights = np.exp(step.gate_logits - step.gate_logits.max(axis=1, keepdims=True))
         scores = (weights / weights.sum(axis=1, keepdims=True)).max(axis=0)
         scores[scores < self._threshold] = -np.inf
         scores[step.experts.ravel()] = -np.inf
-        return step.layer, scores
+        return scores

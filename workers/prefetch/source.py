@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -28,19 +29,22 @@ class LayerStep(msgspec.Struct, frozen=True):
     residual: Float32
 
 
-class Source(Protocol):
-    """Scores the experts of a layer by how likely its next step uses them.
+class Source(ABC):
+    """Scores the experts of a layer by how likely the layer's next step uses them.
 
     A score is comparable only with others of the same source. What it is worth is measured (confidence.py), in
     buckets that `edges` separates, ascending.
     """
 
-    @property
-    def edges(self) -> tuple[float, ...]: ...
+    edges: ClassVar[tuple[float, ...]]
 
-    def scores(self, step: LayerStep) -> tuple[int, Float32] | None:
-        """A layer and a score for each of its experts, -inf for those that are no candidates; None: no idea.
+    @abstractmethod
+    def target(self, layer: int) -> int | None:
+        """The layer whose next step can be foreseen when `layer` has been routed, if there is one."""
 
-        Called once for every layer of every decode step, in order. The array is the caller's.
-        """
-        ...
+    def observe(self, step: LayerStep) -> None:  # noqa: B027 - most have nothing to learn
+        """Learns, if it can. Called for every layer of every decode step, in order, before `scores`."""
+
+    @abstractmethod
+    def scores(self, step: LayerStep) -> Float32:
+        """A score for each expert of the target, -inf for those that are no candidates."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from hotset.runtime.model.model_cache import replace_file
-from hotset.workers.prefetch.source import Float32, Int32, LayerStep
+from hotset.workers.prefetch.source import Float32, Int32, LayerStep, Source
 
 SLOWEST_RATE = 1 / 1024  # of learning: what an expert's tokens did longer ago is forgotten
 
 
-class Transitions:
+class Transitions(Source):
     """A table for every two layers with experts that follow one another: `table[i, r, e]` is how likely a token that
     used expert r in the first uses e in the second, a mean over the tokens seen, later a moving one. The score of e is
     its mean over the r that a token uses now.
@@ -34,14 +34,18 @@ class Transitions:
         self._seen = np.zeros((len(layers) - 1, num_experts), np.float32)
         self._last: tuple[int, Int32] = -1, np.empty((0, 0), np.int32)
 
-    def scores(self, step: LayerStep) -> tuple[int, Float32] | None:
+    def target(self, layer: int) -> int | None:
+        index = self._index[layer] + 1
+        return self._layers[index] if index < len(self._layers) else None
+
+    def observe(self, step: LayerStep) -> None:
         index = self._index[step.layer]
         (last, experts), self._last = self._last, (index, step.experts)
         if last == index - 1 and len(experts) == len(step.experts):
             self._learn(last, experts, step.experts)
-        if index == len(self._table):
-            return None
-        return self._layers[index + 1], self._table[index][step.experts].mean(axis=1).max(axis=0)
+
+    def scores(self, step: LayerStep) -> Float32:
+        return self._table[self._index[step.layer]][step.experts].mean(axis=1).max(axis=0)
 
     def _learn(self, index: int, before: Int32, after: Int32) -> None:
         table, seen = self._table[index], self._seen[index]

@@ -75,10 +75,14 @@ def test_a_new_pager_begins_with_the_affinity_that_the_arena_holds(segment: Segm
     assert victims(Eviction("affinity", segment, PAGER), 2, 3, 4) == [2, 4, 3]
 
 
-def test_a_prefetch_is_worth_a_slot_only_if_it_is_worth_more_than_the_victim(segment: Segment) -> None:
+def test_a_resident_expert_yields_to_a_prefetch_unless_it_is_likelier_to_be_used(segment: Segment) -> None:
     eviction = Eviction("affinity", segment, PAGER)
-    use(segment, 0, 0, 3)
+    for _ in range(60):
+        use(segment, 0, 0, 3)
     use(segment, 0, 0, 5)
-    eviction.learn()
-    victims(eviction, 3)
-    assert eviction.prefers(5, 3) and not eviction.prefers(3, 5) and not eviction.prefers(1, 3)
+    use(segment, 0, 0, 6)
+    victims(eviction, 3, 5, 6)
+    assert eviction.yields(5)
+    assert not eviction.yields(3)  # used in 60 of the latest 62 steps
+    assert not eviction.yields(6)  # the latest step needs it
+    assert Eviction("lru", segment, PAGER).yields(3)  # its values do not say how likely

@@ -1,0 +1,56 @@
+"""How long the pager holds a prefetch for worth something."""
+
+from __future__ import annotations
+
+import pytest
+
+from hotset.shm.layout import Geometry, PrefetchSource, Section
+from hotset.shm.segment import Segment
+from hotset.workers.prefetch.requests import PrefetchRequests
+
+
+@pytest.fixture
+def segment() -> Segment:
+    return Segment.private(Geometry(num_layers=2, num_experts=8))
+
+
+def route(segment: Segment, layer: int) -> None:
+    epoch = segment.arena.load_u64(Section.LAYERS, layer, 0)
+    segment.arena.store_u64(Section.LAYERS, layer, 0, epoch + 1)
+
+
+def test_the_latest_is_taken_first_and_named_once(segment: Segment) -> None:
+    requests = PrefetchRequests(segment.arena, 8, 1)
+    requests.note([3, 4], PrefetchSource.AFFINITY)
+    requests.note([4, 9], PrefetchSource.GATE_AHEAD)
+    taken = [requests.take() for _ in range(3)]
+    assert [expert for expert, _, _ in taken] == [9, 4, 3]
+    assert [source for _, source, _ in taken] == [
+        PrefetchSource.GATE_AHEAD,
+        PrefetchSource.AFFINITY,
+        PrefetchSource.AFFINITY,
+    ]
+    assert not requests
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_request_is_stale_when_every_worker_may_have_passed_its_layer(segment: Segment, workers: int) -> None:
+    requests = PrefetchRequests(segment.arena, 8, workers)
+    for routed in range(workers + 1):
+        requests.note([9], PrefetchSource.GATE_AHEAD)
+        for _ in range(routed):
+            route(segment, 1)
+        route(segment, 0)  # another layer changes nothing
+        assert (requests.take()[2] is not None) == (routed < workers)
+
+
+def test_what_was_begun_is_awaited_until_its_layer_has_been_routed(segment: Segment) -> None:
+    requests = PrefetchRequests(segment.arena, 8, 1)
+    requests.note([3, 9], PrefetchSource.GATE_AHEAD)
+    for _ in range(2):
+        expert, _, epoch = requests.take()
+        assert epoch is not None
+        requests.begin(expert, epoch)
+    assert requests.awaited() == {3, 9}
+    route(segment, 1)
+    assert requests.awaited() == {3}

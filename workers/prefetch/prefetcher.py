@@ -1,0 +1,106 @@
+"""The worker's side of prefetching: asks the sources what the next layers use, and the pager for what can be trusted.
+
+Outcomes are learned from what is named, whether it was fetched or not: so a source that has become good is found
+out, and one that has become bad asks for nothing any more.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+
+from hotset.shm.layout import PrefetchSource
+from hotset.workers.expert_access import ExpertAccess
+from hotset.workers.prefetch.confidence import Confidence
+from hotset.workers.prefetch.source import LayerStep, Source
+
+FEW_MISSES = 0.05  # of a layer's step: below, foreseeing them costs more than they do
+MISS_RATE = 1 / 32  # of the moving average
+SAMPLED = 16  # of the steps of a layer with few misses, every how manieth is foreseen nevertheless
+
+
+class Named(msgspec.Struct, frozen=True):
+    """What a source has named for a layer's next step, of what was absent then."""
+
+    confidence: Confidence
+    experts: list[int]
+    buckets: list[int]
+
+
+class Layer:
+    """What is known of a layer's next step."""
+
+    def __init__(self) -> None:
+        self.named: list[Named] = []
+        self.asked: set[int] = set()
+        self.misses = 1.0  # of a step, had nothing been prefetched; a moving average
+        self.steps = 0
+
+    def is_worth_it(self) -> bool:
+        return self.misses >= FEW_MISSES or self.steps % SAMPLED == 0
+
+
+class Prefetcher:
+    """Called once for every layer of every decode step, in order.
+
+    Args:
+        sources: the first that names an expert gets it counted.
+        access: to the experts.
+        top_k: experts per token. Twice as many candidates of a source are looked at.
+    """
+
+    def __init__(self, sources: Mapping[PrefetchSource, Source], access: ExpertAccess, top_k: int) -> None:
+        self._sources = [(number, source, Confidence(source.edges)) for number, source in sources.items()]
+        self._access = access
+        self._candidates = 2 * top_k
+        self._layers: defaultdict[int, Layer] = defaultdict(Layer)
+
+    def after_routing(self, step: LayerStep) -> None:
+        """When the layer's own missing experts have been requested, and before any is computed."""
+        self._settle(step)
+        for number, source, confidence in self._sources:
+            source.observe(step)
+            target = source.target(step.layer)
+            if target is not None and self._layers[target].is_worth_it():
+                self._name(number, source, confidence, target, step)
+
+    def _settle(self, step: LayerStep) -> None:
+        """Compares what was named for the layer with what it uses."""
+        layer, used = self._layers[step.layer], set(step.experts.ravel().tolist())
+        missed = layer.asked & used
+        missed.update(expert for expert in used - missed if not self._access.is_resident(step.layer, expert))
+        layer.misses += MISS_RATE * (len(missed) - layer.misses)
+        layer.steps += 1
+        for named in layer.named:
+            for expert, bucket in zip(named.experts, named.buckets, strict=True):
+                named.confidence.learn(bucket, used=expert in used)
+        layer.named.clear()
+        layer.asked.clear()
+
+    def _name(
+        self, number: PrefetchSource, source: Source, confidence: Confidence, target: int, step: LayerStep
+    ) -> None:
+        scores = source.scores(step)
+        best = (
+            np.argpartition(scores, -self._candidates)[-self._candidates :] if self._candidates < len(scores) else None
+        )
+        best = np.argsort(scores) if best is None else best[np.argsort(scores[best])]
+        values = scores[best]
+        experts: list[int] = []
+        buckets: list[int] = []
+        asked: list[int] = []
+        layer = self._layers[target]
+        for expert, bucket, value in zip(best.tolist(), confidence.buckets(values), values.tolist(), strict=True):
+            if value == -np.inf or self._access.is_resident(target, expert):
+                continue
+            experts.append(expert)
+            buckets.append(bucket)
+            if confidence.trusts(bucket) and expert not in layer.asked:
+                asked.append(expert)
+        layer.named.append(Named(confidence, experts, buckets))
+        if asked:
+            layer.asked.update(asked)
+            self._access.prefetch(target, asked, number)  # the likeliest last: the pager begins with the latest
