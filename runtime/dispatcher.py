@@ -13,6 +13,7 @@ from hotset.runtime.errors import RequestFailed
 from hotset.runtime.instance import Instance
 from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.kv.errors import CorruptCache
+from hotset.runtime.kv.page_pool import NO_PAGE
 from hotset.runtime.messages import (
     CacheChecked,
     Defragment,
@@ -52,13 +53,19 @@ class Dispatcher:
         send_worker: Callable[[int, ToWorker], None],
     ) -> None:
         plan, geometry = instance.plan, instance.plan.geometry
-        cache = PagedKvCache(geometry.num_pages, geometry.block_size, page_nbytes=geometry.page_nbytes)
+        cache = PagedKvCache(
+            geometry.num_pages,
+            geometry.block_size,
+            windows=plan.kv_windows,
+            max_step=plan.kv_max_step,
+            page_nbytes=geometry.page_nbytes,
+        )
         self.scheduler = Scheduler(cache, geometry.max_sequences, plan.max_model_len)
         self._config = config
         self._eos_token_ids = plan.eos_token_ids
         self._arena = instance.arena
         self._token_ids = instance.segment.view(Section.TOKEN_IDS)
-        self._block_tables = instance.segment.view(Section.BLOCK_TABLES)
+        self._block_tables = instance.segment.block_tables()
         self._pages = instance.segment.view(Section.KV_PAGES)
         self._client = client
         self._send_worker = send_worker
@@ -118,7 +125,7 @@ class Dispatcher:
             self._token_ids[request.row, : request.known] = request.known_ids()
             # While no worker serves the row, its committed length is ours to set: rows found in the prefix cache.
             self._arena.store_u64(Section.SEQUENCES, request.row, 0, request.accounted)
-            self._write_block_table(request, 0)
+            self._write_block_tables(request)
         for request in self.scheduler.running.values():
             if request.worker is not None or request.state is not RequestState.RUNNING:
                 continue
@@ -146,13 +153,24 @@ class Dispatcher:
         if request.worker is not None:
             self._send_worker(request.worker, StopSequence(request.row, request.client))
 
-    def _write_block_table(self, request: Request, start: int) -> None:
-        table = self.scheduler.cache.block_table(request.sequence)
-        for page in table[start:]:
-            self._note_new_owner(page)
-        self._block_tables[request.row, start : len(table)] = table[start:]
+    def _write_block_tables(self, request: Request, start: int = 0) -> None:
+        """The entries from block `start` on."""
+        cache = self.scheduler.cache
+        for group, entries in enumerate(self._block_tables[request.row]):
+            table = cache.block_table(request.sequence, group)
+            for page in table[start:]:
+                if page != NO_PAGE:
+                    self._note_new_owner(page)
+            entries[start : len(table)] = table[start:]
         # Release, after the entries: the worker reads the count first.
-        self._arena.store_u32(Section.SEQUENCES, request.row, 2, len(table))
+        self._arena.store_u32(Section.SEQUENCES, request.row, 2, cache.num_blocks(request.sequence))
+
+    def _clear_behind_windows(self, request: Request) -> None:
+        """Its worker reads those pages no more; who reads the row from outside shall not either."""
+        cache = self.scheduler.cache
+        for group, window in enumerate(cache.windows):
+            if window:
+                self._block_tables[request.row, group, : cache.num_released(request.sequence, group)] = NO_PAGE
 
     def _clear_block_table(self, request: Request) -> None:
         """Before others get its pages: who reads the row from outside must not take their pages for its own."""
@@ -169,8 +187,8 @@ class Dispatcher:
             return
         before = self.scheduler.blocks(request)
         was_stalled = self.scheduler.is_stalled(request, committed)
-        if self.scheduler.grow(request, committed):
-            self._write_block_table(request, before)
+        if self.scheduler.grow(request, committed, written=committed):
+            self._write_block_tables(request, before)
             # Always: since the progress that we go by it may have used up what it had, looked in vain and gone to
             # sleep.
             self._send_worker(request.worker, PagesGranted(request.row))
@@ -265,7 +283,7 @@ class Dispatcher:
         for request in running:
             if request.state is RequestState.HALTING:  # others, of a dead worker, are about to be settled
                 request.state = RequestState.RUNNING
-            self._write_block_table(request, 0)
+            self._write_block_tables(request)
 
     # ---- to the client
 
@@ -296,6 +314,7 @@ class Dispatcher:
         tokens = self._token_ids[request.row, start:stop]
         request.generated.extend(tokens.tolist())
         self.scheduler.account(request, committed)
+        self._clear_behind_windows(request)
         return tokens.tobytes()
 
     def _completion(self, request: Request, tokens: bytes) -> FinishReason | None:

@@ -86,7 +86,7 @@ def inspect_model(model: Path, memories: Sequence[str]) -> Inspection:
         expert_nbytes=checkpoint.expert_nbytes,
         expert_format=checkpoint.expert_dtype(*checkpoint.expert_ids[0]),
         num_experts_in_all=config.num_experts_in_all,
-        kv_nbytes_per_token=config.kv_page_layout(1, KvFormat.FLOAT32).page_nbytes,
+        kv_nbytes_per_token=config.kv_nbytes_per_token(KvFormat.FLOAT32),
         fits=tuple(_fit(memory, config, checkpoint) for memory in memories),
     )
 

@@ -16,6 +16,7 @@ from hotset.runtime.expert_slots import (
     least_slots,
     split_slots,
 )
+from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import RoutingPreference, routing_preference
@@ -66,6 +67,8 @@ class InstancePlan(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
     memory: MemorySplit
     routing: RoutingPreference
+    kv_windows: tuple[int, ...] = (0,)  # per group of layers
+    kv_max_step: int | None = None  # see BlockTables
 
     @property
     def expert_budget_nbytes(self) -> int:
@@ -112,8 +115,12 @@ class _Planner:
         least = least_slots(self.classes, self.least_of_a_size)
         self.least_slots = sum(slots.count for slots in least)
         self.least_nbytes = sum(slots.count * slots.nbytes for slots in least)
-        self.blocks_per_sequence = -(-self.max_model_len // config.block_size)
-        self.pages_for_all = config.max_num_seqs * self.blocks_per_sequence
+        self.kv_windows = model.kv_groups.windows
+        self.kv_max_step = (
+            2 * config.max_num_batched_tokens
+        )  # while one step is computed, pages for the next are granted
+        self.pages_for_one = pages_of_sequence(self.kv_windows, self.max_model_len, config.block_size, self.kv_max_step)
+        self.pages_for_all = config.max_num_seqs * self.pages_for_one
 
     def plan(self) -> InstancePlan:
         slots, num_pages = self._slots_and_pages()
@@ -134,6 +141,8 @@ class _Planner:
                 kv_pages=num_pages * self.page_nbytes,
                 bookkeeping=self._bookkeeping_nbytes(geometry),
             ),
+            kv_windows=self.kv_windows,
+            kv_max_step=self.kv_max_step,
         )
 
     def _slots_and_pages(self) -> tuple[tuple[SlotClass, ...], int]:
@@ -144,7 +153,7 @@ class _Planner:
             if slots is None:
                 held = nbytes * self.num_experts // all_nbytes(self.classes)
                 raise BudgetTooSmall(str(budget), held, self.least_slots, self.least_nbytes)
-            pages = max(self.blocks_per_sequence, MAX_DEFAULT_KV_NBYTES // self.page_nbytes)
+            pages = max(self.pages_for_one, MAX_DEFAULT_KV_NBYTES // self.page_nbytes)
             return slots, self._asked_pages() or min(self.pages_for_all, pages)
         return self._split(parse_nbytes(self.config.memory))
 
@@ -195,6 +204,7 @@ class _Planner:
             num_pages=num_pages,
             page_nbytes=self.page_nbytes,
             block_size=config.block_size,
+            kv_groups=len(self.kv_windows),
             max_sequences=config.max_num_seqs,
             max_model_len=self.max_model_len,
             demand_words=DEMAND_WORDS,

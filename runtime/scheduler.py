@@ -118,7 +118,7 @@ class Scheduler:
         if len(prompt) + 1 > self.max_model_len:
             raise RequestTooLong(len(prompt) + 1, self.max_model_len, "the context (max_model_len)")
         limit = min(len(prompt) + params.max_tokens, self.max_model_len)
-        if limit > self.cache.capacity_tokens:
+        if self.cache.pages_for(limit) > self.cache.num_pages:
             raise RequestTooLong(limit, self.cache.capacity_tokens, "the KV cache")
         request = Request(client, prompt, params, limit, salt)
         self.waiting.append(request)
@@ -129,8 +129,8 @@ class Scheduler:
         if not self.waiting or not self._free_rows:
             return None
         request = self.waiting[0]
-        pages = -(-(request.known + 1) // self.block_size)
-        if self.running and self.cache.num_free_pages - pages < len(self.running):
+        pages = self.cache.pages_for(request.known + 1)
+        if self.running and self.cache.num_free_pages - pages < len(self.running) * len(self.cache.windows):
             return None  # it would soon be preempted again: those that run will want a page each
         try:
             request.sequence, cached_tokens = self.cache.admit(request.known_ids(), salt=request.salt)
@@ -146,7 +146,7 @@ class Scheduler:
             request.cached_tokens = cached_tokens
         request.admitted = request.known
         self.running[request.row] = request
-        self.grow(request, request.known - 1)
+        self.grow(request, request.known - 1, written=cached_tokens)
         self._note_peak()
         return request
 
@@ -159,27 +159,24 @@ class Scheduler:
             self.cache.append(request.sequence, request.generated[position - len(request.prompt)])
         request.accounted = max(request.accounted, written)
 
-    def grow(self, request: Request, committed: int) -> bool:
-        """Grants pages so that a whole spare page lies beyond `committed`; whether the block table has grown.
+    def grow(self, request: Request, position: int, *, written: int) -> list[int]:
+        """Grants pages so that a whole spare page lies beyond that of `position`, and returns them; `written`: tokens
+        whose rows are.
 
         Without free pages nothing happens: `is_stalled` tells whether that stops the sequence.
         """
-        blocks = self.blocks(request)
-        needed, most = committed // self.block_size + 1, -(-request.limit // self.block_size)
+        needed, most = position // self.block_size + 1, -(-request.limit // self.block_size)
         for wanted in (needed + 1, needed):
-            missing = min(wanted, most) - blocks
-            if missing <= 0:
-                return False
             try:
-                self.cache.extend(request.sequence, missing * self.block_size)
+                pages = self.cache.reserve(request.sequence, min(wanted, most) * self.block_size, written=written)
             except OutOfPages:
                 continue
             self._note_peak()
-            return True
-        return False
+            return pages
+        return []
 
     def blocks(self, request: Request) -> int:
-        """Entries of a running request's block table."""
+        """Blocks for which a running request has pages in all groups."""
         return self.cache.num_blocks(request.sequence)
 
     def is_stalled(self, request: Request, committed: int) -> bool:

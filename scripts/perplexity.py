@@ -33,7 +33,7 @@ from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
-from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
 
@@ -82,14 +82,14 @@ def window_losses(
     """Mean negative log-likelihood per token of each window."""
     length = len(windows[0]) - 1
     page = config.kv_page_layout(BLOCK_SIZE, kv_format)
-    table = np.arange(1, -(-length // BLOCK_SIZE) + 1, dtype=np.uint32)
-    pages = np.zeros((len(table) + 1, *page.shape), np.uint8)
+    (tables,) = own_block_tables(config, 1, -(-length // BLOCK_SIZE))
+    pages = np.zeros((tables.size + 1, *page.shape), np.uint8)
     transformer = Transformer(config, checkpoint, pages, kv_format, experts)
     losses = np.zeros((len(windows), length))
     for index, window in enumerate(windows):
         for start in range(0, length, CHUNK):
             rows = np.arange(start, min(start + CHUNK, length), dtype=np.int32)
-            batch = Batch(window[rows], rows, [SequenceRows(0, len(rows), table)])
+            batch = Batch(window[rows], rows, [SequenceRows(0, len(rows), tables)])
             logits = transformer.forward(batch, all_rows=True).astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
             normalizer = np.log(np.exp(logits).sum(axis=1))
@@ -114,7 +114,7 @@ def measure(model: Path, tokens: int) -> dict[str, Any]:
         rows.append(
             {
                 "kv_cache_dtype": kv_format.value,
-                "bytes_per_token": config.kv_page_layout(1, kv_format).page_nbytes,
+                "bytes_per_token": config.kv_nbytes_per_token(kv_format),
                 "perplexity": math.exp(losses.mean()),
                 "difference_percent": 100 * math.expm1(paired.mean()),
                 "standard_error_percent": 100 * float(paired.std(ddof=1)) / math.sqrt(len(paired)),

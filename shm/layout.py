@@ -150,12 +150,13 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int = 0
     page_nbytes: int = 0
     block_size: int = 16  # tokens per page
+    kv_groups: int = 1  # of layers with KV pages of their own: block tables of a sequence
     max_sequences: int = 0
     max_model_len: int = 0  # tokens
     demand_words: int = 0  # of each process's ring of recent demands (shm/core/demand_ring.h): a power of two, or 0
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_experts", "num_processes", "block_size"):
+        for name in ("num_layers", "num_experts", "num_processes", "block_size", "kv_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in self.__struct_fields__:
@@ -257,7 +258,7 @@ def _declarations(g: Geometry) -> Iterator[tuple[Section, npt.DTypeLike, int, in
     yield Section.SLOT_WORDS, np.dtype("<u8"), g.num_slots, 1, 8
     yield Section.SLOT_INFO, SLOT_INFO, g.num_slots, 1, 16
     yield Section.SEQUENCES, SEQUENCE_STATE, g.max_sequences, 1, CACHE_LINE
-    yield Section.BLOCK_TABLES, np.dtype("<u4"), g.max_sequences, g.max_blocks, CACHE_LINE
+    yield Section.BLOCK_TABLES, np.dtype("<u4"), g.max_sequences, g.kv_groups * g.max_blocks, CACHE_LINE
     yield Section.TOKEN_IDS, np.dtype("<i4"), g.max_sequences, g.max_model_len, CACHE_LINE
     pages = g.num_pages + 1 if g.num_pages else 0
     yield Section.PAGE_GENERATIONS, np.dtype("<u4"), pages, 1, 4

@@ -245,6 +245,12 @@ class Segment:
             raise SegmentError(f"{segment_name(instance)} is {state.name}, expected READY")
         return segment
 
+    def block_tables(self) -> npt.NDArray[np.uint32]:
+        """The section BLOCK_TABLES as [sequences, groups, blocks], nothing copied."""
+        geometry = self.layout.geometry
+        tables = self.view(Section.BLOCK_TABLES)
+        return tables.reshape(len(tables), geometry.kv_groups, geometry.max_blocks)
+
     def view(self, section: Section) -> np.ndarray:
         """The section as an array over the arena, shape [rows, columns]; see `Layout.view`."""
         return self.layout.view(self._mmap, section)

@@ -36,7 +36,10 @@ class InProcessModel:
         self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     def sequence(self, row_start: int, row_count: int, pages: Sequence[int]) -> SequenceRows:
-        return SequenceRows(row_start, row_count, np.array(pages, np.uint32))
+        """With the pages of its block table, divided evenly among the groups of layers."""
+        groups = self.config.kv_groups.num_groups
+        tables = np.array(pages[: len(pages) // groups * groups], np.uint32).reshape(groups, -1)
+        return SequenceRows(row_start, row_count, tables)
 
     def logits(self, token_ids: NDArray[np.int32], chunks: Sequence[int] | None = None) -> FloatRows:
         """Logits [n, vocab_size] of one sequence, prefilled in chunks of the given lengths (None: all at once)."""

@@ -50,16 +50,26 @@ class _Instance:
 class PlayedInstance:
     """A dispatcher with `num_pages` pages of 4 tokens, and the messages that its workers have not read yet."""
 
-    def __init__(self, num_pages: int, num_workers: int = 2, max_sequences: int = 4, max_model_len: int = 64) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        num_workers: int = 2,
+        max_sequences: int = 4,
+        max_model_len: int = 64,
+        windows: tuple[int, ...] = (0,),
+        max_step: int | None = None,
+    ) -> None:
         self.geometry = Geometry(
             num_layers=1, num_experts=4, num_processes=num_workers + 2, num_pages=num_pages, page_nbytes=64,
-            block_size=4, max_sequences=max_sequences, max_model_len=max_model_len,
+            block_size=4, kv_groups=len(windows), max_sequences=max_sequences, max_model_len=max_model_len,
         )  # fmt: skip
         self.client = Client()
         self.inbox: dict[int, list[Any]] = {worker: [] for worker in range(num_workers)}
         no_memory = MemorySplit(processes=0, dense_weights=0, experts=0, kv_pages=0, bookkeeping=0)
         exact = RoutingPreference("off", 0.0, "given")
-        instance = _Instance(InstancePlan(self.geometry, max_model_len, 0, 1, (END_OF_TEXT,), no_memory, exact))
+        instance = _Instance(
+            InstancePlan(self.geometry, max_model_len, 0, 1, (END_OF_TEXT,), no_memory, exact, windows, max_step)
+        )
         self.arena = instance.arena
         self.dispatcher = Dispatcher(
             BackendConfig(workers=num_workers, block_size=4),
@@ -70,7 +80,7 @@ class PlayedInstance:
         self.scheduler = self.dispatcher.scheduler
         self.cache = self.dispatcher.scheduler.cache
         self.token_ids = instance.segment.view(Section.TOKEN_IDS)
-        self.block_tables = instance.segment.view(Section.BLOCK_TABLES)
+        self.block_tables = instance.segment.block_tables()
         self.pages = instance.segment.view(Section.KV_PAGES)
         self.generations = instance.segment.view(Section.PAGE_GENERATIONS)[:, 0]
 
@@ -86,9 +96,9 @@ class PlayedInstance:
         """Positions that have pages."""
         return self.arena.load_u32(Section.SEQUENCES, row, 2) * self.geometry.block_size
 
-    def kv_row(self, row: int, position: int) -> np.ndarray:
-        """The bytes of a token's keys and values, writable."""
+    def kv_row(self, row: int, position: int, group: int = 0) -> np.ndarray:
+        """The bytes of a token's keys and values in the layers of a group, writable."""
         index, offset = divmod(position, self.geometry.block_size)
         nbytes = self.geometry.page_nbytes // self.geometry.block_size
-        page = self.pages[self.block_tables[row, index]]
+        page = self.pages[self.block_tables[row, group, index]]
         return page[offset * nbytes : (offset + 1) * nbytes]

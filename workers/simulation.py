@@ -27,7 +27,7 @@ from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.shm.layout import Geometry, Section, WeightFormat
 from hotset.shm.segment import Segment
 from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, row_norms
-from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.eviction._core import Cache
 from hotset.workers.eviction.replay import make_policy
 from hotset.workers.expert_store import read_expert
@@ -186,7 +186,7 @@ class Simulation:
         length = texts.shape[2] - 1
         rows = count * (len(settings) + 1)
         page = config.kv_page_layout(BLOCK_SIZE, KvFormat.FLOAT32)
-        tables = 1 + np.arange(rows * -(-length // BLOCK_SIZE), dtype=np.uint32).reshape(rows, -1)
+        tables = own_block_tables(config, rows, -(-length // BLOCK_SIZE))
         pages = np.zeros((tables.size + 1, *page.shape), np.uint8)
         self._sequences = [SequenceRows(row, 1, table) for row, table in enumerate(tables)]
         self._transformer = Transformer(config, checkpoint, pages, KvFormat.FLOAT32, self._experts)

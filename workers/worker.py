@@ -51,14 +51,14 @@ from hotset.workers.prefetch.sources import make_sources
 class Sequence:
     """A sequence that this worker serves. KV rows below `committed` are written; `known` token ids are."""
 
-    __slots__ = ("block_table", "committed", "eos_token_ids", "exact_routing", "known", "run", "token_ids")
+    __slots__ = ("block_tables", "committed", "eos_token_ids", "exact_routing", "known", "run", "token_ids")
 
     def __init__(
         self,
         run: RunSequence,
         committed: int,
         token_ids: np.ndarray,
-        block_table: np.ndarray,
+        block_tables: np.ndarray,
         eos_token_ids: tuple[int, ...],
         exact_routing: bool,
     ) -> None:
@@ -66,7 +66,7 @@ class Sequence:
         self.committed = committed
         self.known = run.known
         self.token_ids = token_ids
-        self.block_table = block_table
+        self.block_tables = block_tables
         self.eos_token_ids = () if run.params.ignore_eos else eos_token_ids
         self.exact_routing = exact_routing
 
@@ -93,7 +93,7 @@ class Worker:
         self._segment = Segment.attach(start.instance, geometry)
         self._arena = self._segment.arena
         self._token_ids = self._segment.view(Section.TOKEN_IDS)
-        self._block_tables = self._segment.view(Section.BLOCK_TABLES)
+        self._block_tables = self._segment.block_tables()
         router = MemoryAwareRouter(
             router_config(
                 model,
@@ -178,7 +178,7 @@ class Worker:
             token_ids[start : start + rows] = sequence.token_ids[first : first + rows]
             positions[start : start + rows] = np.arange(first, first + rows)
             blocks = -(-(first + rows) // self._plan.geometry.block_size)
-            members.append(SequenceRows(start, rows, sequence.block_table[:blocks]))
+            members.append(SequenceRows(start, rows, sequence.block_tables[:, :blocks]))
             exact.extend([sequence.exact_routing] * rows)
             start += rows
         self._experts.begin_step(exact, prefill=prefill, streams=[sequence.run.row for sequence, _ in parts])

@@ -6,6 +6,7 @@ shared arena and its workers write them; a program that embeds only the cache at
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import time
 from array import array
@@ -20,6 +21,7 @@ from hotset.runtime.kv.block_tables import BlockTables, PageMemory
 from hotset.runtime.kv.compaction import plan_moves
 from hotset.runtime.kv.errors import CorruptCache, ExceedsArena, OutOfBounds, OutOfPages
 from hotset.runtime.kv.events import CacheEvent
+from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.kv.page_memory import KvPageMemory
 from hotset.runtime.kv.page_pool import NO_PAGE
 from hotset.runtime.kv.prefix_cache import PrefixCache, TokenIds, pack_tokens
@@ -30,6 +32,10 @@ from hotset.runtime.kv.statistics import FragmentationStats, HitRateWindow, Page
 # UNKNOWN_TOKEN packed. Occurs in packed ids, at whatever alignment, only if one is negative: the others have a top
 # byte below 0x80.
 _UNKNOWN_PACKED = b"\xff" * 4
+
+
+MAX_TOKENS = 1 << 31
+"""More than any sequence has: the capacity of a cache whose layers all have windows."""
 
 
 class Admission(NamedTuple):
@@ -287,9 +293,17 @@ class PagedKvCache(BlockTables):
         """Share of the pages in use; 0.0 if there are none."""
         return self.num_used_pages / self.num_pages if self.num_pages else 0.0
 
+    def pages_for(self, num_tokens: int) -> int:
+        """The most pages that one sequence holds at a time while it grows to `num_tokens` tokens."""
+        return pages_of_sequence(self.windows, num_tokens, self.block_size, self.max_step)
+
     @property
     def capacity_tokens(self) -> int:
-        return self.num_pages * self.block_size
+        """Tokens of the longest sequence that there is room for."""
+        blocks = range(MAX_TOKENS // self.block_size)
+        return (
+            bisect.bisect_right(blocks, self.num_pages, key=lambda count: self.pages_for(count * self.block_size)) - 1
+        ) * self.block_size
 
     @property
     def memory_nbytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Final, Self
 
 import msgspec
 
+from hotset.runtime.kv.layer_groups import LayerGroups
 from hotset.runtime.model.config_file import ConfigFile
 from hotset.runtime.model.errors import ModelNotFound, UnsupportedModel
 from hotset.runtime.model.families import FAMILIES, Family
@@ -128,15 +129,24 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Of all layers that have experts."""
         return (self.num_layers - len(self.dense_layers)) * self.num_experts
 
+    @property
+    def kv_groups(self) -> LayerGroups:
+        """The layers that share KV pages."""
+        return LayerGroups.of(self.windows)
+
     def kv_page_layout(self, block_size: int, kv_format: KvFormat) -> KvPageLayout:
-        """What a KV page of `block_size` tokens of this model looks like."""
+        """What a KV page looks like: `block_size` tokens in the layers of one group."""
         return KvPageLayout(
-            num_layers=self.num_layers,
+            num_layers=self.kv_groups.layers_per_group,
             block_size=block_size,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             format=kv_format,
         )
+
+    def kv_nbytes_per_token(self, kv_format: KvFormat) -> int:
+        """In all layers."""
+        return self.kv_groups.num_groups * self.kv_page_layout(1, kv_format).page_nbytes
 
 
 def _family(file: ConfigFile) -> Family:

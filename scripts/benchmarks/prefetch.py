@@ -30,7 +30,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.shm.kv_page_format import KvFormat
 from hotset.workers.compute.gates import Gates
-from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.prefetch.affinity import Affinity
 from hotset.workers.prefetch.confidence import Confidence
 from hotset.workers.prefetch.gate_ahead import GateAhead
@@ -95,16 +95,16 @@ def steps_of_model(config: ModelConfig, checkpoint: Checkpoint, model: Path, tok
     recorder = Recorder(config, checkpoint)
     length = min(1024, config.max_position_embeddings)
     page = config.kv_page_layout(BLOCK_SIZE, KvFormat.FLOAT32)
-    table = np.arange(1, -(-length // BLOCK_SIZE) + 1, dtype=np.uint32)
+    (tables,) = own_block_tables(config, 1, -(-length // BLOCK_SIZE))
     transformer = Transformer(
-        config, checkpoint, np.zeros((len(table) + 1, *page.shape), np.uint8), KvFormat.FLOAT32, recorder
+        config, checkpoint, np.zeros((tables.size + 1, *page.shape), np.uint8), KvFormat.FLOAT32, recorder
     )
     top_k = config.experts_per_token
     for window in heldout_windows(Tokenizer(model), config.eos_token_ids[0], tokens, length):
         for start in range(0, length, CHUNK):
             rows = np.arange(start, min(start + CHUNK, length), dtype=np.int32)
             recorder.layers.clear()
-            transformer.forward(Batch(window[rows], rows, [SequenceRows(0, len(rows), table)]), all_rows=True)
+            transformer.forward(Batch(window[rows], rows, [SequenceRows(0, len(rows), tables)]), all_rows=True)
             for row in range(len(rows)):
                 for layer, logits, residual in recorder.layers:
                     chosen = np.argsort(-logits[row], kind="stable")[:top_k].astype(np.int32)

@@ -65,18 +65,46 @@ static inline uint64_t affinity_score(const struct affinity_law *law, uint64_t s
     return affinity_decayed(law, affinity_slot_score(slot), now > epoch ? now - epoch : 0);
 }
 
-/* Merges an activation worth `amount` (Q0.24) at epoch `now` into the slot.
+/* A slot after an activation worth `amount` (Q0.24) at epoch `now`.
  * (score @ epoch) + (amount @ now) is formed at the later of the two, so that it does not matter who comes first. */
-static inline void affinity_merge(const struct affinity_law *law, atomic_u64 *slot, uint64_t amount, uint64_t now) {
-    uint64_t old = load_relaxed(slot), merged;
-    do {
-        uint64_t epoch = affinity_slot_epoch(old), at = now > epoch ? now : epoch;
-        uint64_t score = affinity_score(law, old, at), added = affinity_decayed(law, amount, at - now);
-        score = !law->saturating ? score + added : score > added ? score : added;
-        if (score > AFFINITY_ONE) score = AFFINITY_ONE;
-        merged = score << AFFINITY_EPOCH_BITS | at;
-        /* relaxed: a slot stands for itself, nothing is published through it */
-    } while (!atomic_compare_exchange_weak_explicit(slot, &old, merged, memory_order_relaxed, memory_order_relaxed));
+static inline uint64_t affinity_merged(const struct affinity_law *law, uint64_t slot, uint64_t amount, uint64_t now) {
+    uint64_t epoch = affinity_slot_epoch(slot), at = now, score = affinity_slot_score(slot);
+    if (epoch <= now) score = affinity_decayed(law, score, now - epoch);
+    else amount = affinity_decayed(law, amount, epoch - now), at = epoch;
+    score = !law->saturating ? score + amount : score > amount ? score : amount;
+    if (score > AFFINITY_ONE) score = AFFINITY_ONE;
+    return score << AFFINITY_EPOCH_BITS | at;
+}
+
+/* `slot` may be out of date: the merge then starts again from what is there. */
+static inline void affinity_exchange(const struct affinity_law *law, atomic_u64 *shared, uint64_t slot, uint64_t merged,
+                                     uint64_t amount, uint64_t now) {
+    /* relaxed: a slot stands for itself, nothing is published through it */
+    while (!atomic_compare_exchange_weak_explicit(shared, &slot, merged, memory_order_relaxed, memory_order_relaxed))
+        merged = affinity_merged(law, slot, amount, now);
+}
+
+static inline void affinity_merge(const struct affinity_law *law, atomic_u64 *shared, uint64_t amount, uint64_t now) {
+    uint64_t slot = load_relaxed(shared);
+    affinity_exchange(law, shared, slot, affinity_merged(law, slot, amount, now), amount, now);
+}
+
+/* What the activations of a call are worth to an expert; its slot as it was read. */
+struct affinity_activation {
+    uint32_t expert;
+    uint64_t amount, slot;
+};
+
+#define AFFINITY_GROUP 32u
+
+/* Merges up to AFFINITY_GROUP different experts into a row of slots. An exchange waits for all that comes before it and
+ * holds up all that comes after it: so everything is computed before the first one. */
+static inline void affinity_merge_group(const struct affinity_law *law, atomic_u64 *row,
+                                        const struct affinity_activation *group, uint32_t count, uint64_t now) {
+    uint64_t merged[AFFINITY_GROUP];
+    for (uint32_t i = 0; i < count; i++) merged[i] = affinity_merged(law, group[i].slot, group[i].amount, now);
+    for (uint32_t i = 0; i < count; i++)
+        affinity_exchange(law, row + group[i].expert, group[i].slot, merged[i], group[i].amount, now);
 }
 
 static inline atomic_u64 *affinity_row(const struct arena *arena, uint32_t layer) {

@@ -34,7 +34,7 @@ enum section {
     SECTION_SLOT_WORDS,      /* u64[slots]: [generation 32 | expert 24 | state 8]: the truth about residency. Writer: pager */
     SECTION_SLOT_INFO,       /* struct slot_info[slots]: what lies in the slot. Writer: pager, before RESIDENT */
     SECTION_SEQUENCES,       /* struct sequence_state[sequences] */
-    SECTION_BLOCK_TABLES,    /* u32[sequences][blocks]: page ids, before granted_blocks. Writer: coordinator */
+    SECTION_BLOCK_TABLES,    /* u32[sequences][groups][blocks]: page ids, before granted_blocks. Writer: coordinator */
     SECTION_TOKEN_IDS,       /* i32[sequences][max_model_len]: prompt by the coordinator, the rest by the serving worker */
     SECTION_PAGE_GENERATIONS,/* u32[pages + 1]: how often a page was handed out: see kv_page.h. Writer: coordinator */
     SECTION_KV_PAGES,        /* bytes[pages + 1][page_nbytes]; page 0 is never handed out */

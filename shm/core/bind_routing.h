@@ -57,6 +57,7 @@ static inline int router_run(RouterObject *router, uint32_t layer, const struct 
         const float *part_logits = logits + (size_t)first * rule->num_experts;
         int32_t *part_ids = ids + (size_t)first * rule->top_k;
         float *part_weights = weights + (size_t)first * rule->top_k;
+        uint64_t now = route_epoch(&context, part);
         if (part > 1) memset(tally->selections, 0, rule->num_experts * sizeof tally->selections[0]);
         if ((uint64_t)part * rule->num_experts >= ROUTE_GIL_LOGITS) {
             Py_BEGIN_ALLOW_THREADS
@@ -67,7 +68,7 @@ static inline int router_run(RouterObject *router, uint32_t layer, const struct 
         } else {
             route_kernel->rows(rule, &part_call, &snapshot, &boosts, part_logits, part, part_ids, part_weights, tally);
         }
-        hits += route_account_selections(&context, part, part_ids, &snapshot, tally);
+        hits += route_account_selections(&context, now, part, part_ids, &snapshot, tally);
     }
     route_account_call(&context, rows, hits, &snapshot, tally);
     if (router->control.enabled && call->policy == router->policy)

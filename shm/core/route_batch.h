@@ -7,6 +7,8 @@
 #include "route_kernel.h"
 #include "route_select.h"
 
+_Static_assert(ROUTE_MAX_TOP_K <= AFFINITY_GROUP, "a row is merged as one group");
+
 enum route_epochs {
     EPOCH_PER_TOKEN = 0, /* a batch equals the sequence of single calls */
     EPOCH_PER_CALL = 1,  /* one epoch; each expert is boosted once, however many rows selected it */
@@ -67,41 +69,57 @@ static inline struct route_boosts route_boosts(const struct route_context *conte
     };
 }
 
-/* `count` selections of one expert, worth `amount` at epoch `now`. Returns how many hit; a miss sets its bit. */
-static inline uint64_t route_account_expert(const struct route_context *context, const struct route_snapshot *snapshot,
-                                            uint32_t expert, uint64_t count, uint64_t amount, uint64_t now,
-                                            uint64_t *missing) {
-    atomic_u64 *activations = activation_row(context->arena, context->process, context->layer) + expert;
-    affinity_merge(context->law, affinity_row(context->arena, context->layer) + expert, amount, now);
-    store_relaxed(activations, load_relaxed(activations) + count); /* single writer: no fetch_add */
-    if (bit_test(snapshot->resident, expert)) return count;
-    bit_set(missing, expert);
-    return 0;
+/* Counts `count` selections of one expert. Returns how many hit; a miss sets its bit. */
+static inline uint64_t route_count_expert(atomic_u64 *activations, const struct route_snapshot *snapshot, uint32_t expert,
+                                          uint64_t count, uint64_t *missing) {
+    uint64_t hit = (uint64_t)bit_test(snapshot->resident, expert); /* no branch: it would often be mispredicted */
+    store_relaxed(activations + expert, load_relaxed(activations + expert) + count); /* single writer: no fetch_add */
+    missing[expert / 64] |= (hit ^ 1) << (expert % 64);
+    return count * hit;
 }
 
-/* The affinity, activations and misses of `rows` rows: one CAS per expert that was selected at all. Returns how many
- * selections hit. */
-static inline uint64_t route_account_selections(const struct route_context *context, uint32_t rows, const int32_t *ids,
-                                                const struct route_snapshot *snapshot, struct route_tally *tally) {
+/* The epoch of `rows` rows, of the last one if each has its own. Taken before they are routed: a locked operation between
+ * the selection and the merges would keep them from overlapping. */
+static inline uint64_t route_epoch(const struct route_context *context, uint32_t rows) {
+    if (context->epochs == EPOCH_NONE) return affinity_now(context->arena, context->layer);
+    return affinity_advance(context->arena, context->layer, context->epochs == EPOCH_PER_TOKEN ? rows : 1);
+}
+
+/* The affinity, activations and misses of `rows` rows at epoch `now`: one CAS per expert that was selected at all.
+ * Returns how many selections hit. */
+static inline uint64_t route_account_selections(const struct route_context *context, uint64_t now, uint32_t rows,
+                                                const int32_t *ids, const struct route_snapshot *snapshot,
+                                                struct route_tally *tally) {
     const struct affinity_law *law = context->law;
+    const uint64_t half = UINT64_C(1) << (AFFINITY_WEIGHT_BITS - 25); /* rounds Q.36 to Q.24 */
     int per_token = context->epochs == EPOCH_PER_TOKEN;
-    uint64_t hits = 0, now = context->epochs == EPOCH_NONE
-                                 ? affinity_now(context->arena, context->layer)
-                                 : affinity_advance(context->arena, context->layer, per_token ? rows : 1);
+    atomic_u64 *slots = affinity_row(context->arena, context->layer);
+    atomic_u64 *activations = activation_row(context->arena, context->process, context->layer);
+    struct affinity_activation group[AFFINITY_GROUP];
+    uint32_t grouped = 0;
+    uint64_t hits = 0;
     if (rows == 1) {
-        for (uint32_t i = 0; i < context->rule->top_k; i++)
-            hits += route_account_expert(context, snapshot, (uint32_t)ids[i], 1, law->boost_q24, now, tally->missing);
+        for (; grouped < context->rule->top_k; grouped++) {
+            uint32_t e = (uint32_t)ids[grouped];
+            hits += route_count_expert(activations, snapshot, e, 1, tally->missing);
+            group[grouped] = (struct affinity_activation){e, law->boost_q24, load_relaxed(slots + e)};
+        }
+        affinity_merge_group(law, slots, group, grouped, now);
         return hits;
     }
-    const uint64_t half = UINT64_C(1) << (AFFINITY_WEIGHT_BITS - 25); /* rounds Q.36 to Q.24 */
     for (uint32_t e = 0; e < context->rule->num_experts; e++) {
         uint64_t selections = tally->selections[e];
         if (!selections) continue;
         uint64_t count = per_token ? selections & ((1 << ROUTE_COUNT_BITS) - 1) : selections;
         uint64_t amount = per_token ? ((selections >> ROUTE_COUNT_BITS) + half) >> (AFFINITY_WEIGHT_BITS - 24)
                                     : law->boost_q24;
-        hits += route_account_expert(context, snapshot, e, count, amount, now, tally->missing);
+        hits += route_count_expert(activations, snapshot, e, count, tally->missing);
+        group[grouped++] = (struct affinity_activation){e, amount, load_relaxed(slots + e)};
+        if (grouped < AFFINITY_GROUP) continue;
+        affinity_merge_group(law, slots, group, grouped, now);
+        grouped = 0;
     }
+    affinity_merge_group(law, slots, group, grouped, now);
     return hits;
 }
 

@@ -73,10 +73,6 @@ static inline const float *columns_fill(struct route_tile *tile, const float *lo
     return tile->adjusted;
 }
 
-/* Eight columns reduced to one; in the order of canonical_sum(). */
-#define COLUMNS_TREE(op, c)                                                                                          \
-    op(op(op((c)[0], (c)[4]), op((c)[2], (c)[6])), op(op((c)[1], (c)[5]), op((c)[3], (c)[7])))
-
 /* Makes columns of tile->rows rows. 0 if a logit is not finite, or their sum: then row after row is the way. */
 static inline int columns_begin(struct route_tile *tile, const float *logits, int want_min) {
     uint32_t experts = tile->rule->num_experts, stride = experts < 8 ? 8 : experts;
@@ -91,9 +87,9 @@ static inline int columns_begin(struct route_tile *tile, const float *logits, in
             __builtin_prefetch(next + done * BLOCK_LANES + r * 8, 0, 2);
 #pragma GCC unroll 8
         for (uint32_t i = 0; i < 8; i++) block_store(tile->logits + (first + i) * BLOCK_LANES, columns[i]);
-        max = block_max(COLUMNS_TREE(block_max, columns), max);
-        if (want_min) min = block_min(COLUMNS_TREE(block_min, columns), min);
-        sum = block_add(COLUMNS_TREE(block_add, columns), sum); /* NaN and infinities stay in it */
+        max = block_max(BLOCK_TREE(block_max, columns), max);
+        if (want_min) min = block_min(BLOCK_TREE(block_min, columns), min);
+        sum = block_add(BLOCK_TREE(block_add, columns), sum); /* NaN and infinities stay in it */
     }
     if (!block_is_zero(block_sub(sum, sum))) return 0;
     block_store(tile->logits + experts * BLOCK_LANES, block_all(-INFINITY));
@@ -118,7 +114,7 @@ static inline block columns_fold(block *sums, uint32_t count) {
         for (uint32_t i = 0; i < 8; i++) sums[i] = i + 8 < count ? block_add(sums[i], sums[i + 8]) : sums[i];
     else /* what is missing adds nothing */
         for (uint32_t i = count; i < 8; i++) sums[i] = block_all(0);
-    return COLUMNS_TREE(block_add, sums);
+    return BLOCK_TREE(block_add, sums);
 }
 
 /* Fills the shares, and each row's factor that makes them probabilities. */

@@ -8,6 +8,10 @@
 
 #include "route.h"
 
+/* Eight blocks reduced to one; in the order of canonical_sum(). */
+#define BLOCK_TREE(op, b)                                                                                            \
+    op(op(op((b)[0], (b)[4]), op((b)[2], (b)[6])), op(op((b)[1], (b)[5]), op((b)[3], (b)[7])))
+
 #define NETWORK_ROWS 8u
 #define NETWORK_KEYS (NETWORK_ROWS * KEY_LANES) /* scores that eight vectors of keys hold */
 
@@ -72,13 +76,15 @@ static inline void network_select(const float *scores, uint32_t count, uint32_t 
 
 /* Eight scores need no network: each one's rank is the number of those that beat it. Padded with -inf to a block. */
 static inline void rank_eight(const float *scores, uint32_t k, int32_t *ids) {
-    block own = block_load(scores), rank = block_all(0);
+    block own = block_load(scores), beaten[8];
+#pragma GCC unroll 8
     for (uint32_t other = 0; other < 8; other++) {
         block score = block_all(scores[other]);
         lane_mask later = mask_from_bits(0xFEu << other);
-        lane_mask beaten = mask_or(block_above(score, own), mask_and(block_equal(score, own), later));
-        rank = block_add(rank, block_where(beaten, block_all(1)));
+        lane_mask wins = mask_or(block_above(score, own), mask_and(block_equal(score, own), later));
+        beaten[other] = block_where(wins, block_all(1));
     }
+    block rank = BLOCK_TREE(block_add, beaten);
     for (uint32_t i = 0; i < k; i++)
         ids[i] = (int32_t)__builtin_ctz(mask_bits(block_equal(rank, block_all((float)i))));
 }

@@ -78,6 +78,13 @@ struct route_tile {
 
 static inline uint32_t round_up(uint32_t value, uint32_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+#if ROUTE_VECTOR
+/* Logits of a row, padded so that every loop over blocks ends with it. */
+static inline uint32_t tile_stride(uint32_t experts) {
+    return experts <= 8 ? BLOCK_LANES : round_up(experts, EXP_BLOCKS * BLOCK_LANES);
+}
+#endif
+
 /* Once for a call. Returns how many rows fit. */
 static inline uint32_t tile_begin(struct route_tile *tile, const struct route_rule *rule, const struct route_call *call,
                                   const struct route_snapshot *snapshot) {
@@ -85,7 +92,7 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
     tile->rule = rule;
     tile->snapshot = snapshot;
 #if ROUTE_VECTOR
-    tile->stride = experts <= 8 ? BLOCK_LANES : round_up(experts, EXP_BLOCKS * BLOCK_LANES);
+    tile->stride = tile_stride(experts);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);
     if (call->policy == POLICY_MASS || call->policy == POLICY_RESNORM) {
         uint64_t others[ROUTE_WORDS];

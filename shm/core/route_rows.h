@@ -6,6 +6,9 @@
 #include "route_policy.h"
 #include "route_report.h"
 #include "route_weights.h"
+#if ROUTE_VECTOR
+#include "route_alone.h"
+#endif
 
 static inline void row_prefetch(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
     const struct route_rule *rule = tile->rule;
@@ -82,7 +85,7 @@ static inline void tally_selections(const struct route_boosts *boosts, const uin
     }
 }
 
-static void route_rows(const struct route_rule *rule, const struct route_call *call,
+static __attribute__((noinline)) void route_tiles(const struct route_rule *rule, const struct route_call *call,
                        const struct route_snapshot *snapshot, const struct route_boosts *boosts, const float *logits,
                        uint32_t rows, int32_t *ids, float *weights, struct route_tally *tally) {
     struct route_tile tile;
@@ -105,12 +108,25 @@ static void route_rows(const struct route_rule *rule, const struct route_call *c
         } else
 #endif
             rows_route(&tile, call, strengths, weights, tally);
-        if (rows == 1) return; /* its ids are its tally */
+        if (rows == 1) return;
         left -= tile.rows;
         tally_selections(boosts, boosts->by_age ? boosts->by_age + left : NULL, tile.rows, k, ids, tally);
         ids += (size_t)tile.rows * k;
         weights += (size_t)tile.rows * k;
     }
+}
+
+/* A single row's ids are its tally. */
+static void route_rows(const struct route_rule *rule, const struct route_call *call,
+                       const struct route_snapshot *snapshot, const struct route_boosts *boosts, const float *logits,
+                       uint32_t rows, int32_t *ids, float *weights, struct route_tally *tally) {
+#if ROUTE_VECTOR
+    if (rows == 1 && alone_applies(rule, call)) {
+        struct route_tile tile;
+        if (route_alone(&tile, rule, call, snapshot, logits, ids, weights, tally)) return;
+    }
+#endif
+    route_tiles(rule, call, snapshot, boosts, logits, rows, ids, weights, tally);
 }
 
 #endif

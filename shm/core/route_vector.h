@@ -21,6 +21,19 @@ static inline int vector_statistics(const float *logits, uint32_t count, struct 
     return block_is_zero(odd);
 }
 
+/* The largest logit; 0 if one of them is not finite, and then nothing is known. Does not overrun. */
+static inline int vector_max(const float *logits, uint32_t count, float *max) {
+    block most = block_all(-INFINITY), odd = block_all(0);
+    for (uint32_t e = 0; e < count; e += BLOCK_LANES) {
+        uint32_t left = count - e;
+        block z = left >= BLOCK_LANES ? block_load(logits + e) : block_load_padded(logits + e, left, logits[e]);
+        most = block_max(z, most);
+        odd = block_or(odd, block_sub(z, z)); /* +0 if finite, else NaN */
+    }
+    *max = block_fold_max(most);
+    return block_is_zero(odd);
+}
+
 /* Copies `count` logits and pads them with -inf to `padded` floats. */
 static inline void vector_pad(const float *logits, uint32_t count, float *to, uint32_t padded) {
     for (uint32_t e = 0; e < padded; e += BLOCK_LANES)
@@ -76,6 +89,15 @@ static inline void vector_adjust(const float *logits, const float *lanes, float 
         block_store(adjusted + e, block_add(block_load(logits + e), block_and(block_load(lanes + e), added)));
 }
 
+/* The same with the experts of `mask`, a bit each. */
+static inline void vector_prefer(const float *logits, const uint64_t *mask, float amount, uint32_t count, float *adjusted) {
+    block added = block_all(amount);
+    for (uint32_t e = 0; e < count; e += BLOCK_LANES) {
+        lane_mask lanes = mask_from_bits((uint32_t)(mask[e / 64] >> (e % 64)));
+        block_store(adjusted + e, block_add(block_load(logits + e), block_where(lanes, added)));
+    }
+}
+
 /* The `k` <= 8 best of `count` scores, best first. */
 static inline void vector_select(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
     if (count <= 8) rank_eight(scores, k, ids);
@@ -85,9 +107,9 @@ static inline void vector_select(const float *scores, uint32_t count, uint32_t k
 /* softmax over the logits of `k` experts, at most a block, times `factor`. */
 static inline void vector_softmax(const float *logits, const int32_t *ids, uint32_t k, float factor, float *weights) {
     _Alignas(64) float selected[BLOCK_LANES];
-    block_store(selected, block_all(-INFINITY));
-    for (uint32_t i = 0; i < k; i++) selected[i] = logits[ids[i]];
-    block z = block_load(selected), p = block_exp(block_sub(z, block_all(block_fold_max(z))));
+    lane_mask used = mask_from_bits((1u << k) - 1); /* the others would make denormals, which are slow */
+    for (uint32_t i = 0; i < BLOCK_LANES; i++) selected[i] = logits[ids[i < k ? i : 0]];
+    block z = block_load(selected), p = block_where(used, block_exp(block_sub(z, block_all(block_fold_max(z)))));
     block_store(selected, block_mul(p, block_all(1.0f / block_fold_sum(p) * factor)));
     memcpy(weights, selected, k * sizeof *weights);
 }

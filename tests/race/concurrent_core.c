@@ -75,8 +75,9 @@ static uint32_t route(struct role *role, uint32_t layer, int32_t *ids) {
     route_snapshot_take(&snapshot, &arena, layer, 1);
     route_tally_begin(&tally, &arena, &snapshot);
     memset(tally.selections, 0, sizeof tally.selections);
+    uint64_t now = route_epoch(&context, rows);
     kernels[draw(role, kernel_count)]->rows(&rule, &call, &snapshot, &boosts, logits, rows, ids, weights, &tally);
-    uint64_t hits = route_account_selections(&context, rows, ids, &snapshot, &tally);
+    uint64_t hits = route_account_selections(&context, now, rows, ids, &snapshot, &tally);
     route_account_call(&context, rows, hits, &snapshot, &tally);
     latency_record(&arena, role->process, HISTOGRAM_ROUTING, clock_nanoseconds() - began, rows);
     role->routed += rows;

@@ -187,7 +187,7 @@ def test_pages_move_only_while_nobody_serves_them(office: Office) -> None:
     assert office.client.messages[-1] == Defragmented(7, office.client.messages[-1].moves)
     table = office.cache.block_table(keeper.sequence)
     assert [int(office.pages[page, 0]) for page in table] == list(range(1, len(table) + 1))
-    row = office.block_tables[keeper.row, : len(table)]
+    row = office.block_tables[keeper.row, 0, : len(table)]
     assert row.tolist() == table
     assert any(isinstance(message, RunSequence) for message in office.inbox[keeper.worker][-2:])
     office.cache.check()

@@ -2,7 +2,8 @@
 delayed at will. Whatever happens, every request ends with the tokens it would have got alone, and all pages come back.
 
 The workers are played. Their model is a hash of all tokens so far, and the KV row of a token is that hash: a wrong
-share, a page moved under its writer, or a row that was never written is noticed by the next step.
+share, a page moved under its writer, or a row that was never written is noticed by the next step. Where layers have
+windows, each group's row is another hash, and a step looks at those that it sees.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from played_instance import END_OF_TEXT, PlayedInstance
 
 from hotset.runtime.completion import completion
 from hotset.runtime.dispatcher import MAX_CLIENT_BACKLOG
+from hotset.runtime.kv.layer_groups import pages_of_sequence
+from hotset.runtime.kv.page_pool import NO_PAGE
 from hotset.runtime.messages import (
     Defragment,
     Defragmented,
@@ -36,6 +39,10 @@ WORKERS = 3
 MAX_MODEL_LEN = 30  # not a whole number of pages
 START = bytes(ROW_NBYTES)
 PROMPTS = [[10], [10, 11, 12, 10], [10, 11, 12, 10, 11, 11, 12, 10], [10, 11, 12, 10, 12], [12] * 9, [11] * 17]
+
+
+def row_of_group(row: bytes, group: int) -> bytes:
+    return bytes(byte ^ group for byte in row)
 
 
 def kv_row(previous: bytes, token: int) -> bytes:
@@ -105,10 +112,13 @@ class PlayedWorker:
         last = START
         for position in range(end):
             last = kv_row(last, ids[position])
-            if position < committed:
-                assert instance.kv_row(row, position).tobytes() == last, f"wrong row at {position} of {run.request}"
-            else:
-                instance.kv_row(row, position)[:] = np.frombuffer(last, np.uint8)
+            for group, window in enumerate(instance.cache.windows):
+                row_bytes = row_of_group(last, group)
+                if position >= committed:
+                    instance.kv_row(row, position, group)[:] = np.frombuffer(row_bytes, np.uint8)
+                elif not window or position > committed - window:
+                    found = instance.kv_row(row, position, group).tobytes()
+                    assert found == row_bytes, f"wrong row at {position} of {run.request} in group {group}"
         if stores == 1:
             return
         finish = None
@@ -131,13 +141,16 @@ class PlayedWorker:
 class RandomEvents:
     """One random event at a time. `checks` and `finish` say what must hold after each, and in the end."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, windows: tuple[int, ...] = (0,), max_step: int | None = None) -> None:
         self.random = random.Random(seed)
+        least = pages_of_sequence(windows, MAX_MODEL_LEN, 4, max_step)
         self.instance = PlayedInstance(
-            num_pages=self.random.randint(8, 16),
+            num_pages=self.random.randint(least, 2 * least),
             num_workers=WORKERS,
             max_sequences=self.random.randint(1, 5),
             max_model_len=MAX_MODEL_LEN,
+            windows=windows,
+            max_step=max_step,
         )
         self.dispatcher, self.cache = self.instance.dispatcher, self.instance.cache
         self.workers = [self._start(process) for process in range(WORKERS)]
@@ -262,9 +275,12 @@ class RandomEvents:
             if committed := self.instance.committed(row):
                 position = self.random.randrange(committed)
                 index, offset = divmod(position, self.instance.geometry.block_size)
-                page = int(self.instance.block_tables[row, index])
+                group = self.random.randrange(len(self.cache.windows))
+                page = int(self.instance.block_tables[row, group, index])
+                if page == NO_PAGE:  # behind a window
+                    continue
                 generation = int(self.instance.generations[page])
-                self.kept[page, offset] = generation, self.instance.kv_row(row, position).tobytes()
+                self.kept[page, offset] = generation, self.instance.kv_row(row, position, group).tobytes()
 
     # ---- what must hold
 
@@ -274,9 +290,11 @@ class RandomEvents:
             assert self.instance.room(row) == 0
         for request in self.instance.scheduler.running.values():
             assert request.client not in self.aborted or request.state is RequestState.ABORTING
-            table = self.cache.block_table(request.sequence)
-            assert self.instance.room(request.row) == len(table) * self.instance.geometry.block_size
-            assert self.instance.block_tables[request.row, : len(table)].tolist() == table
+            blocks = self.cache.num_blocks(request.sequence)
+            assert self.instance.room(request.row) == blocks * self.instance.geometry.block_size
+            for group in range(len(self.cache.windows)):
+                table = self.cache.block_table(request.sequence, group)
+                assert self.instance.block_tables[request.row, group, : len(table)].tolist() == table
         for (page, offset), (generation, row) in self.kept.items():
             if int(self.instance.generations[page]) == generation:
                 now = self.instance.pages[page, offset * ROW_NBYTES : (offset + 1) * ROW_NBYTES].tobytes()
@@ -313,6 +331,17 @@ class RandomEvents:
 @pytest.mark.parametrize("seed", range(60))
 def test_A13_every_request_ends_with_its_tokens_and_all_pages_come_back(seed: int) -> None:
     events = RandomEvents(seed)
+    for _ in range(300):
+        events.step()
+    events.finish()
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(("windows", "max_step"), [((0, 6), None), ((0, 6), 8), ((0, 9, 3), 2), ((7,), 8)])
+def test_D5_pages_behind_windows_come_back_early_and_no_token_changes(
+    seed: int, windows: tuple[int, ...], max_step: int | None
+) -> None:
+    events = RandomEvents(seed, windows, max_step)
     for _ in range(300):
         events.step()
     events.finish()

@@ -38,13 +38,13 @@ class SequenceRows(msgspec.Struct, frozen=True):
     """The rows row_start ... row_start + row_count - 1 of a batch are new positions of one sequence, in
     order.
 
-    block_table: page ids, uint32; entry i holds the positions i * block_size onwards. It must cover the
-    sequence from its first position to the last of these rows.
+    block_tables: page ids, uint32 [groups of layers, blocks]; entry i holds the positions i * block_size onwards.
+    They must cover the sequence to the last of these rows; entries wholly behind a group's window are not read.
     """
 
     row_start: int
     row_count: int
-    block_table: NDArray[np.uint32]
+    block_tables: NDArray[np.uint32]
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -53,6 +53,14 @@ class Batch(msgspec.Struct, frozen=True):
     token_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
     sequences: Sequence[SequenceRows]
+
+
+def own_block_tables(config: ModelConfig, num_sequences: int, num_blocks: int) -> NDArray[np.uint32]:
+    """Block tables [sequences, groups, blocks] without a page in two places, for callers that need no cache: the pages
+    1, 2, 3 ...
+    """
+    shape = num_sequences, config.kv_groups.num_groups, num_blocks
+    return 1 + np.arange(np.prod(shape), dtype=np.uint32).reshape(shape)
 
 
 class UnstorableRow(ValueError):
@@ -73,8 +81,8 @@ class UnstorableRow(ValueError):
 class Transformer:
     """One model's forward pass over KV pages that lie in shared memory.
 
-    kv_pages: uint8 [pages, layers, 2 (keys, values), block_size, num_kv_heads, bytes of a head in `kv_format`]. The
-    rows of a batch's positions are written; those of earlier positions are read where they are.
+    kv_pages: uint8 [pages, layers of a group, 2 (keys, values), block_size, num_kv_heads, bytes of a head in
+    `kv_format`]. The rows of a batch's positions are written; those of earlier positions are read where they are.
     """
 
     def __init__(
@@ -82,13 +90,15 @@ class Transformer:
     ) -> None:
         head = config.num_kv_heads, kv_format.nbytes(config.head_dim)
         block_size = kv_pages.shape[3] if kv_pages.ndim == 6 else 0
-        if kv_pages.shape[1:] != (config.num_layers, 2, block_size, *head):
+        groups = config.kv_groups
+        if kv_pages.shape[1:] != (groups.layers_per_group, 2, block_size, *head):
             raise ValueError(
-                f"kv_pages has shape {kv_pages.shape}, expected [pages, {config.num_layers}, 2, block_size, "
+                f"kv_pages has shape {kv_pages.shape}, expected [pages, {groups.layers_per_group}, 2, block_size, "
                 f"{head[0]}, {head[1]}] for {kv_format.value}"
             )
         self.config = config
         self._kv_pages = kv_pages
+        self._kv_groups = groups
         self._kv_format = kv_format
         self._experts = experts
         tensors = model_tensors(config)
@@ -105,7 +115,7 @@ class Transformer:
         cannot hold.
         """
         config, count = self.config, len(batch.token_ids)
-        rows = _Rows(batch, self._inverse_frequencies, config.rope.magnitude)
+        rows = _Rows(batch, self._kv_groups.num_groups, self._inverse_frequencies, config.rope.magnitude)
         if count and not 0 <= int(batch.token_ids.min()) <= int(batch.token_ids.max()) < config.vocab_size:
             raise ValueError(f"the batch has a token id outside 0 <= id < {config.vocab_size}")
         hidden = self._embedding(batch.token_ids)
@@ -144,7 +154,8 @@ class Transformer:
         _kernels.rotate(query_heads, rows.cos, rows.sin)
         _kernels.rotate(key_heads, rows.cos, rows.sin)
         format = _KERNEL_FORMATS[self._kv_format]
-        places = self._kv_pages, format, index, rows.block_tables, rows.table_starts, rows.positions
+        group, layer_of_group = self._kv_groups.places[index]
+        places = self._kv_pages, format, layer_of_group, rows.block_tables[group], rows.table_starts, rows.positions
         unstorable = _kernels.write_kv(key_heads, value_heads, *places)
         if unstorable >= 0:
             largest = float(np.abs([key_heads[unstorable], value_heads[unstorable]]).max())
@@ -169,18 +180,24 @@ def _halves(heads: Floats) -> Floats:
 class _Rows:
     """What all layers need to know about the rows of a batch."""
 
-    def __init__(self, batch: Batch, inverse_frequencies: Floats, magnitude: float) -> None:
+    def __init__(self, batch: Batch, num_groups: int, inverse_frequencies: Floats, magnitude: float) -> None:
         self.positions = np.ascontiguousarray(batch.positions, np.int32)
-        tables = [sequence.block_table for sequence in batch.sequences]
+        tables = [sequence.block_tables for sequence in batch.sequences]
         counts = [sequence.row_count for sequence in batch.sequences]
         if sum(counts) != len(self.positions) or len(self.positions) != len(batch.token_ids):
             raise ValueError(
                 f"the batch has {len(batch.token_ids)} token ids, {len(self.positions)} positions and "
                 f"{sum(counts)} rows in its sequences"
             )
-        self.block_tables = np.concatenate(tables, dtype=np.uint32) if tables else np.empty(0, np.uint32)
-        ends = np.cumsum([len(table) for table in tables], dtype=np.int64)
-        self.table_starts = np.repeat(ends - [len(table) for table in tables], counts).astype(np.int64)
+        if any(table.shape[:-1] != (num_groups,) for table in tables):
+            shapes = [table.shape for table in tables]
+            raise ValueError(f"the block tables have the shapes {shapes}, expected ({num_groups}, blocks)")
+        # Copied: what the coordinator clears behind a window meanwhile shows in no layer.
+        self.block_tables = np.concatenate(
+            [np.empty((num_groups, 0)), *tables], axis=1, dtype=np.uint32, casting="unsafe"
+        )
+        blocks = [table.shape[1] for table in tables]
+        self.table_starts = np.repeat(np.cumsum(blocks, dtype=np.int64) - blocks, counts).astype(np.int64)
         self.cos = np.empty((len(self.positions), len(inverse_frequencies)), np.float32)
         self.sin = np.empty_like(self.cos)
         _kernels.rotary_angles(self.positions, inverse_frequencies, self.cos, self.sin)

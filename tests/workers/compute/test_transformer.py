@@ -125,7 +125,7 @@ def test_rows_are_written_in_place_and_nowhere_else(model: InProcessModel) -> No
 
 
 def test_wrong_batches_are_refused(model: InProcessModel) -> None:
-    table = np.array([1], np.uint32)
+    table = np.array([[1]], np.uint32)
     ids, positions = np.array([1, 2], np.int32), np.array([0, 1], np.int32)
     with pytest.raises(ValueError, match="outside 0 <= id < 260"):
         model.transformer.forward(Batch(np.array([1, 260], np.int32), positions, [SequenceRows(0, 2, table)]))
@@ -135,6 +135,8 @@ def test_wrong_batches_are_refused(model: InProcessModel) -> None:
         model.transformer.forward(Batch(ids, positions, [SequenceRows(0, 1, table)]))
     with pytest.raises(ValueError, match="page 8, expected less than 8"):
         model.transformer.forward(Batch(ids, positions, [SequenceRows(0, 2, table + 7)]))
+    with pytest.raises(ValueError, match="shapes \\[\\(1,\\)\\], expected \\(1, blocks\\)"):
+        model.transformer.forward(Batch(ids, positions, [SequenceRows(0, 2, table[0])]))
 
 
 def test_kv_pages_of_another_model_are_refused(model: InProcessModel) -> None:
