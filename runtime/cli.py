@@ -152,7 +152,17 @@ def pack(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Folder for the packed model: new, or of a pack that was interrupted.")],
     format: Annotated[
-        str | None, typer.Option(help="Of the experts: bf16, q8_0 or q4_0; default: as they are.")
+        str | None,
+        typer.Option(help="Of the experts: bf16, q8_0, q4_0, or mixed, by how often each was used; default: as is."),
+    ] = None,
+    heat: Annotated[
+        str | None, typer.Option(help="For mixed: the pack of this model that was served; default: the model itself.")
+    ] = None,
+    hot: Annotated[
+        float | None, typer.Option(help="For mixed: from this percentile of use on, the finest format; default 0.9.")
+    ] = None,
+    cold: Annotated[
+        float | None, typer.Option(help="For mixed: below this percentile of use, q4_0; default 0.3.")
     ] = None,
 ) -> None:
     """Write a model with each expert in one aligned, checksummed block, which is what the pager reads best."""
@@ -160,14 +170,23 @@ def pack(
     from rich.progress import Progress
 
     from hotset.runtime.config import format_nbytes
+    from hotset.runtime.model.expert_formats import PrecisionTiers
     from hotset.runtime.model.gguf_folder import model_folder
     from hotset.runtime.model.pack import Packer
 
-    packer = Packer(model_folder(Path(model)), out, format)
+    given = {name: value for name, value in (("hot", hot), ("cold", cold)) if value is not None}
+    packer = Packer(
+        model_folder(Path(model)),
+        out,
+        format,
+        heat_of=model_folder(Path(heat)) if heat else None,
+        tiers=PrecisionTiers(**given) if given else None,
+    )
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("packing experts", total=packer.count)
         packer.run(lambda finished: bar.update(task, completed=finished))
-    print(f"{packer.count} experts, {format_nbytes(packer.nbytes)}, are in {out}")
+    formats = ", ".join(f"{count} in {dtype}" for dtype, count in packer.formats.most_common())
+    print(f"{packer.count} experts are in {out}, {format_nbytes(packer.nbytes)}: {formats}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hotset.runtime.errors import MemoryTooSmall
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.gguf_folder import model_folder
+from hotset.runtime.model.pack_manifest import PackManifest
 from hotset.runtime.plan import plan_instance
 from hotset.shm.kv_page_format import KvFormat
 
@@ -29,6 +31,19 @@ class Fit(msgspec.Struct, frozen=True):
     needed: int | None = None
 
 
+class StoredExperts(msgspec.Struct, frozen=True):
+    """`count` experts of `nbytes` bytes each, and their share of the use that a mixed pack's formats were chosen by."""
+
+    dtype: str
+    count: int
+    nbytes: int
+    share_of_use: float | None = None
+
+    def __str__(self) -> str:
+        use = "" if self.share_of_use is None else f", {self.share_of_use:.0%} of all use"
+        return f"{self.count} of {format_nbytes(self.nbytes)}, {self.dtype}{use}"
+
+
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """`features`: what this model has of what its family may have."""
 
@@ -44,8 +59,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dense_nbytes: int
-    expert_nbytes: int
-    expert_format: str
+    expert_formats: tuple[StoredExperts, ...]
     num_experts_in_all: int
     kv_nbytes_per_token: int
     fits: tuple[Fit, ...]
@@ -57,9 +71,14 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
             yield "", ", ".join(self.features)
         yield "layers", f"{self.num_layers} of width {self.hidden_size}"
         yield "experts", f"{self.experts_per_token} of {self.num_experts} per token and layer"
-        yield "one expert", f"{format_nbytes(self.expert_nbytes)}, {self.expert_format}"
-        every = self.num_experts_in_all * self.expert_nbytes
-        yield "all experts", f"{format_nbytes(every)} ({self.num_experts_in_all})"
+        if len(self.expert_formats) == 1:
+            (only,) = self.expert_formats
+            yield "one expert", f"{format_nbytes(only.nbytes)}, {only.dtype}"
+        every = f"{format_nbytes(sum(experts.count * experts.nbytes for experts in self.expert_formats))}"
+        yield "all experts", f"{every} ({self.num_experts_in_all})"
+        if len(self.expert_formats) > 1:
+            for experts in self.expert_formats:
+                yield "", str(experts)
         yield "dense weights", format_nbytes(self.dense_nbytes)
         yield "KV cache", f"{format_nbytes(self.kv_nbytes_per_token)} per token in float32"
         yield "context", f"{self.max_position_embeddings:,} tokens, vocabulary {self.vocab_size:,}"
@@ -83,12 +102,25 @@ def inspect_model(model: Path, memories: Sequence[str]) -> Inspection:
         max_position_embeddings=config.max_position_embeddings,
         eos_token_ids=config.eos_token_ids,
         dense_nbytes=checkpoint.dense_nbytes,
-        expert_nbytes=checkpoint.expert_nbytes,
-        expert_format=checkpoint.expert_dtype(*checkpoint.expert_ids[0]),
+        expert_formats=tuple(_expert_formats(checkpoint)),
         num_experts_in_all=config.num_experts_in_all,
         kv_nbytes_per_token=config.kv_nbytes_per_token(KvFormat.FLOAT32),
         fits=tuple(_fit(memory, config, checkpoint) for memory in memories),
     )
+
+
+def _expert_formats(checkpoint: Checkpoint) -> Iterator[StoredExperts]:
+    """The finest first."""
+    manifest = PackManifest.of(checkpoint.folder)
+    counts: Counter[tuple[int, str]] = Counter()
+    activations: Counter[tuple[int, str]] = Counter()
+    for layer, expert in checkpoint.expert_ids:
+        kind = (checkpoint.expert(layer, expert).nbytes, checkpoint.expert_dtype(layer, expert))
+        counts[kind] += 1
+        activations[kind] += manifest.experts[layer][expert].activations if manifest is not None else 0
+    for nbytes, dtype in sorted(counts, reverse=True):
+        share = activations[nbytes, dtype] / activations.total() if activations.total() else None
+        yield StoredExperts(dtype, counts[nbytes, dtype], nbytes, share)
 
 
 def _fit(memory: str, config: ModelConfig, checkpoint: Checkpoint) -> Fit:

@@ -1,15 +1,19 @@
-"""Which format each expert of a packed model gets."""
+"""Which format each expert of a packed model gets: one for all, or by how often each was used."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final, Literal, get_args
+
+import msgspec
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.heat import Heat
 from hotset.runtime.model.tensor_index import MATRIX_DTYPES, QUANTIZED_DTYPES
 from hotset.shm.kv_page_format import QUANT_BLOCK
 
-PackFormat = Literal["bf16", "q8_0", "q4_0"]
+PackFormat = Literal["bf16", "q8_0", "q4_0", "mixed"]
 
 _DTYPES: Final = {"bf16": "bfloat16", "q8_0": "q8_0", "q4_0": "q4_0"}
 
@@ -18,8 +22,33 @@ class CannotPack(HotsetError):
     """The model cannot be packed as asked, or not there."""
 
 
-def choose_formats(checkpoint: Checkpoint, format: str | None) -> list[str]:
+class PrecisionTiers(msgspec.Struct, frozen=True, kw_only=True):
+    """Experts from the percentile `hot` of activations on get the finest format, those below `cold` the coarsest, q4_0,
+    and those between q8_0. The finest is bfloat16; the source's where that has 16 bits; q8_0 where it has fewer.
+    """
+
+    hot: float = 0.9
+    cold: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cold <= self.hot <= 1:
+            raise ValueError(f"cold is {self.cold} and hot is {self.hot}, expected 0 <= cold <= hot <= 1")
+
+    def dtype(self, percentile: float, stored: str) -> str:
+        """Of an expert that is `stored` in the source."""
+        if percentile < self.cold:
+            return "q4_0"
+        if percentile < self.hot:
+            return "q8_0"
+        return {"float32": "bfloat16", "float16": "float16", "bfloat16": "bfloat16"}.get(stored, "q8_0")
+
+
+def choose_formats(
+    checkpoint: Checkpoint, format: str | None, heat: Heat | None = None, tiers: PrecisionTiers | None = None
+) -> list[str]:
     """The dtype of each of `checkpoint.expert_ids`; with `format` None, the one that it has.
+
+    `heat` is for "mixed", which is refused without it, and `tiers` too.
 
     Raises `CannotPack`, or `ValueError` for an unknown format.
     """
@@ -31,11 +60,32 @@ def choose_formats(checkpoint: Checkpoint, format: str | None) -> list[str]:
     if format is None:
         _refuse_to_keep(checkpoint, stored)
         return stored
-    dtype = _DTYPES[format]
-    _refuse_widths(checkpoint, dtype)
-    if dtype != "q4_0" and set(stored) <= set(QUANTIZED_DTYPES) - {dtype}:
-        raise CannotPack(f"{checkpoint.folder}: its experts are {stored[0]} already; {dtype} would only be larger")
-    return [dtype] * len(stored)
+    if format == "mixed":
+        dtypes = _by_heat(checkpoint, stored, heat, tiers or PrecisionTiers())
+    else:
+        dtypes = [_DTYPES[format]] * len(stored)
+    _refuse_widths(checkpoint, dtypes)
+    if "q4_0" not in dtypes and set(stored) <= set(QUANTIZED_DTYPES) - set(dtypes):
+        raise CannotPack(f"{checkpoint.folder}: its experts are {stored[0]} already; {dtypes[0]} would only be larger")
+    return dtypes
+
+
+def _by_heat(checkpoint: Checkpoint, stored: list[str], heat: Heat | None, tiers: PrecisionTiers) -> list[str]:
+    if set(stored) == {"q4_0"}:
+        raise CannotPack(f"{checkpoint.folder}: its experts are q4_0 already; finer formats would only be larger")
+    if heat is None or not heat.activations.any():
+        raise CannotPack(
+            f"{checkpoint.folder}: no use of its experts is recorded, and 'mixed' goes by that; serve it for a while "
+            "(`hotset generate --model ...` records it), or name a pack of this model that was served (--heat)"
+        )
+    percentiles = heat.percentiles()
+    ids = checkpoint.expert_ids
+    return [tiers.dtype(float(percentiles[at]), dtype) for at, dtype in zip(ids, stored, strict=True)]
+
+
+def read_heat(checkpoint: Checkpoint, model: Path) -> Heat | None:
+    """What is recorded of `model`, which is `checkpoint`'s or another pack of the same. Raises `UnusableHeat`."""
+    return Heat.load(model, (checkpoint.config.num_layers, checkpoint.config.num_experts))
 
 
 def _refuse_to_keep(checkpoint: Checkpoint, stored: list[str]) -> None:
@@ -48,11 +98,12 @@ def _refuse_to_keep(checkpoint: Checkpoint, stored: list[str]) -> None:
         )
 
 
-def _refuse_widths(checkpoint: Checkpoint, dtype: str) -> None:
+def _refuse_widths(checkpoint: Checkpoint, dtypes: list[str]) -> None:
     config = checkpoint.config
     widths = (config.hidden_size, config.intermediate_size)
-    if dtype in QUANTIZED_DTYPES and any(width % QUANT_BLOCK for width in widths):
+    quantized = next((dtype for dtype in dtypes if dtype in QUANTIZED_DTYPES), None)
+    if quantized is not None and any(width % QUANT_BLOCK for width in widths):
         raise CannotPack(
             f"{checkpoint.folder}: hidden_size and intermediate_size are {widths[0]} and {widths[1]}, "
-            f"{dtype} needs multiples of {QUANT_BLOCK}"
+            f"{quantized} needs multiples of {QUANT_BLOCK}"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-_WEIGHTS = (".safetensors", ".gguf")
+_WEIGHTS = (".safetensors", ".gguf", ".bin")
 
 
 def cache_root() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.conversion import convert_rows
-from hotset.runtime.model.expert_formats import CannotPack, choose_formats
+from hotset.runtime.model.expert_formats import CannotPack, PrecisionTiers, choose_formats, read_heat
 from hotset.runtime.model.expert_parts import expert_parts
 from hotset.runtime.model.pack_manifest import (
     BLOCK_ALIGNMENT,
@@ -58,14 +59,35 @@ class Packer:
     Args:
         model: folder of the checkpoint.
         out: folder of the packed model; new, empty, or left by a run that was killed.
-        format: of the experts; None leaves them as they are. Dense weights are copied as they are.
+        format: of the experts, "mixed" by how often each was used; None leaves them as they are. Dense weights are
+            copied as they are.
+        heat_of: for "mixed", the model whose recorded use counts, if not `model` itself.
+        tiers: for "mixed".
+
+    Attributes:
+        count: of experts.
+        nbytes: of their blocks.
+        formats: how many experts get each dtype.
     """
 
-    def __init__(self, model: Path, out: Path, format: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        out: Path,
+        format: str | None = None,
+        *,
+        heat_of: Path | None = None,
+        tiers: PrecisionTiers | None = None,
+    ) -> None:
+        if format != "mixed" and (heat_of or tiers):
+            raise ValueError(f"format is {format!r}, expected 'mixed' where heat or tiers are given")
         self._out = out
         self._checkpoint = checkpoint = Checkpoint.open(model, to_convert=True)
         self._config = checkpoint.config
-        self._blocks = list(self._lay_out(choose_formats(checkpoint, format)))
+        self._heat = read_heat(checkpoint, heat_of or model) if format == "mixed" else None
+        dtypes = choose_formats(checkpoint, format, self._heat, tiers)
+        self.formats = Counter(dtypes)
+        self._blocks = list(self._lay_out(dtypes))
         self.count = len(self._blocks)
         self.nbytes = self._blocks[-1].end
 
@@ -137,10 +159,12 @@ class Packer:
         return checksums
 
     def _identity(self) -> bytes:
-        """Of the source and the formats: a run that was killed is only continued by what would write the same."""
+        """Of the source, the formats and what they were chosen by: only what would write the same continues a run that
+        was killed."""
         files = {location.file for location in self._checkpoint.tensors.values()}
         states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-        return xxhash.xxh3_128_digest(msgspec.json.encode((states, self._blocks)))
+        activations = None if self._heat is None else self._heat.activations.tolist()
+        return xxhash.xxh3_128_digest(msgspec.json.encode((states, self._blocks, activations)))
 
     # ---- the folder
 
@@ -178,7 +202,8 @@ class Packer:
     def _manifest(self, checksums: list[int]) -> PackManifest:
         experts: dict[int, list[PackedExpert]] = {}
         for block, checksum in zip(self._blocks, checksums, strict=True):
-            packed = PackedExpert(block.dtype, block.offset, block.nbytes, checksum)
+            activations = 0 if self._heat is None else int(self._heat.activations[block.layer, block.expert])
+            packed = PackedExpert(block.dtype, block.offset, block.nbytes, checksum, activations)
             experts.setdefault(block.layer, []).append(packed)
         return PackManifest(experts=experts)
 

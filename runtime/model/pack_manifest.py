@@ -22,12 +22,14 @@ _VERSION: Final = 2
 
 class PackedExpert(msgspec.Struct, frozen=True, array_like=True):
     """`nbytes` bytes at `offset` of experts.bin, a multiple of BLOCK_ALIGNMENT: the weights as `dtype` of
-    tensor_index.py, in the order of expert_parts.py, and their xxh3-64."""
+    tensor_index.py, in the order of expert_parts.py, and their xxh3-64. `activations` were recorded when formats were
+    chosen by them, else 0."""
 
     dtype: str
     offset: int
     nbytes: int
     checksum: int
+    activations: int = 0
 
 
 class PackManifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,6 +51,23 @@ def test_every_size_gets_the_same_share() -> None:
     assert [slots.count for slots in split] == [6, 38, 20]
 
 
+def test_what_is_used_more_gets_a_larger_share() -> None:
+    """In proportion to the square of its heat, until it is all there."""
+    classes = [ExpertClass(40, 4 * PAGE, 1.0), ExpertClass(40, 2 * PAGE, 0.5)]
+    split = split_slots(all_nbytes(classes) // 2, classes, 1)
+    assert split is not None
+    assert split[0].count == pytest.approx(4 * split[1].count, abs=4)
+    hot = [ExpertClass(10, 4 * PAGE, 4.0), ExpertClass(100, 2 * PAGE, 0.7)]
+    split = split_slots(all_nbytes(hot) // 2, hot, 1)
+    assert split == (SlotClass(10, 4 * PAGE), SlotClass(40, 2 * PAGE))
+
+
+def test_what_was_never_used_still_gets_some() -> None:
+    split = split_slots(400 * PAGE, [ExpertClass(100, 4 * PAGE, 1.0), ExpertClass(100, 2 * PAGE, 0.0)], 1)
+    assert split is not None
+    assert split[1].count >= 1
+
+
 def test_a_small_budget_still_has_the_least_of_every_size() -> None:
     assert least_slots(MIXED, 20) == (SlotClass(12, 8 * PAGE), SlotClass(20, 4 * PAGE), SlotClass(20, 2 * PAGE))
     needed = (12 * 8 + 20 * 4 + 20 * 2) * PAGE

@@ -107,7 +107,7 @@ def test_one_expert_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
 def test_a_format_has_to_be_given_for_what_cannot_stay(tmp_path: Path) -> None:
     folder = gguf_folder(write(tmp_path, "Q4_K", **{"blk.1.ffn_down_exps.weight": "Q6_K"}))
-    with pytest.raises(CannotPack, match="stored as q4_k, q6_k; give one of bf16, q8_0, q4_0"):
+    with pytest.raises(CannotPack, match="stored as q4_k, q6_k; give one of bf16, q8_0, q4_0, mixed"):
         Packer(folder, tmp_path / "packed")
 
 
