@@ -99,7 +99,7 @@ class Pager:
         slots = self._evictable_slots()
         awaited = self._prefetches.awaited()
         last: list[int] = []
-        for index in self._eviction.order(self._expert_in_slot[slots]):
+        for index in self._eviction.order(self._expert_in_slot[slots], expert):
             slot = int(slots[index])
             if self._class_of_slot[slot] != self._class_of_expert[expert]:
                 continue

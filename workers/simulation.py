@@ -47,7 +47,7 @@ class Setting(msgspec.Struct, frozen=True):
         eviction: as `parse_eviction` takes it.
         slots: experts in memory, per layer.
         batch: texts that an instance decodes at once, of which each step has a token.
-        shared: all layers share the slots, as in the pager, with a floor of a quarter of an equal share.
+        shared: all layers share the slots, as in the pager.
     """
 
     routing: Policy
@@ -85,7 +85,7 @@ class SimulatedCache:
             slots_per_layer=setting.slots,
         )
         if setting.shared:
-            self._cache = Cache(policy, setting.slots * config.num_layers, shared=True, floor=setting.slots // 4)
+            self._cache = Cache(policy, setting.slots * config.num_layers, shared=True)
         else:
             self._cache = Cache(policy, setting.slots)
         self.mask = np.zeros((config.num_layers, -(-config.num_experts // 64)), np.uint64)

@@ -44,10 +44,8 @@ class Row(msgspec.Struct, frozen=True):
     hit_rate: float  # percent
 
 
-def measure(
-    trace: Trace, policies: list[str], budgets: list[float], batches: list[int], floor: int | None
-) -> list[Row]:
-    """Every combination; `floor` is None for slots of each layer's own, else that of a shared pool."""
+def measure(trace: Trace, policies: list[str], budgets: list[float], batches: list[int], *, shared: bool) -> list[Row]:
+    """Every combination, with slots of each layer's own or in a shared pool."""
     rows: list[Row] = []
     with ThreadPoolExecutor(2) as threads:  # replay lets go of the interpreter's lock
         for batch in batches:
@@ -60,10 +58,9 @@ def measure(
                     policy,
                     num_layers=trace.num_layers,
                     num_experts=trace.num_experts,
-                    slots=slots if floor is None else slots * trace.num_layers,
+                    slots=slots * trace.num_layers if shared else slots,
                     num_streams=batch,
-                    shared=floor is not None,
-                    floor=min(floor or 0, slots),
+                    shared=shared,
                 )
                 return Row(batch, policy, budget, slots, result.hits, result.misses, round(100 * result.hit_rate, 2))
 
@@ -120,7 +117,7 @@ def plot(rows: list[Row], name: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-TRACE_ONLY = {"experts": None, "floor": None}
+TRACE_ONLY = {"experts": None}
 MODEL_ONLY = {
     "routing": quality.ROUTING,
     "strengths": [],
@@ -153,7 +150,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, default=None, help="draw it into this .png")
     trace = parser.add_argument_group("with --trace")
     trace.add_argument("--experts", type=int, help="per layer, if the trace does not say (the largest id + 1)")
-    trace.add_argument("--floor", type=int, help="experts that each layer keeps in a shared pool (0)")
     model = parser.add_argument_group("with --model")
     model.add_argument("--routing", help=f"policies ({quality.ROUTING})")
     model.add_argument("--strengths", action="append", metavar="ROUTING=S,S,...", help="instead of the usual ones")
@@ -185,20 +181,18 @@ def run_trace(options: argparse.Namespace) -> None:
     budgets = numbers("--budgets", options.budgets, float)
     batches = numbers("--batch", options.batch, int)
     policies = options.policies.split(",")
-    if options.floor is not None and options.pool != "shared":
-        raise ValueError("--floor is for --pool shared")
     if min(batches) < 1:
         raise ValueError(f"--batch is {options.batch}, expected numbers of at least 1")
     trace = load_trace(options.trace, num_experts=options.experts)
-    floor = (options.floor or 0) if options.pool == "shared" else None
-    if floor is not None and trace.ids is not None:
+    shared = options.pool == "shared"
+    if shared and trace.ids is not None:
         cycle = trace.num_layers * trace.ids.shape[2]
         for policy in policies:
             for budget in budgets:
                 if policy != MIN:
                     check_pool(policy, slots=slots_per_layer(budget, trace.num_experts) * trace.num_layers, cycle=cycle)
     began = time.monotonic()
-    rows = measure(trace, policies, budgets, batches, floor)
+    rows = measure(trace, policies, budgets, batches, shared=shared)
     seconds = time.monotonic() - began
     if options.plot:
         plot(rows, trace.name, options.plot)

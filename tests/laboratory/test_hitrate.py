@@ -87,7 +87,6 @@ def test_a_plot_is_a_png(trace: Path, tmp_path: Path) -> None:
         (["--batch", "0"], "--batch is 0, expected numbers of at least 1"),
         (["--batch", "500"], "has 141 tokens, expected at least 500"),
         (["--experts", "4"], "expected ids below --experts 4"),
-        (["--floor", "2"], "--floor is for --pool shared"),
         (["--pool", "shared", "--budgets", "6.25", "--policies", "lru"], "expected at least 4"),
     ],
 )

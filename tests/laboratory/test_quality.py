@@ -95,6 +95,6 @@ def test_bad_arguments_end_in_one_sentence(arguments: list[str], sentence: str) 
     assert sentence in done.stderr and done.stderr.count("\n") <= 1
 
 
-@pytest.mark.parametrize(("option", "mode"), [("--experts", "trace"), ("--floor", "trace")])
+@pytest.mark.parametrize(("option", "mode"), [("--experts", "trace")])
 def test_an_option_of_the_other_mode_is_refused(option: str, mode: str) -> None:
     assert f"{option} is for --{mode}" in hitrate(option, 2).stderr

@@ -22,8 +22,8 @@ from hotset.workers.eviction.replay import make_policy
 class Eviction:
     """Orders resident experts from the one to evict first to the one to keep longest.
 
-    Experts are global ids. All layers share the slots; a layer that is down to its floor, a quarter of an equal share,
-    loses experts only when no other has one to give.
+    Experts are global ids. All layers share the slots; a layer that is down to its floor (core/policy.h) loses
+    experts only when no other has one to give.
 
     Args:
         policy: as `parse_eviction` takes it.
@@ -38,7 +38,6 @@ class Eviction:
         geometry = segment.layout.geometry
         self._num_experts = geometry.num_experts
         slots_per_layer = max(geometry.num_slots, 1) / geometry.num_layers
-        self._floor = int(slots_per_layer / 4)
         settings = parse_eviction(policy)
         self._has_probabilities = settings.base in ("affinity", "td")
         self._policy = make_policy(
@@ -64,14 +63,19 @@ class Eviction:
                 self._policy.forget_streams()
             self._policy.observe(records)
 
-    def order(self, experts: npt.NDArray[np.int64]) -> Iterator[int]:
-        """Indices into `experts`, the first victim first."""
+    def order(self, experts: npt.NDArray[np.int64], newcomer: int | None = None) -> Iterator[int]:
+        """Indices into `experts`, which are resident; the first victim first. `newcomer` is who needs the slot, and
+        will be one of its layer's."""
         self.learn()
         self._policy.values(self._values)
         self._policy.last_used(self._last_used)
         residents = np.bincount(experts // self._num_experts, minlength=len(self._values))
+        if newcomer is not None:
+            residents[newcomer // self._num_experts] += 1
         # Those that go last of all: the latest step's, if they are admitted, and those of layers at their floor.
-        protected = np.isin(experts, self._policy.kept()) | (residents <= self._floor)[experts // self._num_experts]
+        protected = (
+            np.isin(experts, self._policy.kept()) | (residents <= self._policy.floor)[experts // self._num_experts]
+        )
         self._protected = {*experts[protected].tolist()}
         values, last_used = self._values.ravel()[experts], self._last_used.ravel()[experts]
         yield from np.lexsort((experts, last_used, values, protected)).tolist()

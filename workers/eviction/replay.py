@@ -48,7 +48,6 @@ def replay(
     slots: int,
     num_streams: int = 1,
     shared: bool = False,
-    floor: int = 0,
 ) -> ReplayResult:
     """Replays records event by event, from an empty cache.
 
@@ -56,10 +55,9 @@ def replay(
         records: of steps in order; see shm/core/demands.h.
         policy: "min", or what `parse_eviction` takes.
         num_layers, num_experts: of the model.
-        slots: per layer, or of the shared pool.
+        slots: per layer, or of the shared pool, in which layers keep what policy.h says.
         num_streams: tokens per step.
         shared: one pool of `slots` instead of one for each layer.
-        floor: experts that each layer keeps in a shared pool.
     """
     per_layer = slots / num_layers if shared else slots
     settings = EvictionSettings("lru") if policy == MIN else parse_eviction(policy)
@@ -67,4 +65,4 @@ def replay(
         settings, num_layers=num_layers, num_experts=num_experts, num_streams=num_streams, slots_per_layer=per_layer
     )
     run = core.replay_min if policy == MIN else core.replay
-    return ReplayResult(*run(records, slots, shared=shared, floor=floor))
+    return ReplayResult(*run(records, slots, shared=shared))

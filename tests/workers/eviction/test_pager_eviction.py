@@ -57,7 +57,8 @@ def test_every_policy_keeps_what_is_used_all_the_time(segment: Segment, policy: 
         use(segment, step % 2, 0, 2, 4 + step % 4)
         use(segment, step % 2, 1, 6, step % 4)
         eviction.learn()
-    order = victims(eviction, 1, 2, 4, 8 + 1, 8 + 6, 8 + 7)
+    # 7 and 8 + 3 have just been used, and are needed again after the others that take turns.
+    order = victims(eviction, 1, 2, 7, 8 + 3, 8 + 6, 8 + 7)
     assert set(order[-2:]) == {2, 8 + 6}
     assert order[0] in (1, 8 + 7)  # never used
 
@@ -68,6 +69,45 @@ def test_a_layer_at_its_floor_loses_experts_last(segment: Segment) -> None:
     for expert in range(4):
         use(segment, 0, 0, expert)
     assert victims(eviction, 0, 1, 2, 3, 8 + 5) == [0, 1, 2, 3, 8 + 5]
+
+
+def test_a_newcomer_takes_the_place_of_its_own_layer_where_values_cannot_be_compared(segment: Segment) -> None:
+    eviction = Eviction("lfu@bypass", segment, PAGER)
+    for expert in range(4):
+        use(segment, 0, 1, expert)
+        for _ in range(1 + expert):
+            use(segment, 0, 0, expert)
+    full = np.array([0, 1, 2, 3, 8, 9, 10, 11])  # both layers have their share
+    assert full[next(eviction.order(full, 8 + 5))] == 8
+    assert full[next(eviction.order(full, 5))] == 0
+    unequal = np.array([0, 1, 2, 3, 4, 8, 9, 10])  # layer 0 has more: it gives
+    assert unequal[next(eviction.order(unequal, 8 + 5))] == 4
+
+
+def test_one_off_experts_go_one_after_the_other_while_the_rest_stays(segment: Segment) -> None:
+    """Bypass: one slot is for what is worth less than everything that is resident."""
+    eviction = Eviction("affinity@bypass", segment, PAGER)
+    resident = [0, 1, 2, 3, 8, 9, 10, 11]
+    for _ in range(20):
+        use(segment, 0, 0, 0, 1, 2, 3)
+        use(segment, 0, 1, 0, 1, 2, 3)
+    evicted = list[int]()
+    for newcomer in (4, 5, 6, 7, 4):
+        use(segment, 0, 0, newcomer)
+        victim = resident[next(eviction.order(np.array(resident), newcomer))]
+        resident[resident.index(victim)] = newcomer
+        evicted.append(victim)
+    assert evicted[1:] == [4, 5, 6, 7]
+
+
+def test_what_is_admitted_stays_for_its_step(segment: Segment) -> None:
+    for policy, victim in (("affinity@always", 0), ("affinity@bypass", 4)):
+        eviction = Eviction(policy, segment, PAGER)
+        for _ in range(20):
+            use(segment, 0, 0, 0, 1, 2, 3)
+        use(segment, 0, 0, 4)
+        resident = np.array([4, 1, 2, 3, 0])
+        assert resident[next(eviction.order(resident, 5))] == victim
 
 
 def test_a_new_pager_begins_with_the_affinity_that_the_arena_holds(segment: Segment) -> None:
@@ -81,7 +121,7 @@ def test_a_resident_expert_yields_to_a_prefetch_unless_it_is_likelier_to_be_used
         use(segment, 0, 0, 3)
     use(segment, 0, 0, 5)
     use(segment, 0, 0, 6)
-    victims(eviction, 3, 5, 6)
+    list(eviction.order(np.array([2, 3, 5, 6]), 4))
     assert eviction.yields(5)
     assert not eviction.yields(3)  # used in 60 of the latest 62 steps
     assert not eviction.yields(6)  # the latest step needs it

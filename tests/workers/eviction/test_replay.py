@@ -72,8 +72,10 @@ def plain_replay(steps: list[list[tuple[int, ...]]], policy: str, slots: int, *,
     return hits, misses
 
 
-def run(steps: list[list[tuple[int, ...]]], policy: str, slots: int, experts: int, **options: int) -> ReplayResult:
-    return replay(records_of(steps), policy, num_layers=len(steps[0]), num_experts=experts, slots=slots, **options)
+def run(
+    steps: list[list[tuple[int, ...]]], policy: str, slots: int, experts: int, shared: bool = False
+) -> ReplayResult:
+    return replay(records_of(steps), policy, num_layers=len(steps[0]), num_experts=experts, slots=slots, shared=shared)
 
 
 def counts(result: ReplayResult) -> tuple[int, int]:
@@ -139,11 +141,19 @@ def test_a_shared_pool_gives_slots_to_the_layer_that_needs_them() -> None:
     assert run(steps, "lru", 4, 4, shared=True).misses == 1 + 3
 
 
-def test_a_floor_keeps_a_layer_from_losing_its_last_experts() -> None:
-    # Layer 0 goes through more experts than fit; layer 1 comes back to its one expert after each round.
-    steps: list[list[tuple[int, ...]]] = [[(step % 8,), (0,)] for step in range(64)]
-    without = run(steps, "lfu@always", 4, 8, shared=True)
-    assert run(steps, "lfu@always", 4, 8, shared=True, floor=1).hits >= without.hits
+def test_a_layer_keeps_its_share_where_values_cannot_be_compared_between_layers() -> None:
+    # Layer 0 uses two experts over and over, layer 1 four in turn: by the number of uses, layer 1 would get one slot.
+    steps: list[list[tuple[int, ...]]] = [[(step % 2,), (step // 8 % 4,)] for step in range(512)]
+    shared, apart = run(steps, "lfu@always", 4, 8, shared=True), run(steps, "lfu@always", 2, 8)
+    assert shared.hits >= apart.hits
+
+
+def test_a_layer_keeps_a_quarter_of_its_share_of_a_shared_pool() -> None:
+    # Layer 0 uses eight experts in turn, layer 1 one in every eighth step: the least recently used of all, each time.
+    steps = [[demand_of_set(0, [step % 8])] + [demand_of_set(1, [0])] * (step % 8 == 0) for step in range(128)]
+    records = np.concatenate([record for step in steps for record in step])
+    hits = replay(records, "lru", num_layers=2, num_experts=8, slots=8, shared=True).hits
+    assert hits == 15  # of layer 1, which keeps one of its four slots
 
 
 def test_lru_in_a_shared_pool_smaller_than_a_token_hits_nothing_and_is_refused() -> None:

@@ -14,19 +14,19 @@ static PyTypeObject *cache_policy_type;
 
 static int cache_type_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     CacheObject *cache = (CacheObject *)self;
-    static char *names[] = {"policy", "slots", "shared", "floor", NULL};
+    static char *names[] = {"policy", "slots", "shared", NULL};
     PyObject *object;
-    unsigned slots, floor = 0;
+    unsigned slots;
     int shared = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!I|pI", names, cache_policy_type, &object, &slots, &shared, &floor))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!I|p", names, cache_policy_type, &object, &slots, &shared))
         return -1;
     const struct policy *policy = policy_of(object);
-    if (!policy || !slots_in_range(policy, slots, shared, floor)) return -1;
+    if (!policy || !slots_in_range(policy, slots, shared)) return -1;
     if (cache->policy) {
         PyErr_SetString(PyExc_ValueError, "the cache exists already");
         return -1;
     }
-    if (!replay_pools_init(&cache->pools, policy, slots, shared, floor)) {
+    if (!replay_pools_init(&cache->pools, policy, slots, shared)) {
         replay_pools_free(&cache->pools);
         PyErr_NoMemory();
         return -1;
@@ -85,7 +85,7 @@ static PyMethodDef cache_methods[] = {
 };
 
 static PyType_Slot cache_slots[] = {
-    {Py_tp_doc, "Cache(policy, slots, shared=False, floor=0): empty; slots per layer, or of all layers together."},
+    {Py_tp_doc, "Cache(policy, slots, shared=False): empty; slots per layer, or of all layers together."},
     {Py_tp_init, cache_type_init},
     {Py_tp_dealloc, cache_type_dealloc},
     {Py_tp_methods, cache_methods},

@@ -28,9 +28,9 @@ static inline int in_range(const char *name, unsigned value, unsigned low, unsig
 }
 
 /* Slots per layer, or of all layers together if the pool is shared; 0 with an exception. */
-static inline int slots_in_range(const struct policy *policy, unsigned slots, int shared, unsigned floor) {
+static inline int slots_in_range(const struct policy *policy, unsigned slots, int shared) {
     unsigned most = policy->num_experts * (shared ? policy->num_layers : 1);
-    return in_range("slots", slots, 1, most) && in_range("floor", floor, 0, slots);
+    return in_range("slots", slots, 1, most);
 }
 
 /* Opens `object` as records that fit the policy's model; 0 with an exception. */

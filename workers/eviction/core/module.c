@@ -51,28 +51,27 @@ static PyObject *policy_type_observe(PyObject *self, PyObject *argument) {
     Py_RETURN_NONE;
 }
 
-/* Copies [layers, experts] doubles out, or in. */
-static PyObject *copy_table(PyObject *argument, const char *name, const struct policy *policy, double *table, int out) {
+static PyObject *policy_type_values(PyObject *self, PyObject *argument) {
+    struct policy *policy = policy_of(self);
     Py_buffer view;
+    if (!policy) return NULL;
     Py_ssize_t shape[2] = {policy->num_layers, policy->num_experts};
-    if (!take_array(argument, name, &FLOAT64, out, 2, shape, &view)) return NULL;
-    memcpy(out ? view.buf : table, out ? table : view.buf, (size_t)view.len);
+    if (!take_array(argument, "values", &FLOAT64, 1, 2, shape, &view)) return NULL;
+    policy_worth(policy, view.buf);
     PyBuffer_Release(&view);
     Py_RETURN_NONE;
 }
 
-static PyObject *policy_type_values(PyObject *self, PyObject *argument) {
-    struct policy *policy = policy_of(self);
-    return policy ? copy_table(argument, "values", policy, policy->value, 1) : NULL;
-}
-
 static PyObject *policy_type_seed(PyObject *self, PyObject *argument) {
     struct policy *policy = policy_of(self);
+    Py_buffer view;
     if (!policy) return NULL;
-    PyObject *done = copy_table(argument, "scores", policy, policy->affinity, 0);
-    if (done)
-        for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
-    return done;
+    Py_ssize_t shape[2] = {policy->num_layers, policy->num_experts};
+    if (!take_array(argument, "scores", &FLOAT64, 0, 2, shape, &view)) return NULL;
+    memcpy(policy->affinity, view.buf, (size_t)view.len);
+    PyBuffer_Release(&view);
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
+    Py_RETURN_NONE;
 }
 
 static PyObject *policy_type_last_used(PyObject *self, PyObject *argument) {
@@ -127,20 +126,20 @@ static PyObject *policy_type_forget_streams(PyObject *self, PyObject *ignored) {
 
 static PyObject *replay(PyObject *self, PyObject *args, PyObject *kwargs, int clairvoyant) {
     struct policy *policy = policy_of(self);
-    static char *names[] = {"records", "slots", "shared", "floor", NULL};
+    static char *names[] = {"records", "slots", "shared", NULL};
     PyObject *records;
-    unsigned slots, floor = 0;
+    unsigned slots;
     int shared = 0;
     if (!policy) return NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OI|pI", names, &records, &slots, &shared, &floor)) return NULL;
-    if (!slots_in_range(policy, slots, shared, floor)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OI|p", names, &records, &slots, &shared)) return NULL;
+    if (!slots_in_range(policy, slots, shared)) return NULL;
     Py_buffer view;
     if (!take_records(records, policy, &view)) return NULL;
     struct replay_pools pools;
     struct replay_result result = {0};
     int done;
     Py_BEGIN_ALLOW_THREADS
-    done = replay_pools_init(&pools, policy, slots, shared, floor);
+    done = replay_pools_init(&pools, policy, slots, shared);
     if (done && clairvoyant) done = replay_min(policy, view.buf, (size_t)view.shape[0], &pools, &result);
     else if (done) replay_policy(policy, view.buf, (size_t)view.shape[0], &pools, &result);
     replay_pools_free(&pools);
@@ -165,6 +164,12 @@ static PyObject *policy_get_crowd(PyObject *self, void *closure) {
     return policy ? PyFloat_FromDouble(policy_crowd(policy)) : NULL;
 }
 
+static PyObject *policy_get_floor(PyObject *self, void *closure) {
+    (void)closure;
+    struct policy *policy = policy_of(self);
+    return policy ? PyLong_FromUnsignedLong(policy_floor(policy)) : NULL;
+}
+
 static PyObject *policy_get_td_leads(PyObject *self, void *closure) {
     (void)closure;
     struct policy *policy = policy_of(self);
@@ -182,19 +187,20 @@ static PyObject *policy_get_divergences(PyObject *self, void *closure) {
 
 static PyMethodDef policy_methods[] = {
     {"observe", policy_type_observe, METH_O, "observe(records u16[n]): what the steps used."},
-    {"values", policy_type_values, METH_O, "values(out f64[layers, experts]): the least goes first."},
+    {"values", policy_type_values, METH_O, "values(out f64[layers, experts]) now: the least goes first."},
     {"last_used", policy_type_last_used, METH_O, "last_used(out u64[layers, experts]): demand numbers, 0 is never."},
     {"kept", policy_type_kept, METH_NOARGS, "kept(): ids that the latest demand does not let go, because it is admitted."},
     {"seed_affinity", policy_type_seed, METH_O, "seed_affinity(scores f64[layers, experts]): from an earlier run."},
     {"forget_streams", policy_type_forget_streams, METH_NOARGS, "forget_streams(): after a gap in the demands."},
     {"estimates", POSITIONAL(policy_type_estimates), "estimates(stream, layer, out f32[experts]) of a td policy."},
-    {"replay", KEYWORDS(policy_type_replay), "replay(records, slots, shared=False, floor=0) -> (events, hits, misses)."},
-    {"replay_min", KEYWORDS(policy_type_replay_min), "replay_min(records, slots, shared=False, floor=0): Belady's MIN."},
+    {"replay", KEYWORDS(policy_type_replay), "replay(records, slots, shared=False) -> (events, hits, misses)."},
+    {"replay_min", KEYWORDS(policy_type_replay_min), "replay_min(records, slots, shared=False): Belady's MIN."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef policy_getset[] = {
     {"crowd", policy_get_crowd, NULL, "r: distinct experts per step / slots per layer, lately.", NULL},
+    {"floor", policy_get_floor, NULL, "Experts that a layer keeps of a shared pool as long as others have more.", NULL},
     {"td_leads", policy_get_td_leads, NULL, "Whether the learned values decide, and not the guard's affinity.", NULL},
     {"divergences", policy_get_divergences, NULL, "How often a layer's weights were thrown away.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -1,8 +1,8 @@
 /* A cache in a simulation: which experts are resident, and who goes. Slots are not told apart.
  *
  * Invariant: `residents` lists `used` experts, in no order, and `place` has the place of each in it, counted from 1
- * (0: not resident); `used_in_layer` counts them by layer. No layer that has its floor or less loses an expert while
- * another one has more than its own. */
+ * (0: not resident); `used_in_layer` counts them by layer. No layer that has `floor` experts or less loses one while
+ * another one has more. */
 #ifndef HOTSET_POOL_H
 #define HOTSET_POOL_H
 
@@ -24,10 +24,9 @@ static inline void pool_free(struct pool *pool) {
     pool->used_in_layer = pool->residents = pool->place = NULL;
 }
 
-static inline int pool_init(struct pool *pool, uint32_t num_layers, uint32_t num_experts, uint32_t slots,
-                            uint32_t floor) {
+static inline int pool_init(struct pool *pool, uint32_t num_layers, uint32_t num_experts, uint32_t slots) {
     const size_t places = (size_t)num_layers * num_experts;
-    *pool = (struct pool){.num_layers = num_layers, .num_experts = num_experts, .slots = slots, .floor = floor};
+    *pool = (struct pool){.num_layers = num_layers, .num_experts = num_experts, .slots = slots};
     pool->used_in_layer = calloc(num_layers, sizeof(uint32_t));
     pool->residents = calloc(places, sizeof(uint32_t));
     pool->place = calloc(places, sizeof(uint32_t));

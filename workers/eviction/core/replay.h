@@ -13,16 +13,17 @@ struct replay_result {
 struct replay_pools {
     uint32_t count;
     struct pool *pools;
+    double *worth; /* [layers][experts] */
 };
 
-static inline int replay_pools_init(struct replay_pools *all, const struct policy *policy, uint32_t slots, int global,
-                                    uint32_t floor) {
+static inline int replay_pools_init(struct replay_pools *all, const struct policy *policy, uint32_t slots,
+                                    int global) {
     all->count = global ? 1 : policy->num_layers;
     all->pools = calloc(all->count, sizeof *all->pools);
-    if (!all->pools) return 0;
+    all->worth = calloc((size_t)policy->num_layers * policy->num_experts, sizeof *all->worth);
+    if (!all->pools || !all->worth) return 0;
     for (uint32_t i = 0; i < all->count; i++)
-        if (!pool_init(&all->pools[i], global ? policy->num_layers : 1, policy->num_experts,
-                       slots, floor))
+        if (!pool_init(&all->pools[i], global ? policy->num_layers : 1, policy->num_experts, slots))
             return 0;
     return 1;
 }
@@ -30,13 +31,16 @@ static inline int replay_pools_init(struct replay_pools *all, const struct polic
 static inline void replay_pools_free(struct replay_pools *all) {
     for (uint32_t i = 0; all->pools && i < all->count; i++) pool_free(&all->pools[i]);
     free(all->pools);
+    free(all->worth);
 }
+
+static inline int replay_is_shared(const struct replay_pools *all) { return all->pools->num_layers > 1; }
 
 /* Counts the latest demand's hits and misses, then lets its experts in. A set of no stream is a prefill's: it moves the
  * cache, but is not counted. */
 static inline void replay_step(struct replay_pools *all, const struct policy *policy, const uint16_t *record,
                                const double *value, const uint8_t *kept, struct replay_result *result) {
-    int global = all->count == 1 && all->pools->num_layers > 1;
+    int global = replay_is_shared(all);
     struct pool *pool = &all->pools[all->count > 1 ? policy->layer : 0];
     uint32_t layer = global ? policy->layer : 0;
     size_t first = global ? 0 : (size_t)policy->layer * policy->num_experts;
@@ -53,7 +57,13 @@ static inline void replay_policy(struct policy *policy, const uint16_t *records,
                                  struct replay_pools *pools, struct replay_result *result) {
     for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH]) {
         policy_observe(policy, records + at);
-        replay_step(pools, policy, records + at, policy->value, policy_kept(policy, policy_td_leads(policy)), result);
+        const double *value = policy->value; /* which are comparable within a layer */
+        if (replay_is_shared(pools)) {
+            policy_worth(policy, pools->worth);
+            pools->pools->floor = policy_floor(policy);
+            value = pools->worth;
+        }
+        replay_step(pools, policy, records + at, value, policy_kept(policy, policy_td_leads(policy)), result);
     }
 }
 
