@@ -1,25 +1,26 @@
 #!/usr/bin/env python3
-"""Perplexity of a model on held-out text with KV pages of each format, beside the memory that they take.
+"""Perplexity of a model on held-out text with KV pages of each format, or with experts of several, beside the memory
+that they take.
 
-    .venv/bin/python scripts/perplexity.py [--model FOLDER] [--tokens 24576] [--threads 2] [--json]
+    .venv/bin/python scripts/perplexity.py [--model FOLDER] [--packs FOLDER ...] [--tokens 24576] [--json]
 
 Our own forward pass in this process, experts straight from the checkpoint. Windows of the model's context length,
 spread over the held-out files (training_corpus.py), the same ones for all formats. A chunk's rows go through the pages:
 attention reads every row, the chunk's own included, as the format stored it. So the figures are, to the bit, those of
-decoding token by token, which tests/workers/compute/test_batch_invariance.py holds the kernels to.
+decoding token by token, which tests/workers/compute/test_batch_invariance.py holds the kernels to. Differences are
+paired, window by window, with the first row: KV pages in float32, or with --packs the model itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from training_corpus import heldout_files, read_texts
@@ -97,56 +98,92 @@ def window_losses(
     return losses.mean(axis=1)
 
 
-def measure(model: Path, tokens: int) -> dict[str, Any]:
-    config = ModelConfig.load(model)
-    checkpoint = Checkpoint.open(model, config)
-    tokenizer = Tokenizer(model)
-    windows = heldout_windows(tokenizer, config.eos_token_ids[0], tokens, config.max_position_embeddings)
-    experts = Experts(config, checkpoint)
-    rows: list[dict[str, Any]] = []
-    reference: npt.NDArray[np.float64] | None = None
-    for kv_format in KvFormat:
+class Row(msgspec.Struct):
+    """`name` is what was tried, and `nbytes` what it takes: of KV pages a token, of a pack's experts all."""
+
+    name: str
+    nbytes: int
+    perplexity: float
+    difference_percent: float
+    standard_error_percent: float
+    seconds: float
+
+
+class Measurement:
+    """Cases on the same windows of held-out text, compared with the first of them."""
+
+    def __init__(self, model: Path, tokens: int) -> None:
+        config = ModelConfig.load(model)
+        tokenizer = Tokenizer(model)
+        self.windows = heldout_windows(tokenizer, config.eos_token_ids[0], tokens, config.max_position_embeddings)
+        self.rows: list[Row] = []
+        self._reference: npt.NDArray[np.float64] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.windows) * (len(self.windows[0]) - 1)
+
+    def add(self, name: str, nbytes: int, checkpoint: Checkpoint, experts: Experts, kv_format: KvFormat) -> None:
         began = time.monotonic()
-        losses = window_losses(config, checkpoint, experts, windows, kv_format)
-        if reference is None:
-            reference = losses
-        paired = losses - reference
-        rows.append(
-            {
-                "kv_cache_dtype": kv_format.value,
-                "bytes_per_token": config.kv_nbytes_per_token(kv_format),
-                "perplexity": math.exp(losses.mean()),
-                "difference_percent": 100 * math.expm1(paired.mean()),
-                "standard_error_percent": 100 * float(paired.std(ddof=1)) / math.sqrt(len(paired)),
-                "seconds": round(time.monotonic() - began, 1),
-            }
+        losses = window_losses(checkpoint.config, checkpoint, experts, self.windows, kv_format)
+        if self._reference is None:
+            self._reference = losses
+        paired = losses - self._reference
+        self.rows.append(
+            Row(
+                name=name,
+                nbytes=nbytes,
+                perplexity=math.exp(losses.mean()),
+                difference_percent=100 * math.expm1(paired.mean()),
+                standard_error_percent=100 * float(paired.std(ddof=1)) / math.sqrt(len(paired)),
+                seconds=round(time.monotonic() - began, 1),
+            )
         )
-    return {
-        "model": model.name,
-        "tokens": len(windows) * (len(windows[0]) - 1),
-        "window": len(windows[0]) - 1,
-        "formats": rows,
-    }
+
+
+def measure_kv_formats(model: Path, tokens: int) -> Measurement:
+    measurement, checkpoint = Measurement(model, tokens), Checkpoint.open(model)
+    experts = Experts(checkpoint.config, checkpoint)
+    for kv_format in KvFormat:
+        nbytes = checkpoint.config.kv_nbytes_per_token(kv_format)
+        measurement.add(kv_format.value, nbytes, checkpoint, experts, kv_format)
+    return measurement
+
+
+def measure_packs(model: Path, packs: Sequence[Path], tokens: int) -> Measurement:
+    measurement = Measurement(model, tokens)
+    for folder in (model, *packs):
+        checkpoint = Checkpoint.open(folder)
+        nbytes = sum(checkpoint.expert(*ids).nbytes for ids in checkpoint.expert_ids)
+        experts = Experts(checkpoint.config, checkpoint)
+        measurement.add(folder.name, nbytes, checkpoint, experts, KvFormat.FLOAT32)
+    return measurement
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=TRAINED_MODEL, help="folder of the checkpoint")
+    parser.add_argument("--packs", type=Path, nargs="+", default=[], help="packs of the model, in several formats")
     parser.add_argument("--tokens", type=int, default=24_576, help="predicted tokens, rounded up to whole windows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(arguments)
     _kernels.set_num_threads(options.threads)
-    result = measure(options.model, options.tokens)
+    if options.packs:
+        headings, measurement = ("experts", "bytes"), measure_packs(options.model, options.packs, options.tokens)
+    else:
+        headings, measurement = ("kv_cache_dtype", "bytes per token"), measure_kv_formats(options.model, options.tokens)
+    window = len(measurement.windows[0]) - 1
     if options.json:
-        print(json.dumps(result, indent=2))
+        result = {"model": options.model.name, "tokens": measurement.tokens, "window": window, "rows": measurement.rows}
+        print(msgspec.json.format(msgspec.json.encode(result)).decode())
         return 0
-    print(f"{result['tokens']:,} held-out tokens in windows of {result['window']}\n")
-    print("| kv_cache_dtype | bytes per token | perplexity | difference to float32 |")
+    print(f"{measurement.tokens:,} held-out tokens in windows of {window}\n")
+    print(f"| {headings[0]} | {headings[1]} | perplexity | difference to {measurement.rows[0].name} |")
     print("|---|---:|---:|---:|")
-    for row in result["formats"]:
-        difference = f"{row['difference_percent']:+.4f} % (± {row['standard_error_percent']:.4f})"
-        print(f"| {row['kv_cache_dtype']} | {row['bytes_per_token']:,} | {row['perplexity']:.4f} | {difference} |")
+    for row in measurement.rows:
+        difference = f"{row.difference_percent:+.4f} % (± {row.standard_error_percent:.4f})"
+        print(f"| {row.name} | {row.nbytes:,} | {row.perplexity:.4f} | {difference} |")
     return 0
 
 

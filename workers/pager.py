@@ -230,8 +230,8 @@ class Pager:
             self._urgent.setdefault(expert)
 
     def _serve_urgent(self) -> None:
-        """Begins urgent loads until the lanes have enough to do. One that finds no slot of its class does not hold up the others:
-        their waiters may pin what it waits for."""
+        """Begins urgent loads until the lanes have enough to do. One that finds no slot of its class does not hold up
+        the others: their waiters may pin what it waits for."""
         full_classes: set[int] = set()
         for expert in list(self._urgent):
             # An earlier message, or a rescan, may have served it.

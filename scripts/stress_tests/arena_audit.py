@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 from stress_tests.checks import Check, Scoreboard
-from stress_tests.synthetic_experts import EXPERT_FORMAT, EXPERT_NBYTES, SyntheticExperts
+from stress_tests.synthetic_experts import SyntheticExperts, format_of, nbytes_of_expert
 
 from hotset.shm.layout import Section, SlotState
 from hotset.shm.segment import Segment
@@ -58,9 +58,11 @@ class ArenaAudit:
         """At any time."""
         nbytes = 0
         for slot in range(self._geometry.num_slots):
-            state = self._arena.slot(slot)[2]
+            _, expert, state = self._arena.slot(slot)
             if state in (SlotState.RESIDENT, SlotState.LOADING):
-                nbytes += int(self._info[slot, 0]["nbytes"]) if state == SlotState.RESIDENT else EXPERT_NBYTES
+                nbytes += (
+                    int(self._info[slot, 0]["nbytes"]) if state == SlotState.RESIDENT else nbytes_of_expert(expert)
+                )
         self._check(
             Check.BUDGET,
             nbytes <= self._budget_nbytes,
@@ -114,11 +116,11 @@ class ArenaAudit:
 
     def _slot(self, slot: int, expert: int) -> None:
         nbytes, weight_format = int(self._info[slot, 0]["nbytes"]), int(self._info[slot, 0]["format"])
-        memory = self._slots[slot][:EXPERT_NBYTES]
+        memory = self._slots[slot][: nbytes_of_expert(expert)]
         where = f"slot {slot}, which holds expert {expert},"
         self._check(
             Check.FORMAT,
-            (nbytes, weight_format) == (EXPERT_NBYTES, EXPERT_FORMAT),
+            (nbytes, weight_format) == (nbytes_of_expert(expert), format_of(expert)),
             lambda: f"{where} has {nbytes} bytes of format {weight_format}",
         )
         expected = self._experts.checksums[expert]

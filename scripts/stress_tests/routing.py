@@ -31,12 +31,12 @@ from stress_tests.messages import Planted, StartWorker
 from stress_tests.processes import Processes, Unrecoverable
 from stress_tests.routing_worker import SCOREBOARD
 from stress_tests.score_sampler import ScoreSampler
-from stress_tests.synthetic_experts import EXPERT_NBYTES, SyntheticExperts, write_checkpoint
+from stress_tests.synthetic_experts import SyntheticExperts, classes_of_experts, write_checkpoint
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.errors import HotsetError
-from hotset.runtime.expert_slots import ExpertClass, expert_budget_nbytes
+from hotset.runtime.expert_slots import expert_budget_nbytes
 from hotset.runtime.instance import Instance
 from hotset.runtime.metrics import MoeMetrics
 from hotset.runtime.model.checkpoint import Checkpoint
@@ -105,8 +105,7 @@ class StressRun:
         )
         model = ModelConfig.load(self._folder)
         self._plan = plan_instance(config, model, Checkpoint.open(self._folder, model))
-        classes = [ExpertClass(options.layers * options.experts, EXPERT_NBYTES)]
-        budget_nbytes = expert_budget_nbytes(options.budget, classes)
+        budget_nbytes = expert_budget_nbytes(options.budget, classes_of_experts(options.layers * options.experts))
         self._scoreboard = Scoreboard(
             self._folder / SCOREBOARD, self._plan.geometry.num_processes, self._plan.coordinator_process
         )
@@ -265,7 +264,7 @@ class StressRun:
             elif plant == "format":
                 self._segment.view(Section.SLOT_INFO)[slot, 0]["format"] = 0
             elif plant == "slot-length":
-                self._segment.view(Section.SLOT_INFO)[slot, 0]["nbytes"] = 100 * EXPERT_NBYTES
+                self._segment.view(Section.SLOT_INFO)[slot, 0]["nbytes"] = 100 << 20
         self._planted_done = True
 
     def report(self, check: Check, text: str) -> None:
@@ -406,7 +405,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64, help="per layer")
     parser.add_argument("--top-k", type=int, default=6, help="experts per token")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--budget", default="25%", help="memory for experts: a share of them, or bytes")
+    parser.add_argument("--budget", default="35%", help="memory for experts: a share of them, or bytes")
     parser.add_argument("--kill", action="store_true", help="kill workers and the pager at random")
     parser.add_argument("--kills-per-second", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=None, help="of logits, weights and kills")

@@ -27,7 +27,7 @@ from stress_tests.messages import (
     Violation,
 )
 from stress_tests.selection_check import MaskSnapshot, NotJudged, SelectionCheck
-from stress_tests.synthetic_experts import EXPERT_FORMAT, EXPERT_NBYTES, SyntheticExperts
+from stress_tests.synthetic_experts import SyntheticExperts, format_of, nbytes_of_expert
 
 from hotset.runtime.channel import Channel, ChannelClosed
 from hotset.runtime.errors import HotsetError
@@ -206,7 +206,7 @@ class RoutingWorker:
 
     def _check_slot(self, expert_id: int, slot: int) -> None:
         info = self._info[slot, 0]
-        memory = self._slots[slot][:EXPERT_NBYTES]
+        memory = self._slots[slot][: nbytes_of_expert(expert_id)]
         checksum, recorded = xxhash.xxh3_64_intdigest(memory), int(info["checksum"])
         self._scoreboard.checked(Check.SLOT_BYTES)
         if not checksum == recorded == self._experts.checksums[expert_id]:
@@ -216,7 +216,7 @@ class RoutingWorker:
                 f"{self._experts.checksums[expert_id]:#x}",
             )
         self._scoreboard.checked(Check.FORMAT)
-        if (int(info["nbytes"]), int(info["format"])) != (EXPERT_NBYTES, EXPERT_FORMAT):
+        if (int(info["nbytes"]), int(info["format"])) != (nbytes_of_expert(expert_id), format_of(expert_id)):
             self._report(
                 Check.FORMAT,
                 f"slot {slot} of expert {expert_id} has {info['nbytes']} bytes of format {info['format']}",

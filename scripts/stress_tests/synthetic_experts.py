@@ -3,68 +3,84 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from math import prod
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from safetensors.numpy import save_file
 
+from hotset.runtime.expert_slots import SLOT_ALIGNMENT, ExpertClass
+from hotset.runtime.model.tensor_index import TENSORS_JSON, StoredTensor, nbytes_of
 from hotset.shm.layout import WeightFormat
 
-HIDDEN_SIZE = 128
-INTERMEDIATE_SIZE = 128
-EXPERT_NBYTES = 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE * 2  # float16; whole pages, so that a slot has no padding
-EXPERT_FORMAT = WeightFormat.FLOAT16  # not 0: a slot whose format was never written is told apart
-_CONTENTS = "contents.npy"
+WIDTH = 128  # of hidden states, and within an expert
+# Every third expert each. Not 0: a slot whose format was never written is told apart.
+FORMATS = (WeightFormat.FLOAT16, WeightFormat.Q8_0, WeightFormat.Q4_0)
+_CONTENTS = "contents.bin"
+_WEIGHTS = "weights.bin"
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
+
+
+def format_of(expert: int) -> WeightFormat:
+    return FORMATS[expert % len(FORMATS)]
+
+
+def nbytes_of_expert(expert: int) -> int:
+    return len(_MATRICES) * (nbytes_of(format_of(expert).name.lower(), (WIDTH, WIDTH)) or 0)
+
+
+def classes_of_experts(count: int) -> list[ExpertClass]:
+    """The sizes of slots that this many experts take."""
+    sizes = Counter(-(-nbytes_of_expert(expert) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT for expert in range(count))
+    return [ExpertClass(number, nbytes) for nbytes, number in sizes.items()]
 
 
 class SyntheticExperts:
     """The expected bytes of each expert.
 
     Attributes:
-        contents: uint8 [layers * experts, EXPERT_NBYTES]: gate, up and down projection; mapped, so shared.
-        checksums: xxh3-64 of each row.
+        contents: of each expert uint8 [nbytes]: gate, up and down projection; mapped, so shared.
+        checksums: xxh3-64 of each.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.contents: npt.NDArray[np.uint8] = np.load(folder / _CONTENTS, mmap_mode="r")
-        self.checksums = [xxhash.xxh3_64_intdigest(row) for row in self.contents]
+        contents: npt.NDArray[np.uint8] = np.memmap(folder / _CONTENTS, np.uint8, "r")
+        self.contents: list[npt.NDArray[np.uint8]] = []
+        while len(contents):
+            nbytes = nbytes_of_expert(len(self.contents))
+            self.contents.append(contents[:nbytes])
+            contents = contents[nbytes:]
+        self.checksums = [xxhash.xxh3_64_intdigest(content) for content in self.contents]
 
 
 def write_checkpoint(folder: Path, *, num_layers: int, num_experts: int, top_k: int, seed: int) -> None:
-    """An OLMoE checkpoint whose dense tensors nobody reads, and whose experts are random bytes."""
+    """An OLMoE checkpoint whose dense tensors nobody reads, and whose experts are random bytes of several formats."""
     random = np.random.default_rng(seed)
-    contents = random.integers(0, 256, (num_layers * num_experts, EXPERT_NBYTES), np.uint8)
-    np.save(folder / _CONTENTS, contents)
-    parts = contents.view(np.float16).reshape(num_layers * num_experts, 3, INTERMEDIATE_SIZE * HIDDEN_SIZE)
-    square, row = (HIDDEN_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE,)
-    shapes = {
-        "model.embed_tokens": (2, HIDDEN_SIZE),
-        "model.norm": row,
-        "lm_head": (2, HIDDEN_SIZE),
-    }
-    tensors: dict[str, npt.NDArray[np.float16]] = {}
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.self_attn.{name}_proj": square for name in "qkvo"}
-        shapes |= {f"{prefix}.self_attn.{name}_norm": row for name in "qk"}
-        shapes |= {f"{prefix}.{name}_layernorm": row for name in ("input", "post_attention")}
-        shapes |= {f"{prefix}.mlp.gate": (num_experts, HIDDEN_SIZE)}
-        for expert in range(num_experts):
-            gate, up, down = parts[layer * num_experts + expert]
-            name = f"{prefix}.mlp.experts.{expert}"
-            tensors[f"{name}.gate_proj.weight"] = gate.reshape(INTERMEDIATE_SIZE, HIDDEN_SIZE)
-            tensors[f"{name}.up_proj.weight"] = up.reshape(INTERMEDIATE_SIZE, HIDDEN_SIZE)
-            tensors[f"{name}.down_proj.weight"] = down.reshape(HIDDEN_SIZE, INTERMEDIATE_SIZE)
-    tensors |= {f"{name}.weight": np.zeros(shape, np.float16) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors")
+    tensors: dict[str, StoredTensor] = {}
+    with (folder / _CONTENTS).open("wb") as contents, (folder / _WEIGHTS).open("wb") as weights:
+        for number in range(num_layers * num_experts):
+            layer, expert = divmod(number, num_experts)
+            dtype, nbytes = format_of(number).name.lower(), nbytes_of_expert(number) // len(_MATRICES)
+            for matrix in _MATRICES:
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
+                tensors[name] = StoredTensor(_WEIGHTS, weights.tell(), nbytes, dtype, (WIDTH, WIDTH))
+                data = random.bytes(nbytes)
+                contents.write(data)
+                weights.write(data)
+        for name, shape in _dense_shapes(num_layers, num_experts).items():
+            nbytes = 2 * prod(shape)
+            tensors[f"{name}.weight"] = StoredTensor(_WEIGHTS, weights.tell(), nbytes, "float16", shape)
+            weights.write(bytes(nbytes))
+    (folder / TENSORS_JSON).write_bytes(msgspec.json.encode(tensors))
     config = {
         "architectures": ["OlmoeForCausalLM"],
         "model_type": "olmoe",
         "vocab_size": 2,
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": INTERMEDIATE_SIZE,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
@@ -75,3 +91,18 @@ def write_checkpoint(folder: Path, *, num_layers: int, num_experts: int, top_k: 
         "torch_dtype": "float16",
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _dense_shapes(num_layers: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (2, WIDTH),
+        "model.norm": (WIDTH,),
+        "lm_head": (2, WIDTH),
+    }
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
+        shapes |= {f"{prefix}.self_attn.{name}_norm": (WIDTH,) for name in "qk"}
+        shapes |= {f"{prefix}.{name}_layernorm": (WIDTH,) for name in ("input", "post_attention")}
+        shapes[f"{prefix}.mlp.gate"] = (num_experts, WIDTH)
+    return shapes

@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 # What scripts/stress runs once everything is set up.
 STRESS = [sys.executable, "-P", "-m", "stress_tests.routing"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPTS)}
-SMALL = ["--workers", "2", "--experts", "32", "--top-k", "4", "--layers", "2", "--seed", "7"]
+SMALL = ["--workers", "2", "--experts", "32", "--top-k", "4", "--layers", "2", "--seed", "7", "--budget", "45%"]
 KEYS = {"routes", "routes_per_second", "p50_us", "p99_us", "checks", "violations", "kills"}
 
 
