@@ -43,6 +43,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 }
 POLICIES = "affinity,td"
 ROUTING = ",".join(("off", *STRENGTHS))
+COLORS = {"bonus": "#888888", "range": "#1f77b4", "mass": "#2ca02c", "resnorm": "#d62728"}
 ALLOWED = (0.25, 0.5, 1.0)
 """Percent of perplexity that a preference may cost."""
 RESAMPLES = 2000
@@ -232,11 +233,8 @@ def plot(rows: Sequence[Row], name: str, path: Path) -> None:
     kinds = list(dict.fromkeys((row.budget, row.batch) for row in rows))
     figure, panels = plt.subplots(1, len(kinds), figsize=(1.2 + 4.2 * len(kinds), 4.4), squeeze=False)
     names = list(dict.fromkeys((row.routing, row.eviction) for row in rows if row.routing != "off"))
-    routings = list(dict.fromkeys(routing for routing, _ in names))
-    colors = dict(zip(routings, itertools.cycle(("#888888", "#1f77b4", "#2ca02c", "#d62728", "#9467bd")), strict=False))
-    dashes = dict(
-        zip(dict.fromkeys(eviction for _, eviction in names), itertools.cycle(("--", "-", ":")), strict=False)
-    )
+    evictions = list(dict.fromkeys(eviction for _, eviction in names))
+    dashes = dict(zip(evictions, itertools.cycle(("-", "--", ":", "-.")), strict=False))
     for panel, (budget, batch) in zip(panels[0], kinds, strict=True):
         own = [row for row in rows if (row.budget, row.batch) == (budget, batch)]
         for routing, eviction in names:
@@ -252,7 +250,7 @@ def plot(rows: Sequence[Row], name: str, path: Path) -> None:
                      row.perplexity_change.high - row.perplexity_change.value) for row in points
                 ]).T,
                 label=f"{routing}, {eviction}",
-                color=colors[routing],
+                color=COLORS[routing],
                 linestyle=dashes[eviction],
                 marker="o",
                 markersize=3.5,
@@ -264,7 +262,7 @@ def plot(rows: Sequence[Row], name: str, path: Path) -> None:
         panel.set_xlabel("perplexity, % above exact routing")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("miss rate, %")
-    panels[0][-1].legend(fontsize=8)
+    panels[0][0].legend(fontsize=8, loc="lower left")
     figure.suptitle(name, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
