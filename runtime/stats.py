@@ -78,6 +78,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     urgent_page_ins: int
     prefetch_page_ins: int
     warm_page_ins: int  # of what earlier instances had, before anybody asked for it
+    learned_refused: int  # pagers that could not use what td eviction learned earlier; why is in warm_start_problem
     prefetch_hits: int
     prefetch: list[PrefetchStats]  # of the sources that asked for something
     evictions: int
@@ -163,6 +164,7 @@ class InstanceCounters:
             urgent_page_ins=counts[Counter.URGENT_PAGE_INS],
             prefetch_page_ins=counts[Counter.PREFETCH_PAGE_INS],
             warm_page_ins=counts[Counter.WARM_PAGE_INS],
+            learned_refused=counts[Counter.LEARNED_REFUSED],
             prefetch_hits=counts[Counter.PREFETCH_HITS],
             prefetch=self._prefetch(counts),
             evictions=counts[Counter.EVICTIONS],

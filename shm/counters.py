@@ -43,6 +43,7 @@ class Counter(enum.IntEnum):
     PAGING_MAX_NANOSECONDS = 39
     FAILED_LOADS = 40
     WARM_PAGE_INS = 41  # nobody asked for them: an instance begins with what the last one had
+    LEARNED_REFUSED = 42  # what td eviction learned earlier was of no use: damaged, or of another shape
     # every process
     HEARTBEAT_NANOSECONDS = 63  # monotonic clock
     # from PREFETCH_OF_SOURCE on: see `prefetch_counter`

@@ -40,6 +40,7 @@ from hotset.workers.read_lanes import Load, ReadLanes
 from hotset.workers.warm_start import WarmStart
 
 RESCAN_SECONDS = 0.1
+LEARNED_SAVE_SECONDS = 60.0  # what td eviction learned, of which a kill can lose so much
 LOADS_PER_LANE = 2  # begun at once, so that a lane finds the next one without waiting for the main thread
 RETRY_SECONDS = 0.001  # for requests that found every slot pinned: pins last about a layer step
 PREFETCHES_AT_ONCE = 2  # one is read; the next begins without waiting for this process
@@ -63,10 +64,18 @@ class Pager:
         model = ModelConfig.load(start.config.model)
         checkpoint = Checkpoint.open(start.config.model, model)
         self._store = ExpertStore(checkpoint)
-        self._warm_start = WarmStart(
-            Path(start.config.model), self._segment, start.process, enabled=start.config.warm_start
+        keeps, model_path = start.config.warm_start, Path(start.config.model)
+        self._warm_start = WarmStart(model_path, self._segment, start.process, enabled=keeps)
+        self._eviction = Eviction(
+            start.config.eviction,
+            self._segment,
+            start.process,
+            affinity=self._warm_start.affinity(),
+            model=model_path if keeps else None,
         )
-        self._eviction = Eviction(start.config.eviction, self._segment, start.process, self._warm_start.affinity())
+        if self._eviction.learned.problem is not None:
+            self._count(Counter.LEARNED_REFUSED)
+        self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
         self._urgent: dict[int, None] = {}  # in the order of arrival
         self._prefetches = PrefetchRequests(self._arena, geometry.num_experts, start.plan.num_workers)
         self._loads: dict[int, Load] = {}
@@ -315,10 +324,16 @@ class Pager:
         self._warm_start.save(resident[list(self._eviction.order(resident))[::-1]])
         self._report_warm_start()
 
+    def _save_learned(self, *, wait: bool = False) -> None:
+        self._eviction.learned.save(wait=wait)
+        self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
+        self._report_warm_start()
+
     def _report_warm_start(self) -> None:
-        if self._warm_start.problem is not None:
-            self._channel.send(WarmStartProblem(self._warm_start.problem))
-            self._warm_start.problem = None
+        problems = [problem for source in (self._warm_start, self._eviction.learned) if (problem := source.problem)]
+        if problems:
+            self._channel.send(WarmStartProblem("; ".join(problems)))
+            self._warm_start.problem = self._eviction.learned.problem = None
 
     # ---- the loop
 
@@ -334,6 +349,7 @@ class Pager:
         while True:
             if channel in ready and any(isinstance(message, StopWorking) for message in self._channel.receive()):
                 self._save_heat()
+                self._save_learned(wait=True)
                 return
             if lanes in ready:
                 self._finish_loads()
@@ -345,6 +361,8 @@ class Pager:
             self._serve_urgent()
             if self._warm_start.is_save_due():
                 self._save_heat()
+            if time.monotonic() >= self._next_learned_save:
+                self._save_learned()
             timeout = 0.0
             if not self._serve_prefetch():
                 self._serve_warm_start()

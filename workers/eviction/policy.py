@@ -7,6 +7,7 @@ demand before it asks for what it misses, so that the demand is known when its m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import LEAST_PRECISION
 from hotset.shm.demands import DemandReader
 from hotset.shm.segment import Segment
+from hotset.workers.eviction.learned import LearnedKeeper
 from hotset.workers.eviction.replay import make_policy
 
 
@@ -30,10 +32,19 @@ class Eviction:
         segment: the arena. What an earlier pager of the instance knew of affinity is there still.
         process: the pager's row.
         affinity: [layers, experts], what is known of it; None is what the arena says.
+        model: whose kept learning to begin with and to go on keeping; None keeps nothing.
+
+    Attributes:
+        learned: what is kept of a policy that learns.
     """
 
     def __init__(
-        self, policy: str, segment: Segment, process: int, affinity: npt.NDArray[np.float32] | None = None
+        self,
+        policy: str,
+        segment: Segment,
+        process: int,
+        affinity: npt.NDArray[np.float32] | None = None,
+        model: Path | None = None,
     ) -> None:
         geometry = segment.layout.geometry
         self._num_experts = geometry.num_experts
@@ -55,6 +66,7 @@ class Eviction:
             shared = ExpertAffinity(AffinityConfig(geometry.num_experts), segment=segment, process=process)
             affinity, _ = shared.snapshot()
         self._policy.seed_affinity(affinity.astype(np.float64))
+        self.learned = LearnedKeeper(model or Path(), self._policy, enabled=model is not None)
 
     def learn(self) -> None:
         """Takes in what the workers have used since the last call."""

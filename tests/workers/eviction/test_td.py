@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+from demand_patterns import Ids, follows, random_ids
 
 from hotset.runtime.eviction import parse_eviction
 from hotset.shm.demands import Records, demand_of_set, demands_of_steps
@@ -14,7 +15,6 @@ from hotset.workers.eviction.replay import make_policy, replay
 RATES = np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256], np.float32)
 SETS = 6
 UNIT = 1 / 4096
-Ids = npt.NDArray[np.int64]
 
 
 class PlainTd:
@@ -62,11 +62,6 @@ class PlainTd:
 
     def value(self, layer: int) -> npt.NDArray[np.float64]:
         return 1 - np.prod(1 - np.minimum(self.estimates[:, layer], 1), axis=0)
-
-
-def random_ids(seed: int, steps: int, streams: int, layers: int, experts: int, top_k: int) -> Ids:
-    random = np.random.default_rng(seed)
-    return random.permuted(np.tile(np.arange(experts), (steps, streams, layers, 1)), axis=-1)[..., :top_k]
 
 
 def td_policy(layers: int, experts: int, streams: int, slots: float = 4) -> _core.Policy:
@@ -156,18 +151,6 @@ def test_a_stream_that_ended_wants_nothing_any_more() -> None:
     policy.values(values)
     policy.estimates(0, 1, alone)
     np.testing.assert_allclose(values[1], alone, atol=1e-5)
-
-
-def follows(seed: int, steps: int, experts: int) -> Ids:
-    """Two layers; what layer 1 uses follows from what layer 0 used, and layer 0 walks through a fixed permutation."""
-    random = np.random.default_rng(seed)
-    successor, image = random.permutation(experts), random.permutation(experts)
-    expert, ids = 0, np.empty((steps, 1, 2, 1), np.int64)
-    for step in range(steps):
-        ids[step, 0, 0, 0], ids[step, 0, 1, 0] = expert, image[expert]
-        # Mostly on along the cycle, sometimes anywhere: no policy knows where.
-        expert = int(successor[expert]) if random.random() < 0.9 else int(random.integers(experts))
-    return ids
 
 
 def test_it_learns_what_follows_what() -> None:

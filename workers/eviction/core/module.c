@@ -102,6 +102,46 @@ static PyObject *policy_type_estimates(PyObject *self, PyObject *const *args, Py
     Py_RETURN_NONE;
 }
 
+/* Copies the weights out, or in: sets u16 [layers, sets, experts, stride] and traits f32 [layers, traits, stride]. */
+static int copy_learned(struct policy *policy, PyObject *sets, PyObject *traits, int out) {
+    struct td *td = &policy->td;
+    Py_ssize_t set_shape[] = {td->num_layers, TD_SETS, td->num_experts, td->stride};
+    Py_ssize_t trait_shape[] = {td->num_layers, TD_TRAITS, td->stride};
+    Py_buffer set_view, trait_view;
+    if (policy->base != POLICY_TD) {
+        PyErr_SetString(PyExc_ValueError, "only a td policy learns");
+        return 0;
+    }
+    if (!take_array(sets, "sets", &WORDS, out, 4, set_shape, &set_view)) return 0;
+    if (!take_array(traits, "traits", &FLOAT32, out, 3, trait_shape, &trait_view)) {
+        PyBuffer_Release(&set_view);
+        return 0;
+    }
+    memcpy(out ? set_view.buf : td->set_weights, out ? td->set_weights : set_view.buf, (size_t)set_view.len);
+    memcpy(out ? trait_view.buf : td->trait_weights, out ? td->trait_weights : trait_view.buf, (size_t)trait_view.len);
+    PyBuffer_Release(&set_view);
+    PyBuffer_Release(&trait_view);
+    return 1;
+}
+
+static PyObject *policy_type_learned(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct policy *policy = policy_of(self);
+    if (!policy) return NULL;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    if (!copy_learned(policy, args[0], args[1], 1)) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *policy_type_set_learned(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct policy *policy = policy_of(self);
+    if (!policy) return NULL;
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
+    int leads = PyObject_IsTrue(args[2]);
+    if (leads < 0 || !copy_learned(policy, args[0], args[1], 0)) return NULL;
+    policy_resume(policy, leads);
+    Py_RETURN_NONE;
+}
+
 static PyObject *policy_type_kept(PyObject *self, PyObject *ignored) {
     (void)ignored;
     struct policy *policy = policy_of(self);
@@ -164,6 +204,27 @@ static PyObject *policy_get_crowd(PyObject *self, void *closure) {
     return policy ? PyFloat_FromDouble(policy_crowd(policy)) : NULL;
 }
 
+static PyObject *policy_get_steps(PyObject *self, void *closure) {
+    (void)closure;
+    struct policy *policy = policy_of(self);
+    return policy ? PyLong_FromUnsignedLongLong(policy->steps) : NULL;
+}
+
+static PyObject *policy_get_learns(PyObject *self, void *closure) {
+    (void)closure;
+    struct policy *policy = policy_of(self);
+    return policy ? PyBool_FromLong(policy->base == POLICY_TD) : NULL;
+}
+
+static PyObject *policy_get_learned_shapes(PyObject *self, void *closure) {
+    (void)closure;
+    struct policy *policy = policy_of(self);
+    if (!policy) return NULL;
+    const struct td *td = &policy->td;
+    return Py_BuildValue("(IIII)(III)", td->num_layers, TD_SETS, td->num_experts, td->stride, td->num_layers, TD_TRAITS,
+                         td->stride);
+}
+
 static PyObject *policy_get_floor(PyObject *self, void *closure) {
     (void)closure;
     struct policy *policy = policy_of(self);
@@ -193,6 +254,8 @@ static PyMethodDef policy_methods[] = {
     {"seed_affinity", policy_type_seed, METH_O, "seed_affinity(scores f64[layers, experts]): from an earlier run."},
     {"forget_streams", policy_type_forget_streams, METH_NOARGS, "forget_streams(): after a gap in the demands."},
     {"estimates", POSITIONAL(policy_type_estimates), "estimates(stream, layer, out f32[experts]) of a td policy."},
+    {"learned", POSITIONAL(policy_type_learned), "learned(out u16[sets], out f32[traits]): a td policy's weights."},
+    {"set_learned", POSITIONAL(policy_type_set_learned), "set_learned(sets, traits, leads): from an earlier run."},
     {"replay", KEYWORDS(policy_type_replay), "replay(records, slots, shared=False) -> (events, hits, misses)."},
     {"replay_min", KEYWORDS(policy_type_replay_min), "replay_min(records, slots, shared=False): Belady's MIN."},
     {NULL, NULL, 0, NULL},
@@ -200,6 +263,9 @@ static PyMethodDef policy_methods[] = {
 
 static PyGetSetDef policy_getset[] = {
     {"crowd", policy_get_crowd, NULL, "r: distinct experts per step / slots per layer, lately.", NULL},
+    {"steps", policy_get_steps, NULL, "Demands observed, of all layers.", NULL},
+    {"learns", policy_get_learns, NULL, "Whether this is td.", NULL},
+    {"learned_shapes", policy_get_learned_shapes, NULL, "Of td's weights: sets u16, traits f32.", NULL},
     {"floor", policy_get_floor, NULL, "Experts that a layer keeps of a shared pool as long as others have more.", NULL},
     {"td_leads", policy_get_td_leads, NULL, "Whether the learned values decide, and not the guard's affinity.", NULL},
     {"divergences", policy_get_divergences, NULL, "How often a layer's weights were thrown away.", NULL},

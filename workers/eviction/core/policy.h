@@ -257,6 +257,12 @@ static inline void policy_guard(struct policy *policy) {
     for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
 }
 
+/* After weights came from an earlier run: they lead at once if they did then, until the guard sees that they should not. */
+static inline void policy_resume(struct policy *policy, int leads) {
+    policy->guard.td_leads = leads;
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
+}
+
 /* ---- what is fed */
 
 static inline void policy_learn(struct policy *policy, const uint16_t *record) {
