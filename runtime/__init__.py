@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from hotset.runtime.errors import RequestFailed as RequestFailed
     from hotset.runtime.errors import RequestTooLong as RequestTooLong
     from hotset.runtime.errors import TooManyPins as TooManyPins
-    from hotset.runtime.kv.cache import Admission as Admission
     from hotset.runtime.kv.cache import PagedKvCache as PagedKvCache
     from hotset.runtime.kv.errors import OutOfBounds as OutOfBounds
     from hotset.runtime.kv.errors import OutOfPages as OutOfPages
     from hotset.runtime.kv.errors import UnknownSequence as UnknownSequence
     from hotset.runtime.kv.page_memory import KvPageMemory as KvPageMemory
+    from hotset.runtime.kv.shared_prompts import Admission as Admission
     from hotset.runtime.kv.statistics import FragmentationStats as FragmentationStats
     from hotset.runtime.kv.statistics import PagedCacheStats as PagedCacheStats
     from hotset.runtime.metrics import Latency as Latency
@@ -64,7 +64,8 @@ _MODULES = {
         "TooManyPins",
     ),
     "metrics": ("Latency", "MoeMetrics", "MoeMetricsSummary"),
-    "kv.cache": ("Admission", "PagedKvCache"),
+    "kv.cache": ("PagedKvCache",),
+    "kv.shared_prompts": ("Admission",),
     "kv.errors": ("OutOfBounds", "OutOfPages", "UnknownSequence"),
     "kv.page_memory": ("KvPageMemory",),
     "kv.statistics": ("FragmentationStats", "PagedCacheStats"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
+from hotset.runtime.arena_sequences import ArenaSequences
 from hotset.runtime.channel import Channel
 from hotset.runtime.completion import FinishReason, completion
 from hotset.runtime.config import BackendConfig
@@ -13,7 +14,6 @@ from hotset.runtime.errors import RequestFailed
 from hotset.runtime.instance import Instance
 from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.kv.errors import CorruptCache
-from hotset.runtime.kv.page_pool import NO_PAGE
 from hotset.runtime.messages import (
     CacheChecked,
     Defragment,
@@ -28,7 +28,6 @@ from hotset.runtime.messages import (
     ToWorker,
 )
 from hotset.runtime.scheduler import Request, RequestState, Scheduler
-from hotset.shm.layout import Section
 
 MAX_LOST_WORKERS = 3  # a request that so many workers died of is not tried again
 MAX_CLIENT_BACKLOG = 1 << 24  # bytes; beyond it tokens wait in the arena
@@ -63,10 +62,7 @@ class Dispatcher:
         self.scheduler = Scheduler(cache, geometry.max_sequences, plan.max_model_len)
         self._config = config
         self._eos_token_ids = plan.eos_token_ids
-        self._arena = instance.arena
-        self._token_ids = instance.segment.view(Section.TOKEN_IDS)
-        self._block_tables = instance.segment.block_tables()
-        self._pages = instance.segment.view(Section.KV_PAGES)
+        self._sequences = ArenaSequences(instance, cache)
         self._client = client
         self._send_worker = send_worker
         self._requests: dict[int, Request] = {}
@@ -122,10 +118,7 @@ class Dispatcher:
         if self._defragmentations:
             return
         while workers and (request := self.scheduler.admit()) is not None:
-            self._token_ids[request.row, : request.known] = request.known_ids()
-            # While no worker serves the row, its committed length is ours to set: rows found in the prefix cache.
-            self._arena.store_u64(Section.SEQUENCES, request.row, 0, request.accounted)
-            self._write_block_tables(request)
+            self._sequences.begin(request)
         for request in self.scheduler.running.values():
             if request.worker is not None or request.state is not RequestState.RUNNING:
                 continue
@@ -142,7 +135,7 @@ class Dispatcher:
             )
             self._send_worker(request.worker, run)
             # It may have used its last page up while it belonged to nobody, and then it will never report progress.
-            self._grant(request, self._committed(request))
+            self._grant(request, self._sequences.committed(request))
         candidate = self.scheduler.migration_candidate(workers)
         if candidate is not None:
             self._stop(candidate, RequestState.MIGRATING)
@@ -153,34 +146,6 @@ class Dispatcher:
         if request.worker is not None:
             self._send_worker(request.worker, StopSequence(request.row, request.client))
 
-    def _write_block_tables(self, request: Request, start: int = 0) -> None:
-        """The entries from block `start` on."""
-        cache = self.scheduler.cache
-        for group, entries in enumerate(self._block_tables[request.row]):
-            table = cache.block_table(request.sequence, group)
-            for page in table[start:]:
-                if page != NO_PAGE:
-                    self._note_new_owner(page)
-            entries[start : len(table)] = table[start:]
-        # Release, after the entries: the worker reads the count first.
-        self._arena.store_u32(Section.SEQUENCES, request.row, 2, cache.num_blocks(request.sequence))
-
-    def _clear_behind_windows(self, request: Request) -> None:
-        """Its worker reads those pages no more; who reads the row from outside shall not either."""
-        cache = self.scheduler.cache
-        for group, window in enumerate(cache.windows):
-            if window:
-                self._block_tables[request.row, group, : cache.num_released(request.sequence, group)] = NO_PAGE
-
-    def _clear_block_table(self, request: Request) -> None:
-        """Before others get its pages: who reads the row from outside must not take their pages for its own."""
-        self._arena.store_u32(Section.SEQUENCES, request.row, 2, 0)
-
-    def _note_new_owner(self, page: int) -> None:
-        """To be called before the new owner can write the page: who still reads it for an old one has to see that."""
-        generation = self.scheduler.cache.generation(page)
-        self._arena.hand_out_page(page, generation % 2**32)
-
     def _grant(self, request: Request, committed: int) -> None:
         """Keeps a spare page ahead of a running sequence; makes room by preemption when it stands still."""
         if request.state is not RequestState.RUNNING or request.worker is None:
@@ -188,7 +153,7 @@ class Dispatcher:
         before = self.scheduler.blocks(request)
         was_stalled = self.scheduler.is_stalled(request, committed)
         if self.scheduler.grow(request, committed, written=committed):
-            self._write_block_tables(request, before)
+            self._sequences.write_block_tables(request, before)
             # Always: since the progress that we go by it may have used up what it had, looked in vain and gone to
             # sleep.
             self._send_worker(request.worker, PagesGranted(request.row))
@@ -200,7 +165,7 @@ class Dispatcher:
     def _grant_stalled(self) -> None:
         """Pages have come back: sequences without room go first, those that were admitted first before others."""
         for request in sorted(self.scheduler.running.values(), key=lambda request: request.order):
-            committed = self._committed(request)
+            committed = self._sequences.committed(request)
             if self.scheduler.is_stalled(request, committed):
                 self._grant(request, committed)
 
@@ -255,7 +220,7 @@ class Dispatcher:
         self._send_new_tokens(request)
         match request.state:
             case RequestState.PREEMPTING:
-                self._clear_block_table(request)
+                self._sequences.clear_block_tables(request)
                 self.scheduler.requeue(request)
                 self._grant_stalled()
             case RequestState.MIGRATING:
@@ -275,15 +240,13 @@ class Dispatcher:
             return
         for message in self._defragmentations:
             moves = self.scheduler.cache.defragment(message.max_moves)
-            for source, destination in moves.items():
-                self._note_new_owner(destination)
-                self._pages[destination] = self._pages[source]
+            self._sequences.move_pages(moves)
             self._client.send(Defragmented(message.query, len(moves)))
         self._defragmentations.clear()
         for request in running:
             if request.state is RequestState.HALTING:  # others, of a dead worker, are about to be settled
                 request.state = RequestState.RUNNING
-            self._write_block_tables(request)
+            self._sequences.write_block_tables(request)
 
     # ---- to the client
 
@@ -302,19 +265,16 @@ class Dispatcher:
         if tokens:
             self._client.send(Generated(request.client, tokens))
 
-    def _committed(self, request: Request) -> int:
-        return self._arena.load_u64(Section.SEQUENCES, request.row, 0)
-
     def _take_new_tokens(self, request: Request) -> bytes:
         """Token ids that were committed since the last call. Only committed tokens are ever sent."""
-        committed = self._committed(request)
+        committed = self._sequences.committed(request)
         start = request.known
         # The token at position `committed` is sampled; below it KV rows are written too (see struct sequence_state).
         stop = min(committed + 1, request.limit) if committed >= len(request.prompt) else start
-        tokens = self._token_ids[request.row, start:stop]
+        tokens = self._sequences.token_ids(request, start, stop)
         request.generated.extend(tokens.tolist())
         self.scheduler.account(request, committed)
-        self._clear_behind_windows(request)
+        self._sequences.clear_behind_windows(request)
         return tokens.tobytes()
 
     def _completion(self, request: Request, tokens: bytes) -> FinishReason | None:
@@ -335,7 +295,7 @@ class Dispatcher:
 
     def _end(self, request: Request, tokens: bytes, finish: FinishReason, error: str | None) -> None:
         if request.row >= 0:
-            self._clear_block_table(request)
+            self._sequences.clear_block_tables(request)
             self.scheduler.release(request)
             self._grant_stalled()
             self._defragment_when_halted()

@@ -68,7 +68,7 @@ class InstancePlan(msgspec.Struct, frozen=True):
     memory: MemorySplit
     routing: RoutingPreference
     kv_windows: tuple[int, ...] = (0,)  # per group of layers
-    kv_max_step: int | None = None  # see BlockTables
+    kv_max_step: int | None = None  # see SequenceTables
 
     @property
     def expert_budget_nbytes(self) -> int:

@@ -104,6 +104,12 @@ class PagePool:
             references[page] += 1
         self.idle -= woken
 
+    def share_used(self, pages: Iterable[int]) -> None:
+        """`share` for pages that are in use, none of which has to be woken."""
+        references = self.references
+        for page in pages:
+            references[page] += 1
+
     def release(self, pages: Sequence[int]) -> int:
         """One reference less to each page. The last one of an unpublished page frees it, of a published one makes it
         idle.

@@ -226,7 +226,7 @@ def test_a_page_has_its_new_generation_before_compaction_writes_it(office: Offic
             seen.append((int(office.generations[page]), office.cache.generation(page)))
             office.pages[page] = rows
 
-    office.dispatcher._pages = Pages()  # type: ignore[assignment]
+    office.dispatcher._sequences._pages = Pages()  # type: ignore[assignment]
     office.dispatcher.defragment(Defragment(7, None))
     office.acknowledge(2)
     assert seen and all(stored == current for stored, current in seen)

@@ -12,10 +12,11 @@ from collections.abc import Hashable, Sequence
 import pytest
 
 from hotset.runtime.kv import events
-from hotset.runtime.kv.cache import Admission, PagedKvCache
+from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.kv.errors import OutOfPages
 from hotset.runtime.kv.events import CacheCleared, PagesRemoved, PagesStored, page_keys
 from hotset.runtime.kv.prefix_cache import pack_tokens
+from hotset.runtime.kv.shared_prompts import Admission
 from hotset.runtime.kv.statistics import HitRateWindow
 
 C = [0] * 16 + [1] * 16 + [2] * 16  # three full pages
