@@ -72,6 +72,13 @@ class MixtureOfExperts:
         self._exact = np.asarray(exact, np.bool_)
         self._access.count_as(prefill=prefill)
         self._streams = None if prefill else np.asarray(streams, np.int32)
+        if self._prefetcher is not None and not prefill:
+            self._prefetcher.begin_step()
+
+    def end_step(self) -> None:
+        """After each forward step."""
+        if self._prefetcher is not None and self._streams is not None:
+            self._prefetcher.end_step(len(self._streams))
 
     def __call__(self, layer: int, hidden: Float32, gate_logits: Float32, residual: Float32) -> Float32:
         """hidden [rows, hidden_size], after its norm, and gate logits [rows, num_experts] -> weighted sum of outputs.

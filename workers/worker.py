@@ -46,6 +46,7 @@ from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
 from hotset.workers.moe import MixtureOfExperts, router_config
 from hotset.workers.prefetch.prefetcher import Prefetcher
 from hotset.workers.prefetch.sources import make_sources
+from hotset.workers.prefetch.trial import Trial
 
 
 class Sequence:
@@ -109,7 +110,7 @@ class Worker:
         prefetcher = None
         if prefetch.sources:
             sources = make_sources(prefetch.sources, start.config, checkpoint, self._segment, router)
-            prefetcher = Prefetcher(sources, access, model.experts_per_token)
+            prefetcher = Prefetcher(sources, access, model.experts_per_token, Trial() if prefetch.guarded else None)
         self._experts = MixtureOfExperts(self._segment, router, model, access, prefetcher)
         kv_format = KvFormat(start.config.kv_cache_dtype)
         page = model.kv_page_layout(geometry.block_size, kv_format)
@@ -183,6 +184,7 @@ class Worker:
             start += rows
         self._experts.begin_step(exact, prefill=prefill, streams=[sequence.run.row for sequence, _ in parts])
         logits = self._transformer.forward(Batch(token_ids, positions, members))
+        self._experts.end_step()
         self._arena.count(self._process, Counter.STEPS, 1)
         self._arena.count(self._process, Counter.PREFILL_TOKENS if prefill else Counter.DECODE_TOKENS, total)
 

@@ -63,7 +63,7 @@ class Row(msgspec.Struct, frozen=True):
 class PreviousToken(Source):
     """What the layer used a token ago, and a token before that ...: popularity of the shortest memory."""
 
-    edges = (0.1, 0.3, 0.6)
+    edges = (0.0, 0.1, 0.3, 0.6)
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
@@ -145,8 +145,8 @@ class Tally:
         self.source = source
         self.top_k = top_k
         self.confidence = Confidence(source.edges)
-        self.named = np.zeros(len(source.edges) + 1)
-        self.used = np.zeros(len(source.edges) + 1)
+        self.named = np.zeros(len(source.edges))
+        self.used = np.zeros(len(source.edges))
         self.pending: dict[int, tuple[Int32, npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = {}
         self.counts = dict.fromkeys(
             ("true", "top_k", "top_2k", "absent", "absent_used", "misses", "asked", "asked_used"), 0
@@ -179,7 +179,7 @@ class Tally:
             return
         scores = self.source.scores(step)
         order = np.argsort(-scores, kind="stable")[: 2 * self.top_k].astype(np.int32)
-        order = order[np.isfinite(scores[order])]
+        order = order[scores[order] >= self.source.edges[0]]
         absent = ~slots.resident[layer, order]
         buckets = np.array(self.confidence.buckets(scores[order]), np.int64)
         trusted = np.array([self.confidence.trusts(bucket) for bucket in buckets], np.bool_)

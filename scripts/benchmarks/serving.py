@@ -1,6 +1,7 @@
 """How fast a model is served with a part of its experts in memory, and what that reads from the disk.
 
-usage: scripts/bench serving --model FOLDER [--budgets 12.5,25,50,100] [--memory 2GiB] [--routing off,range] [--json]
+usage: scripts/bench serving --model FOLDER [--budgets 12.5,25,50,100] [--memory 2GiB] [--routing off,range]
+                             [--prefetch off,auto] [--rounds 1] [--json]
 
 Each row is an instance of its own, with the model's files dropped from the page cache before it starts. `--memory`
 adds a row with that budget for everything, in a control group that allows no byte more (where one can be made), the
@@ -10,6 +11,7 @@ page cache of its reads included.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -70,35 +72,52 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         "warm_up_tokens": options.warm_up,
         "temperature": 1.0,
     }
+    memories = [
+        (f"{budget}% of experts", {"expert_budget": f"{budget}%"}) for budget in options.budgets.split(",") if budget
+    ]
+    if options.memory:
+        memories.append((f"{options.memory} in all", {"memory": options.memory}))
     for routing in options.routing.split(","):
-        for budget in filter(None, options.budgets.split(",")):
-            request = Request(settings=settings | {"routing": routing, "expert_budget": f"{budget}%"}, **common)
-            found.append({"routing": routing, "memory": f"{budget}% of experts"} | as_row(measure(request)))
-        if options.memory:
-            request = Request(settings=settings | {"routing": routing, "memory": options.memory}, **common)
-            report = measure(request, parse_nbytes(options.memory))
-            found.append({"routing": routing, "memory": f"{options.memory} in all"} | as_row(report))
+        for name, memory in memories:
+            # In turn, so that whatever else changes on the machine changes for all.
+            for _, prefetch in itertools.product(range(options.rounds), options.prefetch.split(",")):
+                chosen = {"routing": routing, "prefetch": prefetch}
+                request = Request(settings=settings | chosen | memory, **common)
+                report = measure(request, parse_nbytes(memory["memory"]) if "memory" in memory else None)
+                found.append(chosen | {"memory": name} | as_row(report))
     return found
 
 
 def as_row(report: Report) -> dict[str, Any]:
     row = msgspec.to_builtins(report)
+    row["prefetched"] = row.pop("prefetch")
     del row["token_ids"]
+    for source, stats in zip(row["prefetched"], report.prefetch, strict=True):
+        source |= {"precision": round(stats.precision, 4), "recall": round(stats.recall, 4)}
     row["missed_nbytes"] = report.page_ins * report.expert_nbytes
     return row
 
 
 def print_table(found: list[dict[str, Any]]) -> None:
-    print("routing memory            tokens/s (slowest to fastest quarter)   hits  loads  disk/loads   page-in p50/p99")
+    print(
+        "routing prefetch   memory            tokens/s (slowest to fastest quarter)   hits  loads  disk/loads"
+        "   page-in p50/p99"
+    )
     for row in found:
         loaded = max(1, row["missed_nbytes"])
         print(
-            f"{row['routing']:7} {row['memory']:16} {row['tokens_per_second']:8.1f}"
+            f"{row['routing']:7} {row['prefetch']:10} {row['memory']:16} {row['tokens_per_second']:8.1f}"
             f" ({min(row['quarters']):6.1f} to {max(row['quarters']):6.1f})        {row['hit_rate']:15.1%}"
             f" {row['page_ins']:6} {row['disk_nbytes'] / loaded:8.2f}"
             f"  {row['paging_p50_us'] / 1000:8.2f} / {row['paging_p99_us'] / 1000:.2f} ms"
             f"   PSS {format_nbytes(row['largest_pss'])} of {format_nbytes(row['planned_nbytes'])} planned"
         )
+        for source in row["prefetched"]:
+            print(
+                f"    {source['source']}: {source['requests']} asked for, {source['page_ins']} read, "
+                f"{source['hits']} used in time and {source['late_hits']} almost: precision {source['precision']:.1%}, "
+                f"recall {source['recall']:.1%}"
+            )
 
 
 def main() -> int:
@@ -107,6 +126,8 @@ def main() -> int:
     parser.add_argument("--budgets", default="12.5,25,50,100", help="percentages of experts resident")
     parser.add_argument("--memory", help="a budget for everything, held by a control group, as one more row")
     parser.add_argument("--routing", default="off,range")
+    parser.add_argument("--prefetch", default="off")
+    parser.add_argument("--rounds", type=int, default=1, help="of the values of --prefetch, in turn")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256)

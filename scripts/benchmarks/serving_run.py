@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from hotset.runtime import Backend, SamplingParams
+from hotset.runtime.stats import PrefetchStats
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +58,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     largest_pss: int
     slots: int
     restarts: int
+    prefetch: list[PrefetchStats]
 
 
 def proportional_nbytes(pid: int) -> int:
@@ -134,6 +136,7 @@ def run(request: Request) -> Report:
             largest_pss=scales.largest,
             slots=backend.plan.geometry.num_slots,
             restarts=stats.worker_restarts + stats.pager_restarts,
+            prefetch=stats.prefetch,
         )
 
 

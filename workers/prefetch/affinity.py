@@ -14,7 +14,7 @@ class Affinity(Source):
         snapshot: scores now, [layers, num_experts].
     """
 
-    edges = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    edges = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
     def __init__(self, snapshot: Callable[[], Float32]) -> None:
         self._snapshot = snapshot

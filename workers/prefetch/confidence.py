@@ -16,16 +16,17 @@ class Confidence:
     each bucket of the score.
 
     Args:
-        edges: of the buckets, ascending.
+        edges: where each bucket begins, ascending.
     """
 
     def __init__(self, edges: tuple[float, ...]) -> None:
         self._edges = np.array(edges, np.float32)
-        self._named = [DOUBTS] * (len(edges) + 1)
-        self._used = [0.0] * (len(edges) + 1)
+        self._named = [DOUBTS] * len(edges)
+        self._used = [0.0] * len(edges)
 
     def buckets(self, scores: npt.NDArray[np.float32]) -> list[int]:
-        return np.searchsorted(self._edges, scores, "right").tolist()
+        """Of scores that are not below the first edge."""
+        return (np.searchsorted(self._edges, scores, "right") - 1).tolist()
 
     def precision(self, bucket: int) -> float:
         """As far as known: 0 before anything is."""

@@ -26,7 +26,7 @@ class GateAhead(Source):
         preference: of the routing policy; None where the gate alone decides.
     """
 
-    edges = (-0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+    edges = (-0.02, 0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 
     def __init__(self, gates: Gates, distance: int, top_k: int, preference: Preference | None = None) -> None:
         self._gates = gates

@@ -6,6 +6,7 @@ out, and one that has become bad asks for nothing any more.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -16,9 +17,10 @@ from hotset.shm.layout import PrefetchSource
 from hotset.workers.expert_access import ExpertAccess
 from hotset.workers.prefetch.confidence import Confidence
 from hotset.workers.prefetch.source import LayerStep, Source
+from hotset.workers.prefetch.trial import Trial
 
-FEW_MISSES = 0.05  # of a layer's step: below, foreseeing them costs more than they do
-MISS_RATE = 1 / 32  # of the moving average
+FEW_MISSES = 0.25  # of a layer's step: below, foreseeing them costs more than they do
+MISS_RATE = 1 / 16  # of the moving average
 SAMPLED = 16  # of the steps of a layer with few misses, every how manieth is foreseen nevertheless
 
 
@@ -36,8 +38,13 @@ class Layer:
     def __init__(self) -> None:
         self.named: list[Named] = []
         self.asked: set[int] = set()
-        self.misses = 1.0  # of a step, had nothing been prefetched; a moving average
+        self.misses = 0.0  # of a step, had nothing been prefetched; a moving average
         self.steps = 0
+
+    def forget(self) -> None:
+        """What was named and asked for."""
+        self.named.clear()
+        self.asked.clear()
 
     def is_worth_it(self) -> bool:
         return self.misses >= FEW_MISSES or self.steps % SAMPLED == 0
@@ -49,17 +56,42 @@ class Prefetcher:
     Args:
         sources: the first that names an expert gets it counted.
         access: to the experts.
-        top_k: experts per token. Twice as many candidates of a source are looked at.
+        top_k: experts per token. At most twice as many candidates of a source are looked at.
+        trial: finds out whether it pays; None is to prefetch in any case.
     """
 
-    def __init__(self, sources: Mapping[PrefetchSource, Source], access: ExpertAccess, top_k: int) -> None:
+    def __init__(
+        self,
+        sources: Mapping[PrefetchSource, Source],
+        access: ExpertAccess,
+        top_k: int,
+        trial: Trial | None = None,
+    ) -> None:
+        self._trial = trial
+        self._is_on = True
+        self._began = 0
         self._sources = [(number, source, Confidence(source.edges)) for number, source in sources.items()]
         self._access = access
         self._candidates = 2 * top_k
         self._layers: defaultdict[int, Layer] = defaultdict(Layer)
 
+    def begin_step(self) -> None:
+        """Before a decode step."""
+        if self._trial is not None:
+            self._is_on, was_on = self._trial.is_on, self._is_on
+            if self._is_on and not was_on:
+                for layer in self._layers.values():
+                    layer.forget()
+            self._began = time.monotonic_ns()
+
+    def end_step(self, rows: int) -> None:
+        if self._trial is not None:
+            self._trial.note(time.monotonic_ns() - self._began, rows)
+
     def after_routing(self, step: LayerStep) -> None:
         """When the layer's own missing experts have been requested, and before any is computed."""
+        if not self._is_on:
+            return
         self._settle(step)
         for number, source, confidence in self._sources:
             source.observe(step)
@@ -77,30 +109,28 @@ class Prefetcher:
         for named in layer.named:
             for expert, bucket in zip(named.experts, named.buckets, strict=True):
                 named.confidence.learn(bucket, used=expert in used)
-        layer.named.clear()
-        layer.asked.clear()
+        layer.forget()
 
     def _name(
         self, number: PrefetchSource, source: Source, confidence: Confidence, target: int, step: LayerStep
     ) -> None:
         scores = source.scores(step)
-        best = (
-            np.argpartition(scores, -self._candidates)[-self._candidates :] if self._candidates < len(scores) else None
-        )
-        best = np.argsort(scores) if best is None else best[np.argsort(scores[best])]
+        best = np.flatnonzero(scores >= source.edges[0])
+        if len(best) > self._candidates:
+            best = best[np.argpartition(scores[best], -self._candidates)[-self._candidates :]]
         values = scores[best]
-        experts: list[int] = []
-        buckets: list[int] = []
-        asked: list[int] = []
-        layer = self._layers[target]
+        layer, experts, buckets = self._layers[target], list[int](), list[int]()
+        asked: list[tuple[float, int]] = []
         for expert, bucket, value in zip(best.tolist(), confidence.buckets(values), values.tolist(), strict=True):
-            if value == -np.inf or self._access.is_resident(target, expert):
+            if self._access.is_resident(target, expert):
                 continue
             experts.append(expert)
             buckets.append(bucket)
             if confidence.trusts(bucket) and expert not in layer.asked:
-                asked.append(expert)
+                asked.append((value, expert))
         layer.named.append(Named(confidence, experts, buckets))
         if asked:
-            layer.asked.update(asked)
-            self._access.prefetch(target, asked, number)  # the likeliest last: the pager begins with the latest
+            # The likeliest last: the pager begins with the latest.
+            in_order = [expert for _, expert in sorted(asked)]
+            layer.asked.update(in_order)
+            self._access.prefetch(target, in_order, number)

@@ -14,7 +14,7 @@ class RunnersUp(Source):
         threshold: the least gate probability of a candidate (`prefetch_threshold`).
     """
 
-    edges = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
+    edges = (0.0, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold

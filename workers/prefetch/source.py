@@ -33,7 +33,7 @@ class Source(ABC):
     """Scores the experts of a layer by how likely the layer's next step uses them.
 
     A score is comparable only with others of the same source. What it is worth is measured (confidence.py), in
-    buckets that `edges` separates, ascending.
+    buckets that begin at `edges`, ascending; experts below the first are no candidates.
     """
 
     edges: ClassVar[tuple[float, ...]]
@@ -47,4 +47,4 @@ class Source(ABC):
 
     @abstractmethod
     def scores(self, step: LayerStep) -> Float32:
-        """A score for each expert of the target, -inf for those that are no candidates."""
+        """A score for each expert of the target."""

@@ -25,7 +25,7 @@ class Transitions(Source):
         num_experts: of each.
     """
 
-    edges = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    edges = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
     def __init__(self, layers: Sequence[int], num_experts: int) -> None:
         self._layers = layers

@@ -123,8 +123,8 @@ def test_layers_that_hardly_miss_are_looked_at_now_and_then_only() -> None:
 
 
 def test_confidence_is_none_at_first_and_then_what_was_measured() -> None:
-    confidence = Confidence((0.0, 1.0))
-    assert confidence.buckets(np.array([-1, 0, 0.5, 7], np.float32)) == [0, 1, 1, 2]
+    confidence = Confidence((0.0, 1.0, 2.0))
+    assert confidence.buckets(np.array([0, 0.5, 1, 7], np.float32)) == [0, 0, 1, 2]
     assert not any(confidence.trusts(bucket) for bucket in range(3))
     for turn in range(3000):
         confidence.learn(0, used=turn % 2 == 0)
