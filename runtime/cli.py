@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -277,6 +278,10 @@ def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any
             "warm_start": stats.warm_page_ins,
         },
         "preference": {**msgspec.to_builtins(stats.preference), "text": str(stats.preference)},
+        "prefetch": [
+            msgspec.to_builtins(source) | {"precision": round(source.precision, 4), "recall": round(source.recall, 4)}
+            for source in stats.prefetch
+        ],
         "routing_us": {"mean": round(stats.routing.mean, 3), "p99": round(stats.routing.p99, 3)},
         "kv_pages_used": stats.kv_pages_peak,
         "expert_bytes_resident": stats.resident_expert_bytes,
@@ -296,6 +301,16 @@ def _page_ins_text(page_ins: dict[str, int]) -> str:
     return f"{page_ins['urgent']} urgent, {page_ins['prefetch']} prefetch, {page_ins['warm_start']} for a warm start"
 
 
+def _prefetch_lines(prefetch: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for source in prefetch:
+        used = source["hits"] + source["late_hits"]
+        yield (
+            f"prefetch {source['source']}",
+            f"{source['page_ins']} of {source['requests']} read, {used} used ({source['precision']:.1%}), "
+            f"{source['recall']:.1%} of {source['misses']} misses foreseen",
+        )
+
+
 def _print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -308,6 +323,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
         ("would have hit", _regret_text(report["regret"])),
         ("page-ins", _page_ins_text(page_ins)),
+        *_prefetch_lines(report["prefetch"]),
         ("routing", f"{report['preference']['text']}; mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
         ("KV pages used", f"{report['kv_pages_used']}"),
         (

@@ -10,6 +10,7 @@ import os
 import select
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.supervision import run_child
 from hotset.shm.counters import Counter
 from hotset.shm.kv_page_format import KvFormat
-from hotset.shm.layout import Section
+from hotset.shm.layout import PrefetchSource, Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.compute import _kernels
@@ -44,8 +45,10 @@ from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
 from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
 from hotset.workers.moe import MixtureOfExperts, router_config
+from hotset.workers.prefetch.kept_table import KeptTable
 from hotset.workers.prefetch.prefetcher import Prefetcher
 from hotset.workers.prefetch.sources import make_sources
+from hotset.workers.prefetch.transitions import Transitions
 from hotset.workers.prefetch.trial import Trial
 
 
@@ -108,8 +111,12 @@ class Worker:
         access = ExpertAccess(self._segment, PagingQueue.attach(start.instance), start.process)
         prefetch = parse_prefetch(start.config.prefetch)
         prefetcher = None
+        self._kept_table: KeptTable | None = None
         if prefetch.sources:
             sources = make_sources(prefetch.sources, start.config, checkpoint, self._segment, router)
+            table = sources.get(PrefetchSource.TRANSITIONS)
+            if isinstance(table, Transitions) and start.process == 0 and start.config.warm_start:
+                self._kept_table = KeptTable(table, Path(start.config.model))
             prefetcher = Prefetcher(sources, access, model.experts_per_token, Trial() if prefetch.guarded else None)
         self._experts = MixtureOfExperts(self._segment, router, model, access, prefetcher)
         kv_format = KvFormat(start.config.kv_cache_dtype)
@@ -236,6 +243,8 @@ class Worker:
         while True:
             for message in self._channel.receive():
                 if not self._handle(message):
+                    if self._kept_table is not None:
+                        self._kept_table.save()
                     return
             self._arena.store_u64(Section.COUNTERS, self._process, Counter.HEARTBEAT_NANOSECONDS, time.monotonic_ns())
             prefill, parts = self._next_step()
@@ -243,6 +252,8 @@ class Worker:
                 select.select([self._channel], [self._channel] if self._channel.pending_nbytes else [], [])
                 self._channel.flush()
                 continue
+            if self._kept_table is not None:
+                self._kept_table.save_if_due()
             try:
                 self._step(prefill, parts)
             except ExpertUnavailable as error:

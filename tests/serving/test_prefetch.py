@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from instances import PROMPTS
 
 from hotset.runtime import Backend, SamplingParams
+from hotset.runtime.cli import app
+from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.model.model_cache import model_cache
 from hotset.runtime.prefetch import LEAST_PRECISION
+from hotset.workers.prefetch.transitions import Transitions
 
 GREEDY = SamplingParams(temperature=0, max_tokens=160, routing="off", ignore_eos=True)
 EVERYTHING = "gate-ahead+gate-ahead-2+transitions+runners-up+affinity"
@@ -42,6 +48,28 @@ def test_what_is_prefetched_is_used() -> None:
     assert source.precision >= LEAST_PRECISION
     assert 0 < source.recall < 1
     assert source.misses == stats.decode_expert_misses + stats.prefetch_hits
+
+
+def test_the_end_of_a_launch_says_what_prefetching_was_worth(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--prompt", PROMPTS[0], "--workers", "1", "--expert-budget", "25%", "--ignore-eos", "--temperature", "0"]
+    with pytest.raises(SystemExit) as done:
+        app(["generate", *asked, "--max-tokens", "120", "--routing", "off", "--prefetch", "gate-ahead"])
+    assert done.value.code == 0
+    assert re.search(r"prefetch gate-ahead +\d+ of \d+ read, \d+ used \(\d", capsys.readouterr().out)
+
+
+def test_what_transitions_learned_is_there_for_the_next_instance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokens = 0
+    for _ in range(2):
+        with Backend(workers=1, expert_budget="25%", routing="off", prefetch="transitions") as backend:
+            backend.generate(PROMPTS[0], GREEDY)
+            tokens += backend.stats().decode_tokens
+    table = Transitions(range(4), 32)
+    assert table.load(model_cache(TRAINED_MODEL) / "transitions")
+    assert table._seen.sum() == pytest.approx(tokens * 3 * 4)  # pairs of layers x top-k, both instances
 
 
 def test_without_prefetch_nothing_is_read_ahead(expected: list[list[int]]) -> None:

@@ -1,0 +1,45 @@
+"""The table of transitions from one instance to the next: a file of its own beside the model's heat file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from hotset.runtime.model.model_cache import model_cache
+from hotset.workers.prefetch.transitions import Transitions
+
+SAVE_SECONDS = 60.0  # what a kill can lose
+
+
+class KeptTable:
+    """Begins with what an earlier instance of the model has learned, and writes what this one does.
+
+    The file is a cache: without it, or if it cannot be written, the table is learned anew.
+
+    Args:
+        table: of one worker; only one of an instance may be kept.
+        model: the folder or file served.
+    """
+
+    def __init__(self, table: Transitions, model: Path) -> None:
+        self._table = table
+        self._next_save = time.monotonic() + SAVE_SECONDS
+        try:
+            self._file: Path | None = model_cache(model) / "transitions"
+        except (OSError, RuntimeError):  # RuntimeError: this user has no home
+            self._file = None
+        else:
+            table.load(self._file)
+
+    def save_if_due(self) -> None:
+        if time.monotonic() >= self._next_save:
+            self.save()
+
+    def save(self) -> None:
+        self._next_save = time.monotonic() + SAVE_SECONDS
+        if self._file is None:
+            return
+        try:
+            self._table.save(self._file)
+        except OSError:
+            self._file = None
