@@ -17,7 +17,7 @@ from hotset.workers.prefetch.runners_up import RunnersUp
 from hotset.workers.prefetch.source import Source
 from hotset.workers.prefetch.transitions import Transitions
 
-LOGIT_RANGE = 2  # of a layer's state, in words of 32 bits
+LOGIT_RANGE = 8 // 4  # of a layer's state (LAYER_STATE), in words of 32 bits
 
 
 def make_sources(
@@ -30,7 +30,7 @@ def make_sources(
     """In the order in which they were asked for."""
     model = checkpoint.config
     gates = Gates(model, checkpoint)
-    preference = preference_of(config, segment, router)
+    preference = preference_of(segment, router)
 
     def make(number: PrefetchSource) -> Source:
         match number:
@@ -49,19 +49,18 @@ def make_sources(
     return {number: make(number) for number in asked}
 
 
-def preference_of(config: BackendConfig, segment: Segment, router: MemoryAwareRouter) -> Preference | None:
+def preference_of(segment: Segment, router: MemoryAwareRouter) -> Preference | None:
     """What the routing policy adds to logits, if it works by adding to them."""
     arena = segment.arena
-    match config.routing:
+    match router.config.policy:
         case "bonus":
-            return lambda layer: (router.strength, list(router.resident_experts(layer)))
+            return lambda layer: (router.strength, router.resident_experts(layer))
         case "range":
 
             def by_range(layer: int) -> tuple[float, list[int]]:
                 bits = arena.load_u32(Section.LAYERS, layer, LOGIT_RANGE)
-                return router.strength * struct.unpack("<f", struct.pack("<I", bits))[0], list(
-                    router.resident_experts(layer)
-                )
+                spread: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+                return router.strength * spread, router.resident_experts(layer)
 
             return by_range
         case _:
