@@ -54,7 +54,7 @@ def sample_text() -> str:
 
 def windows_within_memory(model: ModelConfig, kinds: int, available: int) -> tuple[int, int]:
     """(texts, tokens of a window) whose KV rows, `kinds` times, take at most a quarter of `available` bytes."""
-    row = model.kv_page_layout(1, KvFormat.FLOAT32).page_nbytes
+    row = model.kv_nbytes_per_token(KvFormat.FLOAT32)
     texts, window = TEXTS, min(LONGEST_WINDOW, model.max_position_embeddings)
     while kinds * texts * window * row > available // 4 and (texts > 2 or window > SHORTEST_WINDOW):
         if texts > 2:

@@ -73,6 +73,10 @@ class Outcome(msgspec.Struct, frozen=True):
     misses: npt.NDArray[np.int64]
 
 
+def layers_with_experts(config: ModelConfig) -> list[int]:
+    return [layer for layer in range(config.num_layers) if layer not in config.dense_layers]
+
+
 class SimulatedCache:
     """What an instance would hold, and how often it found there what it needed."""
 
@@ -85,7 +89,7 @@ class SimulatedCache:
             slots_per_layer=setting.slots,
         )
         if setting.shared:
-            self._cache = Cache(policy, setting.slots * config.num_layers, shared=True)
+            self._cache = Cache(policy, setting.slots * len(layers_with_experts(config)), shared=True)
         else:
             self._cache = Cache(policy, setting.slots)
         self.mask = np.zeros((config.num_layers, -(-config.num_experts // 64)), np.uint64)
@@ -252,7 +256,7 @@ class Simulation:
             cache = SimulatedCache(self.config, setting)
             for window in range(windows):
                 for step in self.exact_ids[window, :, first : first + setting.batch]:
-                    for layer in range(self.config.num_layers):
+                    for layer in layers_with_experts(self.config):
                         cache.use(layer, step[:, layer])
                 hits[first, window], misses[first, window] = cache.hits, cache.misses
                 cache.hits = cache.misses = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from family_models import make_family_model
 
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -76,6 +77,25 @@ def test_windows_are_contexts_of_their_own(texts: npt.NDArray[np.int32]) -> None
     _, (exact,) = run(texts)
     _, (second,) = run(np.ascontiguousarray(texts[:, 1:]))
     assert np.array_equal(exact.loss[:, 1:], second.loss)
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt_oss in mxfp4", "qwen3_moe with layers without experts", "qwen2_moe with windows in some layers"]
+)
+def test_other_families(tmp_path: Path, family: str) -> None:
+    """What is not the shipped model's: layers without experts, windows, renormalised weights, other formats."""
+    model = make_family_model(tmp_path, family)
+    tokens = windows_of(np.random.default_rng(0).integers(1, 256, 300).astype(np.int32), texts=2, windows=2, length=40)
+    settings = [Setting("resnorm", strength, "td", 3, shared=True) for strength in (0.0, 0.5)]
+    simulation = Simulation(model, tokens, settings)
+    exact, none, some = simulation.run()
+    hits, misses = simulation.exact_hits(settings[0])
+    config = simulation.config
+    assert np.array_equal(none.loss, exact.loss) and some.divergence.sum() > 0
+    assert np.array_equal(none.hits, hits) and np.array_equal(none.misses, misses)
+    layers = config.num_layers - len(config.dense_layers)
+    assert hits.sum() + misses.sum() == 2 * 2 * 40 * layers * config.experts_per_token
+    assert some.misses.sum() < misses.sum()
 
 
 def test_few_experts_in_memory_give_the_same_outcome(texts: npt.NDArray[np.int32]) -> None:
