@@ -37,17 +37,22 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Rates are of decoding: tokens over the time from a first to a last token, of one answer's quarters and of all.
 
     `io_nbytes` is what the pager asked of the kernel, `disk_nbytes` what came from the disk for it; both from
-    /proc/PID/io. `largest_pss` is of all processes together, this one included.
+    /proc/PID/io. `largest_pss` is of all processes together, this one included. `step_p99_ms` is of the times between
+    an answer's tokens; `waiting` the time in urgent page-ins as a share of all, from above: they may overlap.
     """
 
     token_ids: list[list[int]]
     tokens_per_second: float
     quarters: list[float]
+    step_p99_ms: float
+    waiting: float
     hit_rate: float
     prefill_hit_rate: float
     lost_mass: float
     misses: int
     page_ins: int
+    prefetch_page_ins: int
+    prefetches_used: int
     evictions: int
     expert_nbytes: int
     io_nbytes: int
@@ -121,11 +126,15 @@ def run(request: Request) -> Report:
             token_ids=answers,
             tokens_per_second=(sum(map(len, answers)) - len(answers)) / seconds,
             quarters=quarters,
+            step_p99_ms=1000 * float(np.percentile(np.diff(times), 99)) if len(times) > 1 else 0.0,
+            waiting=min(1.0, stats.urgent_page_ins * stats.paging.mean / 1e6 / seconds),
             hit_rate=stats.decode_hit_rate,
             prefill_hit_rate=stats.prefill_hit_rate,
             lost_mass=stats.lost_mass,
             misses=stats.decode_expert_misses + stats.prefill_expert_misses,
             page_ins=stats.urgent_page_ins + stats.prefetch_page_ins,
+            prefetch_page_ins=stats.prefetch_page_ins,
+            prefetches_used=sum(source.hits + source.late_hits for source in stats.prefetch),
             evictions=stats.evictions,
             expert_nbytes=backend.plan.expert_nbytes,
             io_nbytes=asked - asked_before,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import select
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from family_models import prompts
 from in_process_model import InProcessModel
@@ -19,6 +22,8 @@ from hotset.runtime.model.heat import Heat
 from hotset.runtime.model.pack import Packer
 from hotset.runtime.model.pack_manifest import PackManifest
 from hotset.shm.kv_page_format import KvFormat, decode
+from hotset.workers.expert_store import Chunk, ExpertStore
+from hotset.workers.read_lanes import Load, ReadLanes
 
 LAYERS, EXPERTS = 2, 10
 COUNTS = np.arange(LAYERS * EXPERTS, dtype=np.uint64)[::-1].reshape(LAYERS, EXPERTS)  # the first is used most
@@ -175,6 +180,36 @@ def test_a_damaged_block_of_any_format_fails_the_request_by_name(tier: str, pack
     ):
         for ids in prompts():
             backend.generate(ids, GREEDY)
+
+
+class ShakyStore(ExpertStore):
+    """Reads go wrong, without any error, as often as `damages` says."""
+
+    damages = 0
+
+    def read(self, chunk: Chunk, slot: npt.NDArray[np.uint8]) -> None:
+        super().read(chunk, slot)
+        if self.damages:
+            self.damages -= 1
+            slot[chunk.pieces[0][0]] ^= 1
+
+
+@pytest.mark.parametrize("tier", ["bfloat16", "q8_0", "q4_0"])
+def test_damage_that_passes_is_read_over_once(tier: str, packed: Path) -> None:
+    checkpoint = Checkpoint.open(packed)
+    layer, expert = next(ids for ids in checkpoint.expert_ids if checkpoint.expert_dtype(*ids) == tier)
+    store, slot = ShakyStore(checkpoint), np.zeros(checkpoint.expert_nbytes, np.uint8)
+    lanes = ReadLanes(store, [slot], 1)
+    for damages, problem in ((1, None), (2, f"expert {expert} of layer {layer} cannot be loaded .* its checksum is")):
+        store.damages = damages
+        lanes.begin(Load(layer * EXPERTS + expert, 0, urgent=True))
+        assert select.select([lanes.fd], [], [], 10)[0]
+        (load,) = lanes.take_finished()
+        assert store.damages == 0
+        assert load.error is None if problem is None else re.match(problem, str(load.error))
+        assert load.weight_format.name.lower() == tier or problem
+    lanes.close()
+    store.close()
 
 
 def test_inspect_shows_the_mix_and_the_sizes(packed: Path) -> None:
