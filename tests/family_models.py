@@ -90,3 +90,8 @@ def recorded_columns() -> NDArray[np.int64]:
 def weights_digest(folder: Path) -> str:
     """Tells a change of the random weights (by us, or by numpy) from a wrong computation."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def short_prompts() -> NDArray[np.int32]:
+    """[prompts, tokens]. For the comparison in bfloat16: the shorter, the more have no close choice in front."""
+    return np.random.default_rng(11).integers(1, VOCAB_SIZE, (256, 4)).astype(np.int32)

@@ -34,6 +34,7 @@ class InProcessModel:
         self.transformer = Transformer(self.config, self.checkpoint, self.kv_pages, kv_format, self._experts)
         self._router = MemoryAwareRouter(router_config(self.config, policy="off"), num_layers=self.config.num_layers)
         self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._gates: list[FloatRows] | None = None  # of the layers, while `clear_choices` wants them
 
     def sequence(self, row_start: int, row_count: int, pages: Sequence[int]) -> SequenceRows:
         """With the pages of its block table, divided evenly among the groups of layers."""
@@ -67,7 +68,22 @@ class InProcessModel:
             new = np.array(chosen[-1:], np.int32)
         return chosen
 
+    def clear_choices(self, token_ids: NDArray[np.int32], share: float) -> tuple[FloatRows, NDArray[np.bool_]]:
+        """Logits [n, vocab_size] of one sequence, and [n] whether up to there, in every layer, the gate tells the last
+        chosen expert from the best of the others by more than a share of its largest logit.
+        """
+        self._gates = []
+        logits = self.logits(token_ids)
+        gates, self._gates = np.stack(self._gates), None
+        ranked = np.sort(gates, axis=2)[:, :, ::-1]
+        top_k = self.config.experts_per_token
+        margins = ranked[:, :, top_k - 1] - ranked[:, :, top_k]
+        clear = (margins > share * np.abs(gates).max(axis=2)).all(axis=0)
+        return logits, np.logical_and.accumulate(clear)
+
     def _experts(self, layer: int, hidden: FloatRows, gate_logits: FloatRows, residual: FloatRows) -> FloatRows:
+        if self._gates is not None:
+            self._gates.append(gate_logits.copy())
         ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self.config.hidden_size), np.float32)
         for expert, assignments in group_by_expert(ids):
