@@ -29,7 +29,10 @@ static PyObject *binding_call(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (!binding->own_strength) call.strength = router->strength[call.policy];
     struct route_tally tally;
     uint64_t hits = 0;
-    const float *logits = (const float *)binding->logits.buf + row * router->rule.num_experts;
+    uint32_t experts = router->rule.num_experts;
+    const float *logits = (const float *)binding->logits.buf + row * experts;
+    if (binding->by_row) /* rows mostly come in turn: the next one's lines, of 16 logits */
+        for (uint32_t e = 0; e < experts; e += 16) __builtin_prefetch(logits + experts + e);
     if (!router_run(router, binding->layer, &call, binding->epochs, logits, (uint32_t)rows, binding->experts.buf,
                     binding->weights.buf, &tally, &hits))
         return NULL;

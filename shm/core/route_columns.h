@@ -22,7 +22,7 @@ static inline void columns_order(struct route_columns *columns, const uint64_t *
         uint64_t left = (mask[first / 64] ^ flipped) & (experts - first < 64 ? (UINT64_C(1) << (experts - first)) - 1 : UINT64_MAX);
         for (; left; left &= left - 1) {
             uint32_t e = first + (uint32_t)__builtin_ctzll(left);
-            columns->order[count++] = (struct ordered_column){e * BLOCK_LANES, e};
+            columns->order[count++] = (struct ordered_column){e * BLOCK_LANES, float_from_bits(e)};
         }
     }
     while (count % NETWORK_ROWS) columns->order[count++] = (struct ordered_column){experts * BLOCK_LANES, 0};
@@ -76,15 +76,13 @@ static inline const float *columns_fill(struct route_tile *tile, const float *lo
 /* Makes columns of tile->rows rows. 0 if a logit is not finite, or their sum: then row after row is the way. */
 static inline int columns_begin(struct route_tile *tile, const float *logits, int want_min) {
     uint32_t experts = tile->rule->num_experts, stride = experts < 8 ? 8 : experts;
-    const float *rows = logits, *next = logits + BLOCK_LANES * experts;
+    const float *rows = logits;
     block max = block_all(-INFINITY), min = block_all(INFINITY), sum = block_all(0);
     if (tile->rows < BLOCK_LANES || experts < 8) rows = columns_fill(tile, logits, stride);
     for (uint32_t done = 0; done < experts; done += 8) {
         uint32_t first = done + 8 <= stride ? done : stride - 8; /* the last eight, of which some may be done already */
         block columns[8];
         block_transpose(rows + first, stride, columns);
-        for (uint32_t r = 0; r < BLOCK_LANES; r += 2) /* the next tile's, a line of 16 logits each */
-            __builtin_prefetch(next + done * BLOCK_LANES + r * 8, 0, 2);
 #pragma GCC unroll 8
         for (uint32_t i = 0; i < 8; i++) block_store(tile->logits + (first + i) * BLOCK_LANES, columns[i]);
         max = block_max(BLOCK_TREE(block_max, columns), max);
@@ -121,9 +119,11 @@ static inline block columns_fold(block *sums, uint32_t count) {
 static inline void columns_shares(struct route_tile *tile) {
     block sums[SUM_LANES], max = block_load(tile->columns.max);
     uint32_t experts = tile->rule->num_experts, lanes = experts < SUM_LANES ? experts : SUM_LANES;
+    const float *next = tile->given + (size_t)experts * BLOCK_LANES; /* the next tile's logits */
     if (tile->shared) return;
     for (uint32_t i = 0; i < lanes; i++) {
         for (uint32_t e = i; e < experts; e += SUM_LANES) {
+            if (e * BLOCK_LANES % 16 == 0) __builtin_prefetch(next + e * BLOCK_LANES); /* while the processor computes */
             block share = block_exp(block_sub(column(tile, e), max));
             block_store(tile->share + e * BLOCK_LANES, share);
             sums[i] = e == i ? share : block_add(sums[i], share);

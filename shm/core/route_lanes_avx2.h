@@ -98,16 +98,29 @@ static inline void block_keys(block scores, uint32_t first, keys *out) {
     out[1] = ordered_keys(block_ordered(scores), _mm256_sub_epi64(tags, _mm256_set1_epi64x(1)), 1);
 }
 
-/* The scores, of whose bits `kept` stays and `tag` takes the others' place. */
-static inline block block_tagged(block scores, uint32_t tag, block kept) {
-    return _mm256_or_ps(_mm256_and_ps(scores, kept), _mm256_castsi256_ps(_mm256_set1_epi32((int)tag)));
+/* Lanes `distance` apart, exchanged; and the bits of the first one. */
+static inline block block_exchange(block a, uint32_t distance) {
+    return distance == 4   ? _mm256_permute2f128_ps(a, a, 1)
+           : distance == 2 ? _mm256_permute_ps(a, 0x4E)
+                           : _mm256_permute_ps(a, 0xB1);
+}
+static inline uint32_t block_first(block a) { return (uint32_t)_mm_cvtsi128_si32(_mm_castps_si128(_mm256_castps256_ps128(a))); }
+
+/* The integers from 0 on, as bits; and those that follow on some. */
+static inline block block_count(void) { return _mm256_castsi256_ps(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+static inline block block_count_on(block a) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_set1_epi32(8)));
+}
+/* The scores, of whose bits `kept` stays and `tags` take the others' place. */
+static inline block block_tagged(block scores, block tags, block kept) {
+    return _mm256_or_ps(_mm256_and_ps(scores, kept), tags);
 }
 static inline void block_store_tags(int32_t *to, block tagged, block kept) {
     _mm256_storeu_ps((float *)to, _mm256_andnot_ps(kept, tagged));
 }
 /* Lane i of column ids[i], for every lane. */
 static inline block column_gather(const float *columns, const int32_t *ids) {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i lanes = _mm256_castps_si256(block_count());
     __m256i at = _mm256_or_si256(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)ids), 3), lanes);
     return _mm256_i32gather_ps(columns, at, sizeof *columns);
 }

@@ -100,18 +100,34 @@ static inline void block_keys(block scores, uint32_t first, keys *out) {
     out[1] = ordered_keys(block_ordered(scores), _mm512_sub_epi64(tags, _mm512_set1_epi64(1)), 1);
 }
 
-/* The scores, of whose bits `kept` stays and `tag` takes the others' place. */
-static inline block block_tagged(block scores, uint32_t tag, block kept) {
+/* Lanes `distance` apart, exchanged; and the bits of the first one. */
+static inline block block_exchange(block a, uint32_t distance) {
+    return distance == 8   ? _mm512_shuffle_f32x4(a, a, 0x4E)
+           : distance == 4 ? _mm512_shuffle_f32x4(a, a, 0xB1)
+           : distance == 2 ? _mm512_permute_ps(a, 0x4E)
+                           : _mm512_permute_ps(a, 0xB1);
+}
+static inline uint32_t block_first(block a) { return (uint32_t)_mm_cvtsi128_si32(_mm_castps_si128(_mm512_castps512_ps128(a))); }
+
+/* The integers from 0 on, as bits; and those that follow on some. */
+static inline block block_count(void) {
+    return _mm512_castsi512_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+static inline block block_count_on(block a) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(16)));
+}
+/* The scores, of whose bits `kept` stays and `tags` take the others' place. */
+static inline block block_tagged(block scores, block tags, block kept) {
     const int kept_or_tag = 0xEA; /* (a & b) | c */
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(scores), _mm512_castps_si512(kept),
-                                                         _mm512_set1_epi32((int)tag), kept_or_tag));
+                                                         _mm512_castps_si512(tags), kept_or_tag));
 }
 static inline void block_store_tags(int32_t *to, block tagged, block kept) {
     _mm512_storeu_si512(to, _mm512_andnot_si512(_mm512_castps_si512(kept), _mm512_castps_si512(tagged)));
 }
 /* Lane i of column ids[i], for every lane. */
 static inline block column_gather(const float *columns, const int32_t *ids) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i lanes = _mm512_castps_si512(block_count());
     __m512i at = _mm512_or_si512(_mm512_slli_epi32(_mm512_loadu_si512(ids), 4), lanes);
     return _mm512_i32gather_ps(at, columns, sizeof *columns);
 }

@@ -122,11 +122,24 @@ static inline void block_keys(block scores, uint32_t first, keys *out) {
     out[3] = ordered_keys(ordered, _mm_sub_epi64(tags, _mm_set1_epi64x(5)), 3);
 }
 
-/* The scores, of whose bits `kept` stays and `tag` takes the others' place. */
-static inline block block_tagged(block scores, uint32_t tag, block kept) {
-    __m128 tags = _mm_castsi128_ps(_mm_set1_epi32((int)tag));
-    return block_or(block_and(scores, kept), (block){tags, tags});
+/* Lanes `distance` apart, exchanged; and the bits of the first one. */
+static inline block block_exchange(block a, uint32_t distance) {
+    return distance == 4   ? (block){a.high, a.low}
+           : distance == 2 ? (block){_mm_shuffle_ps(a.low, a.low, 0x4E), _mm_shuffle_ps(a.high, a.high, 0x4E)}
+                           : (block){_mm_shuffle_ps(a.low, a.low, 0xB1), _mm_shuffle_ps(a.high, a.high, 0xB1)};
 }
+static inline uint32_t block_first(block a) { return (uint32_t)_mm_cvtsi128_si32(_mm_castps_si128(a.low)); }
+
+/* The integers from 0 on, as bits; and those that follow on some. */
+static inline block block_count(void) {
+    return (block){_mm_castsi128_ps(_mm_setr_epi32(0, 1, 2, 3)), _mm_castsi128_ps(_mm_setr_epi32(4, 5, 6, 7))};
+}
+static inline __m128 half_count_on(__m128 a) {
+    return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_set1_epi32(8)));
+}
+static inline block block_count_on(block a) { return (block){half_count_on(a.low), half_count_on(a.high)}; }
+/* The scores, of whose bits `kept` stays and `tags` take the others' place. */
+static inline block block_tagged(block scores, block tags, block kept) { return block_or(block_and(scores, kept), tags); }
 static inline void block_store_tags(int32_t *to, block tagged, block kept) {
     block_store((float *)to, BLOCK_EACH(_mm_andnot_ps, kept, tagged));
 }

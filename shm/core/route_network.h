@@ -6,7 +6,9 @@
 #ifndef HOTSET_ROUTE_NETWORK_H
 #define HOTSET_ROUTE_NETWORK_H
 
-#include "route.h"
+#include "route_softmax.h"
+
+#include <float.h>
 
 /* Eight blocks reduced to one; in the order of canonical_sum(). */
 #define BLOCK_TREE(op, b)                                                                                            \
@@ -49,13 +51,18 @@ static const uint8_t NETWORK_PAIRS[19][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0,
 NETWORK(keys)  /* single rows */
 NETWORK(block) /* columns: see route_ranking.h */
 
-/* Merges columns that are `distance` lanes apart. */
-static inline void keys_fold(keys *r, uint32_t distance) {
-    keys other[NETWORK_ROWS];
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < NETWORK_ROWS; i++) other[i] = keys_exchange(r[i], distance);
-    keys_merge(r, other);
-}
+/* VECTOR_fold() merges columns that are `distance` lanes apart. */
+#define NETWORK_FOLD(VECTOR)                                                                                         \
+    static inline void VECTOR##_fold(VECTOR *r, uint32_t distance) {                                                 \
+        VECTOR other[NETWORK_ROWS];                                                                                  \
+        _Pragma("GCC unroll 8") for (uint32_t i = 0; i < NETWORK_ROWS; i++)                                          \
+            other[i] = VECTOR##_exchange(r[i], distance);                                                            \
+        VECTOR##_merge(r, other);                                                                                    \
+    }
+
+NETWORK_FOLD(keys)
+NETWORK_FOLD(block)
+
 static inline void network_load_keys(const float *scores, uint32_t first, keys *r) {
     for (uint32_t i = 0; i < NETWORK_KEYS; i += BLOCK_LANES)
         block_keys(block_load(scores + first + i), first + i, r + i / KEY_LANES);
@@ -72,6 +79,43 @@ static inline void network_select(const float *scores, uint32_t count, uint32_t 
     }
     for (uint32_t distance = KEY_LANES / 2; distance > 0; distance /= 2) keys_fold(best, distance);
     for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)key_id(keys_first(best[i]));
+}
+
+/* Whether `ids` are certainly the `k` best, best first: nothing ties with one of them. */
+static inline int network_sure(const float *scores, uint32_t count, uint32_t k, const int32_t *ids) {
+    uint32_t reaching = 0;
+    for (uint32_t i = 1; i < k; i++)
+        if (!(scores[ids[i - 1]] > scores[ids[i]])) return 0;
+    block last = block_all(scores[ids[k - 1]]);
+    for (uint32_t e = 0; e < count; e += BLOCK_LANES)
+        reaching += (uint32_t)__builtin_popcount(mask_bits(block_at_least(block_load(scores + e), last)));
+    return reaching == k;
+}
+
+/* The same as network_select() with keys of floats (see route_ranking.h), of which there are half as many vectors. 0 if
+ * they do not tell all of the best apart. Padded as there. */
+static inline int network_select_roughly(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
+    block best[NETWORK_ROWS], other[NETWORK_ROWS], least = block_all(-FLT_MAX), most = block_all(FLT_MAX);
+    block tags = block_count();
+    uint32_t id_mask = ROUTE_MAX_EXPERTS - 1;
+    while (id_mask / 2 >= count - 1) id_mask /= 2;
+    block kept = block_all(float_from_bits(~id_mask));
+    for (uint32_t first = 0; first < count; first += NETWORK_ROWS * BLOCK_LANES) {
+#pragma GCC unroll 8
+        for (uint32_t i = 0; i < NETWORK_ROWS; i++) {
+            uint32_t at = first + i * BLOCK_LANES;
+            block score = at < count ? block_load(scores + at) : least;
+            other[i] = block_tagged(block_min(block_max(score, least), most), tags, kept);
+            tags = block_count_on(tags);
+        }
+        block_sort(other);
+        if (first > 0) block_merge(other, best);
+#pragma GCC unroll 8
+        for (uint32_t i = 0; i < NETWORK_ROWS; i++) best[i] = other[i];
+    }
+    for (uint32_t distance = BLOCK_LANES / 2; distance > 0; distance /= 2) block_fold(best, distance);
+    for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)(block_first(best[i]) & id_mask);
+    return network_sure(scores, count, k, ids);
 }
 
 /* Eight scores need no network: each one's rank is the number of those that beat it. Padded with -inf to a block. */

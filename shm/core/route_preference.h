@@ -47,7 +47,7 @@ static inline void columns_prefer(struct route_tile *tile, const float *amounts)
     if (preferred_end == 0) ranking_of(tile, tile->logits, 0, end, NULL, NULL, want_ninth, &selected);
     else ranking_of(tile, tile->logits, 0, preferred_end, &bonus, NULL, want_ninth, &selected);
     columns->unsure = 0;
-    for (uint32_t word = 0; word < sizeof columns->changed / 8; word++) columns->changed[word] = 0;
+    for (uint32_t word = 0; word < COLUMN_WORDS; word++) columns->changed[word] = 0;
     if (mixed) {
         struct column_ranking preferred = selected;
         ranking_of(tile, tile->logits, preferred_end, end, NULL, NULL, want_ninth, &others);

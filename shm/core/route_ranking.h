@@ -41,7 +41,7 @@ static inline void ranking_begin(const struct route_tile *tile, const float *col
         block score = i < count ? block_load(columns + order[i].at) : block_all(-INFINITY);
         if (added) score = block_add(score, *added);
         if (least) score = block_max(score, *least);
-        ranking->best[i] = i < count ? block_tagged(score, order[i].tag, kept) : score;
+        ranking->best[i] = i < count ? block_tagged(score, block_all(order[i].tag), kept) : score;
     }
     if (count > 4) block_sort(ranking->best);
     else block_sort_four(ranking->best);

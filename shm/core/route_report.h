@@ -74,11 +74,14 @@ static inline float report_vector(struct route_tile *tile, struct route_row *row
     uint64_t bits[ROUTE_WORDS];
     int32_t outsiders[ROUTE_MAX_EXPERTS];
     vector_reaching(row->given, experts, least, bits);
+    uint64_t any = 0;
     for (uint32_t i = 0; i < tile->rule->top_k; i++) bits[row->ids[i] / 64] &= ~(UINT64_C(1) << (row->ids[i] % 64));
+    for (uint32_t word = 0; word * 64 < experts; word++) any |= bits[word];
+    if (!any) return 0;
     for (uint32_t word = 0; word * 64 < experts; word++)
         for (uint64_t left = bits[word]; left; left &= left - 1)
             outsiders[count++] = (int32_t)(word * 64 + (uint32_t)__builtin_ctzll(left));
-    return count ? report_outsiders(tile, row, outsiders, count, tally) : 0;
+    return report_outsiders(tile, row, outsiders, count, tally);
 }
 
 /* A row of columns, by comparison with its true top k. */
@@ -95,16 +98,17 @@ static inline void columns_report(struct route_tile *tile, struct route_tally *t
     const struct route_columns *columns = &tile->columns;
     uint32_t rows = tile_all_rows(tile), sure = rows & ~columns->unsure;
     uint64_t counted = sure | (uint64_t)sure << BLOCK_LANES;
+    double lost_mass = tally->lost_mass;
     float lost[TILE_ROWS] = {0};
     for (uint32_t shift = 2 * BLOCK_LANES; shift < 64; shift *= 2) counted |= counted << shift;
     columns_shares(tile);
-    for (uint32_t word = 0; word < sizeof columns->changed / 8; word++) {
+    for (uint32_t word = 0; word < COLUMN_WORDS; word++) {
         uint64_t left = columns->changed[word] & counted;
         tally->changed += (uint32_t)__builtin_popcountll(left);
-        for (; left; left &= left - 1) {
+        for (; left; left &= left - 1) { /* one loop over many pairs: each end of a loop is mispredicted */
             uint32_t at = word * 64 + (uint32_t)__builtin_ctzll(left), r = at % BLOCK_LANES;
-            uint32_t in = (uint32_t)(columns->in[0][at] & columns->id_mask);
-            uint32_t out = (uint32_t)(columns->out[0][at] & columns->id_mask);
+            uint32_t in = (uint32_t)(columns->in[at / BLOCK_LANES][r] & columns->id_mask);
+            uint32_t out = (uint32_t)(columns->out[at / BLOCK_LANES][r] & columns->id_mask);
             bit_set(tally->displaced, out);
             lost[r] += (tile->share[out * BLOCK_LANES + r] - tile->share[in * BLOCK_LANES + r]) * tile->scale[r];
         }
@@ -113,7 +117,8 @@ static inline void columns_report(struct route_tile *tile, struct route_tally *t
         uint32_t r = (uint32_t)__builtin_ctz(left);
         lost[r] = columns_report_row(tile, r, tally);
     }
-    for (uint32_t r = 0; r < tile->rows; r++) tally->lost_mass += lost[r];
+    for (uint32_t r = 0; r < tile->rows; r++) lost_mass += lost[r];
+    tally->lost_mass = lost_mass;
 }
 
 static inline float least_logit(const struct route_row *row, uint32_t k) {

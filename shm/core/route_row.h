@@ -20,9 +20,12 @@
 #define TILE_LANES (ROUTE_MAX_EXPERTS + 64)
 
 #if ROUTE_VECTOR
+#define COLUMN_WORDS (NETWORK_ROWS * BLOCK_LANES / 64) /* a bit per rank and row */
+
 /* Where an expert's column is in an array of them; what its keys are tagged with: its id. */
 struct ordered_column {
-    uint32_t at, tag;
+    uint32_t at;
+    float tag; /* as bits */
 };
 
 /* What only tiles of columns need. */
@@ -38,7 +41,7 @@ struct route_columns {
     _Alignas(64) int32_t chosen[NETWORK_ROWS][BLOCK_LANES]; /* chosen[i][r] has rank i in row r */
     /* POLICY_BONUS. Pair i is the preferred expert of rank k - 1 - i, which came in if its bit i * BLOCK_LANES + r of
      * `changed` is set, and the other of rank i, which went out; as bits of keys. */
-    uint64_t changed[NETWORK_ROWS * BLOCK_LANES / 64];
+    uint64_t changed[COLUMN_WORDS];
     uint32_t unsure; /* rows of which `changed` may be wrong */
     _Alignas(64) int32_t in[NETWORK_ROWS][BLOCK_LANES], out[NETWORK_ROWS][BLOCK_LANES];
 };

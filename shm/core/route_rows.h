@@ -78,6 +78,7 @@ static inline void tally_selections(const struct route_boosts *boosts, const uin
     for (uint32_t r = rows; r-- > 0; ids += k) {
         uint64_t worth = (by_age ? by_age[r] << ROUTE_COUNT_BITS : 0) + 1;
         if (boosts->keep == UINT64_MAX)
+#pragma GCC unroll 2
             for (uint32_t i = 0; i < k; i++) tally->selections[ids[i]] += worth;
         else
             for (uint32_t i = 0; i < k; i++)

@@ -24,11 +24,19 @@ static inline int vector_statistics(const float *logits, uint32_t count, struct 
 /* The largest logit; 0 if one of them is not finite, and then nothing is known. Does not overrun. */
 static inline int vector_max(const float *logits, uint32_t count, float *max) {
     block most = block_all(-INFINITY), odd = block_all(0);
-    for (uint32_t e = 0; e < count; e += BLOCK_LANES) {
+    uint32_t e = 0;
+    for (; e + 4 * BLOCK_LANES <= count; e += 4 * BLOCK_LANES) { /* four at once, for each waits for the one before it */
+        block z[4];
+        for (uint32_t i = 0; i < 4; i++) z[i] = block_load(logits + e + i * BLOCK_LANES);
+        most = block_max(block_max(block_max(z[0], z[1]), block_max(z[2], z[3])), most);
+        for (uint32_t i = 0; i < 4; i++) z[i] = block_sub(z[i], z[i]); /* +0 if finite, else NaN */
+        odd = block_or(block_or(block_or(z[0], z[1]), block_or(z[2], z[3])), odd);
+    }
+    for (; e < count; e += BLOCK_LANES) {
         uint32_t left = count - e;
         block z = left >= BLOCK_LANES ? block_load(logits + e) : block_load_padded(logits + e, left, logits[e]);
         most = block_max(z, most);
-        odd = block_or(odd, block_sub(z, z)); /* +0 if finite, else NaN */
+        odd = block_or(odd, block_sub(z, z));
     }
     *max = block_fold_max(most);
     return block_is_zero(odd);
@@ -101,7 +109,8 @@ static inline void vector_prefer(const float *logits, const uint64_t *mask, floa
 /* The `k` <= 8 best of `count` scores, best first. */
 static inline void vector_select(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
     if (count <= 8) rank_eight(scores, k, ids);
-    else network_select(scores, count, k, ids);
+    else if (count <= 2 * NETWORK_KEYS || !network_select_roughly(scores, count, k, ids))
+        network_select(scores, count, k, ids);
 }
 
 /* softmax over the logits of `k` experts, at most a block, times `factor`. */
