@@ -50,6 +50,7 @@ def generate(
     cold_start: Annotated[
         bool, typer.Option("--cold-start", help="Neither begin with the last run's experts nor remember this one's.")
     ] = False,
+    read_mode: Annotated[str | None, typer.Option(help="How experts are read: auto, buffered or direct.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Memory for KV pages: 64MiB ...")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, q8_0 or q4_0.")] = None,
@@ -67,6 +68,7 @@ def generate(
         "eviction": eviction,
         "prefetch": prefetch,
         "warm_start": not cold_start,
+        "read_mode": read_mode,
         "max_model_len": max_model_len,
         "kv_cache_memory": kv_cache_memory,
         "kv_cache_dtype": kv_cache_dtype,

@@ -13,6 +13,7 @@ from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import parse_prefetch
 
 RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]
+ReadMode = Literal["auto", "buffered", "direct"]
 STRENGTH_OPTIONS: dict[RoutingPolicy, str] = {
     "bonus": "cache_bonus",
     "range": "range_strength",
@@ -78,6 +79,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
         read_lanes: experts that are read from disk at once, each by a thread of the pager and into a slot that nobody
             else can use meanwhile. None is 4, or what a small expert budget leaves beyond the experts of one token
             per worker (`backend.plan.read_lanes`).
+        read_mode: "buffered" reads experts through the page cache, "direct" past it (O_DIRECT; packed models only), and
+            "auto" directly where that was measured to be faster and the page cache cannot hold the model.
         warm_start: fill the slots, while nobody waits for the disk, with the experts that were worth most when the
             last instance of this model closed, and remember this one's (runtime/model/heat.py). False does neither.
         user_pins: slots that are kept for experts that `Backend.pin_experts` pins; the most that can be pinned.
@@ -104,6 +107,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefetch_threshold: float = 0.02
     eviction: str = "affinity"
     read_lanes: int | None = None
+    read_mode: ReadMode = "auto"
     warm_start: bool = True
     user_pins: int = 0
     max_num_seqs: int = 16
@@ -150,6 +154,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 )
         for name, choices in (
             ("routing", RoutingPolicy),
+            ("read_mode", ReadMode),
             ("kv_cache_dtype", KvDtype),
         ):
             value, allowed = getattr(self, name), get_args(choices)

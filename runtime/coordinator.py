@@ -12,6 +12,7 @@ import sys
 import time
 
 from hotset.runtime.channel import Channel, ChannelClosed
+from hotset.runtime.disk_reads import DiskReads
 from hotset.runtime.dispatcher import Dispatcher
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.instance import Instance
@@ -86,6 +87,8 @@ class Coordinator:
         self._helper: Child[FromRegret] | None = None
         self._regret: Regret | None = None
         self._warm_start_problem: str | None = None
+        self._read_mode = self._read_mode_reason = ""
+        self._disk_reads = DiskReads()
         self._pager_ready = False
         self._announced = False
         self._failed_starts = 0
@@ -174,6 +177,7 @@ class Coordinator:
         dead, was_ready = self._pager, self._pager_ready
         self._on_pager()
         self._forget(dead)
+        self._disk_reads.note_death(dead.pid)
         self._note_death(was_ready, "pager", dead.reap())
         self._pager_restarts += 1
         self._pager_ready = False
@@ -234,6 +238,7 @@ class Coordinator:
                 match message:
                     case PagerReady():
                         self._pager_ready = True
+                        self._read_mode, self._read_mode_reason = message.read_mode, message.read_mode_reason
                         self._announce()
                     case ExpertFailed(layer, expert, reason):
                         print(f"expert {expert} of layer {layer}: {reason}", file=sys.stderr, flush=True)
@@ -274,6 +279,7 @@ class Coordinator:
                     self._client.send(ExpertsPagedOut(query, self._user_pins.page_out(layer, experts)))
                 case ResetStats():
                     self._counters.reset()
+                    self._disk_reads.reset(self._pager.pid)
                     self._regret = None
                     if self._helper is not None:
                         self._send(self._helper, ForgetDemands())
@@ -289,6 +295,9 @@ class Coordinator:
             pager_restarts=self._pager_restarts,
             pins_reclaimed=self._pins_reclaimed,
             user_pins=self._user_pins,
+            disk_bytes_read=self._disk_reads.total(self._pager.pid),
+            read_mode=self._read_mode,
+            read_mode_reason=self._read_mode_reason,
             warm_start_problem=self._warm_start_problem,
             regret=self._regret,
         )

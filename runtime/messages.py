@@ -227,7 +227,11 @@ class StartPager(Message, frozen=True, tag=True):
 
 
 class PagerReady(Message, frozen=True, tag=True):
+    """With how experts are read, "buffered" or "direct", and why."""
+
     process: int
+    read_mode: str
+    read_mode_reason: str
 
 
 class ExpertFailed(Message, frozen=True, tag=True):

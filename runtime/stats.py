@@ -82,8 +82,11 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     prefetch_hits: int
     prefetch: list[PrefetchStats]  # of the sources that asked for something
     evictions: int
-    bytes_read: int
     preference: RoutingPreference
+    bytes_read: int  # of experts paged in, wherever from
+    disk_bytes_read: int  # by the pager, as the kernel counts it
+    read_mode: str  # "buffered" or "direct"
+    read_mode_reason: str
     routing_decisions: int
     routing: Latency
     paging: Latency
@@ -148,6 +151,9 @@ class InstanceCounters:
         pager_restarts: int,
         pins_reclaimed: int,
         user_pins: UserPins,
+        disk_bytes_read: int,
+        read_mode: str,
+        read_mode_reason: str,
         warm_start_problem: str | None,
         regret: Regret | None,
     ) -> BackendStats:
@@ -170,6 +176,9 @@ class InstanceCounters:
             evictions=counts[Counter.EVICTIONS],
             bytes_read=counts[Counter.BYTES_READ],
             preference=plan.routing,
+            disk_bytes_read=disk_bytes_read,
+            read_mode=read_mode,
+            read_mode_reason=read_mode_reason,
             routing_decisions=routing.routing_decisions,
             routing=routing.routing_latency,
             paging=routing.paging_latency,

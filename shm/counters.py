@@ -42,6 +42,8 @@ class Counter(enum.IntEnum):
     PAGING_NANOSECONDS = 38
     PAGING_MAX_NANOSECONDS = 39
     FAILED_LOADS = 40
+    PAGE_CACHE_PAGE_INS = 42  # of all page-ins, those that the page cache had wholly
+    DISK_PAGE_INS = 43
     WARM_PAGE_INS = 41  # nobody asked for them: an instance begins with what the last one had
     LEARNED_REFUSED = 42  # what td eviction learned earlier was of no use: damaged, or of another shape
     # every process
@@ -70,4 +72,7 @@ class Histogram(enum.IntEnum):
     """Which of a process's histograms."""
 
     ROUTING = 0
-    PAGING = 1
+    PAGING = 1  # urgent page-ins, and again by where the bytes came from:
+    PAGE_CACHE = 2
+    DISK = 3
+    SLOT = 4  # finding a resident expert

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from hotset.runtime.errors import HotsetError
+from hotset.runtime.expert_slots import SLOT_ALIGNMENT
 from hotset.runtime.model.checkpoint import Checkpoint, ExpertLocation
 from hotset.runtime.model.pack_manifest import PackManifest
 from hotset.runtime.model.tensor_index import STORED_DTYPES, TensorLocation
@@ -45,10 +47,16 @@ class ExpertStore:
     A packed model comes with checksums (INV-1). Of others, the checksum of the first whole read is the store's checksum
     from then on: weights that change under a running instance are refused instead of served. `read` may be called
     from several threads at once.
+
+    Args:
+        direct: read past the page cache, by O_DIRECT. For packed models: their blocks begin at multiples of what it
+            wants (see `SLOT_ALIGNMENT`), and so do slots and chunks.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, direct: bool = False) -> None:
         self._checkpoint = checkpoint
+        self._direct = direct
+        self._asks_page_cache = not direct
         self._num_experts = checkpoint.config.num_experts
         self._checksums: list[int | None] = [None] * (checkpoint.config.num_layers * self._num_experts)
         self._manifest = PackManifest.of(checkpoint.folder)
@@ -84,14 +92,26 @@ class ExpertStore:
             run.append((tensor, start))
         return sorted(chunks + _cut(expert_id, run), key=lambda chunk: min(chunk.pieces))
 
-    def read(self, chunk: Chunk, slot: npt.NDArray[np.uint8]) -> None:
-        """Raises `ExpertReadError`."""
+    def read(self, chunk: Chunk, slot: npt.NDArray[np.uint8]) -> bool:
+        """Whether it came from the disk, not from the page cache. Raises `ExpertReadError`."""
         memory = memoryview(slot)
         buffers = [memory[start : start + nbytes] for start, nbytes in chunk.pieces]
+        if self._direct:  # a single piece; the last one of an expert ends within its block
+            start, nbytes = chunk.pieces[0]
+            buffers = [memory[start : start + -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT]]
         done = 0
+        from_disk = not self._asks_page_cache
         try:
             while done < chunk.nbytes:
-                count = os.preadv(self._file(chunk.path), buffers, chunk.offset + done)
+                try:
+                    flags = 0 if from_disk else os.RWF_NOWAIT
+                    count = os.preadv(self._file(chunk.path), buffers, chunk.offset + done, flags)
+                except OSError as error:
+                    if from_disk or error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                        raise
+                    from_disk = True
+                    self._asks_page_cache &= error.errno != errno.EOPNOTSUPP
+                    continue
                 if count == 0:
                     raise self._error(chunk, done, "the file ends there")
                 done += count
@@ -101,6 +121,11 @@ class ExpertStore:
                     buffers[0] = buffers[0][count:]
         except OSError as error:
             raise self._error(chunk, done, error.strerror or str(error)) from error
+        return from_disk
+
+    def drop_from_page_cache(self, expert_id: int) -> None:
+        for chunk in self.chunks(expert_id):
+            os.posix_fadvise(self._file(chunk.path), chunk.offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
 
     def complete(self, expert_id: int, slot: npt.NDArray[np.uint8], checksum: int) -> tuple[int, WeightFormat]:
         """Checksum and format of an expert whose chunks are all in `slot`, with `checksum` as they were read.
@@ -132,7 +157,7 @@ class ExpertStore:
     def _file(self, path: str) -> int:
         fd = self._files.get(path)
         if fd is None:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0))
             # The next expert lies elsewhere: reading ahead doubled the bytes from disk under a memory limit.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             # Two threads may get here at once; the one that comes second uses the first one's file.
@@ -155,7 +180,8 @@ def _cut(expert_id: int, run: list[tuple[TensorLocation, int]]) -> list[Chunk]:
     first = run[0][0]
     nbytes = sum(tensor.nbytes for tensor, _ in run)
     count = max(1, round(nbytes / CHUNK_NBYTES))
-    bounds = [nbytes * index // count for index in range(count + 1)]
+    cuts = [nbytes * index // count // SLOT_ALIGNMENT * SLOT_ALIGNMENT for index in range(count)]
+    bounds = [*cuts, nbytes]
     chunks: list[Chunk] = []
     for begin, end in itertools.pairwise(bounds):
         pieces: list[tuple[int, int]] = []
@@ -163,7 +189,10 @@ def _cut(expert_id: int, run: list[tuple[TensorLocation, int]]) -> list[Chunk]:
         for tensor, start in run:
             low, high = max(begin, at), min(end, at + tensor.nbytes)
             if low < high:
-                pieces.append((start + low - at, high - low))
+                into, nbytes = start + low - at, 0
+                if pieces and sum(pieces[-1]) == into:
+                    into, nbytes = pieces.pop()
+                pieces.append((into, nbytes + high - low))
             at += tensor.nbytes
         chunks.append(Chunk(expert_id, str(first.file), first.offset + begin, end - begin, tuple(pieces)))
     return chunks

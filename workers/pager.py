@@ -37,6 +37,7 @@ from hotset.workers.expert_store import ExpertReadError, ExpertStore
 from hotset.workers.idle_disk import IdleDisk
 from hotset.workers.prefetch.requests import PrefetchRequests
 from hotset.workers.read_lanes import Load, ReadLanes
+from hotset.workers.read_mode import choose_read_mode
 from hotset.workers.warm_start import WarmStart
 
 RESCAN_SECONDS = 0.1
@@ -63,7 +64,8 @@ class Pager:
         self._num_experts = geometry.num_experts
         model = ModelConfig.load(start.config.model)
         checkpoint = Checkpoint.open(start.config.model, model)
-        self._store = ExpertStore(checkpoint)
+        self._read_mode = choose_read_mode(start.config.read_mode, checkpoint, start.plan.read_lanes)
+        self._store = ExpertStore(checkpoint, direct=self._read_mode.direct)
         keeps, model_path = start.config.warm_start, Path(start.config.model)
         self._warm_start = WarmStart(model_path, self._segment, start.process, enabled=keeps)
         self._eviction = Eviction(
@@ -202,8 +204,11 @@ class Pager:
             if load.urgent:
                 self._count(prefetch_counter(load.source, PrefetchCount.LATE_HITS))
         self._count(Counter.BYTES_READ, nbytes)
+        self._count(Counter.DISK_PAGE_INS if load.from_disk else Counter.PAGE_CACHE_PAGE_INS)
         if load.urgent:
-            self._arena.record_latency(self._process, Histogram.PAGING, time.monotonic_ns() - load.began)
+            took = time.monotonic_ns() - load.began
+            self._arena.record_latency(self._process, Histogram.PAGING, took)
+            self._arena.record_latency(self._process, Histogram.DISK if load.from_disk else Histogram.PAGE_CACHE, took)
 
     def _give_up(self, load: Load, error: ExpertReadError) -> None:
         """The expert's waiters wake, see the failed mask, and fail their requests."""
@@ -343,7 +348,8 @@ class Pager:
         poll = select.poll()
         for source in (channel, queue, lanes):
             poll.register(source, select.POLLIN)
-        self._channel.send(PagerReady(self._process))
+        mode = self._read_mode
+        self._channel.send(PagerReady(self._process, "direct" if mode.direct else "buffered", mode.reason))
         self._report_warm_start()
         ready = {channel, queue, lanes}
         while True:

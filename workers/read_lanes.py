@@ -31,6 +31,7 @@ class Load:
         warm_start: nobody had asked for it when it was begun.
         source: of a prefetch; it stays when somebody comes to wait for it.
         began: when it was begun, or became urgent; monotonic nanoseconds.
+        from_disk: the page cache did not have all of it.
         cancelled: a prefetch that was given up, its slot half-filled.
         error: why the expert cannot be had; otherwise `checksum` and `weight_format` are those of its bytes.
     """
@@ -50,6 +51,7 @@ class Load:
         self.warm_start = warm_start
         self.source = source
         self.began = time.monotonic_ns()
+        self.from_disk = False
         self.checksum = 0
         self.weight_format = WeightFormat.FLOAT32
         self.error: ExpertReadError | None = None
@@ -158,7 +160,8 @@ class ReadLanes:
                 load, chunk, of_prefetch = work
                 error = None
                 try:
-                    self._store.read(chunk, self._slots[load.slot])
+                    if self._store.read(chunk, self._slots[load.slot]):
+                        load.from_disk = True
                     load.running_checksum.add(chunk.pieces)
                 except ExpertReadError as problem:
                     error = problem

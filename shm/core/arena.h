@@ -27,7 +27,7 @@ enum section {
     SECTION_LAYERS,          /* struct layer_state[layers] */
     SECTION_AFFINITY,        /* u64[layers][experts]: [score Q0.24 | epoch 40]. Any worker, by CAS */
     SECTION_COUNTERS,        /* u64[processes][ARENA_COUNTERS]: one row per process, single writer */
-    SECTION_HISTOGRAMS,      /* u64[processes][2 * ARENA_BUCKETS]: routing, then paging latency. Single writer a row */
+    SECTION_HISTOGRAMS,      /* u64[processes][5 * ARENA_BUCKETS]: latencies, see histogram.h. Single writer a row */
     SECTION_ACTIVATIONS,     /* u64[processes][layers * experts]: how often this process selected an expert */
     SECTION_PINS,            /* u32[processes][pins]: expert id + 1 that the process wants, waits for or uses; 0 = none */
     SECTION_DIRECTORY,       /* u32[layers * experts]: slot + 1 that holds or loads the expert; 0 = none. Writer: pager */
