@@ -54,12 +54,15 @@ def choose_formats(
     """
     if format is not None and format not in get_args(PackFormat):
         raise ValueError(f"format is {format!r}, expected one of {', '.join(get_args(PackFormat))}")
-    if checkpoint.config.family.interleaved_experts:
-        raise CannotPack(f"{checkpoint.folder}: experts whose rows of gate and up alternate cannot be packed")
     stored = [checkpoint.expert_dtype(layer, expert) for layer, expert in checkpoint.expert_ids]
     if format is None:
         _refuse_to_keep(checkpoint, stored)
         return stored
+    if checkpoint.config.family.interleaved_experts:
+        raise CannotPack(
+            f"{checkpoint.folder}: experts whose rows of gate and up alternate are not converted; pack them without a "
+            "format, as they are"
+        )
     if format == "mixed":
         dtypes = _by_heat(checkpoint, stored, heat, tiers or PrecisionTiers())
     else:
@@ -90,7 +93,7 @@ def read_heat(checkpoint: Checkpoint, model: Path) -> Heat | None:
 
 def _refuse_to_keep(checkpoint: Checkpoint, stored: list[str]) -> None:
     """Formats that nothing computes on."""
-    if not set(stored) <= set(MATRIX_DTYPES):
+    if not set(stored) <= {*MATRIX_DTYPES, "mxfp4"}:
         kinds = {part.dtype for ids in checkpoint.expert_ids for part in checkpoint.expert(*ids).parts}
         raise CannotPack(
             f"{checkpoint.folder}: its experts are stored as {', '.join(sorted(kinds))}; "

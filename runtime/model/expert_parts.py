@@ -27,10 +27,11 @@ class ExpertPart(msgspec.Struct, frozen=True):
 
 
 def expert_parts(config: ModelConfig, layer: int, expert: int, *, stacked: bool = False) -> tuple[ExpertPart, ...]:
-    """`stacked`: the checkpoint has all experts of a layer in one tensor; some families always do."""
+    """`stacked`: the checkpoint has all experts of a layer in one tensor."""
     prefix = f"model.layers.{layer}.{config.family.expert_block}.experts"
     if config.family.interleaved_experts:
-        return _interleaved(config, prefix, expert)
+        parts = _interleaved(config, prefix, expert)
+        return parts if stacked else tuple(_alone(part, prefix, expert) for part in parts)
     if stacked:
         return _stacked(config, prefix, expert)
     inner, hidden = config.intermediate_size, config.hidden_size
@@ -59,7 +60,14 @@ def _stacked(config: ModelConfig, prefix: str, expert: int) -> tuple[ExpertPart,
     )
 
 
+def _alone(part: ExpertPart, prefix: str, expert: int) -> ExpertPart:
+    """An expert's share of a stacked tensor as a tensor of its own, which only packs have (pack.py)."""
+    name = part.tensor.name.replace(prefix, f"{prefix}.{expert}")
+    return ExpertPart(Tensor(name, part.tensor.shape[1:], part.tensor.of_bytes), transposed=part.transposed)
+
+
 def _interleaved(config: ModelConfig, prefix: str, expert: int) -> tuple[ExpertPart, ...]:
+    """As gpt-oss' checkpoints have them: for all experts in one tensor."""
     experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
     parts: list[ExpertPart] = []
     for name, outputs, inputs in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):

@@ -94,7 +94,7 @@ class Packer:
     def _lay_out(self, dtypes: list[str]) -> Iterator[_Block]:
         offset = 0
         for (layer, expert), dtype in zip(self._checkpoint.expert_ids, dtypes, strict=True):
-            nbytes = sum(nbytes for _, nbytes in self._parts(layer, expert, dtype))
+            nbytes = sum(nbytes for *_, nbytes in self._parts(layer, expert, dtype))
             block = _Block(layer, expert, dtype, offset, nbytes)
             yield block
             offset = block.end
@@ -121,16 +121,23 @@ class Packer:
 
     # ---- experts
 
-    def _parts(self, layer: int, expert: int, dtype: str) -> Iterator[tuple[Tensor, int]]:
-        """The matrices of an expert in `dtype`, with their sizes in bytes."""
-        for part in expert_parts(self._config, layer, expert):
-            yield part.tensor, nbytes_of(dtype, part.tensor.shape) or 0
+    def _parts(self, layer: int, expert: int, dtype: str) -> Iterator[tuple[Tensor, str, int]]:
+        """The tensors of an expert that is packed in `dtype`: what they are, as what they are stored, and their bytes.
+
+        An expert that stays as it is keeps the dtype of each of its parts: gpt-oss' have biases beside packed numbers.
+        """
+        stays = dtype == self._checkpoint.expert_dtype(layer, expert)
+        stored = self._checkpoint.expert(layer, expert).parts
+        for part, location in zip(expert_parts(self._config, layer, expert), stored, strict=True):
+            packed_as = location.dtype if stays else dtype
+            yield part.tensor, packed_as, nbytes_of(packed_as, part.tensor.shape) or 0
 
     def _write_block(self, fd: int, block: _Block) -> int:
         """Returns the checksum of the expert's bytes; what is left of the block stays zero."""
         parts = self._checkpoint.expert(block.layer, block.expert).parts
+        dtypes = [dtype for _, dtype, _ in self._parts(block.layer, block.expert, block.dtype)]
         try:
-            memory = np.concatenate([_converted(part, block.dtype) for part in parts]).data
+            memory = np.concatenate([_converted(*part) for part in zip(parts, dtypes, strict=True)]).data
         except UnrepresentableValue as error:
             raise CannotPack(f"expert {block.expert} of layer {block.layer}: {error}") from error
         os.ftruncate(fd, block.offset)
@@ -210,8 +217,8 @@ class Packer:
     def _expert_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         for block in self._blocks:
             offset = block.offset
-            for tensor, nbytes in self._parts(block.layer, block.expert, block.dtype):
-                yield tensor.name, StoredTensor(EXPERTS_FILE, offset, nbytes, block.dtype, tensor.shape)
+            for tensor, dtype, nbytes in self._parts(block.layer, block.expert, block.dtype):
+                yield tensor.name, StoredTensor(EXPERTS_FILE, offset, nbytes, dtype, tensor.shape)
                 offset += nbytes
 
 
