@@ -207,7 +207,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="How much of it.", min=1)] = DEFAULT_TOKENS,
     expert_budget: Annotated[str, typer.Option(help="Share of the experts for which the limit holds.")] = "25%",
     routing: Annotated[str, typer.Option(help="bonus, range, mass or resnorm.")] = "resnorm",
-    eviction: Annotated[str, typer.Option(help="See generate.")] = "affinity",
+    eviction: Annotated[str, typer.Option(help="See generate.")] = "td",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Find how strongly routing may prefer experts in memory, and remember it for this model."""

@@ -51,6 +51,18 @@ def parse_eviction(text: str) -> EvictionSettings:
     return EvictionSettings(base, weight, cast("Admission", admission))
 
 
+def eviction_nbytes(policy: str, *, num_layers: int, num_experts: int, num_streams: int) -> int:
+    """Memory that the pager needs for a policy beyond a few numbers per expert: td's weights, 16 bits for each pair of
+    experts in six sets, three times while they are saved; and what it knows of each stream. See core/td.h of
+    workers/eviction.
+    """
+    if parse_eviction(policy).base != "td":
+        return 0
+    row = -(-num_experts // 32) * 32  # whole vectors
+    weights = num_layers * num_experts * row * 6 * 2
+    return 3 * weights + num_streams * num_layers * (5 * 4 * row + 400)
+
+
 def check_pool(policy: str, *, slots: int, cycle: int) -> None:
     """A shared pool that LRU keeps, smaller than what one token uses in all layers, never hits: refuse it."""
     settings = parse_eviction(policy)

@@ -8,7 +8,7 @@ import msgspec
 
 from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
 from hotset.runtime.errors import BudgetTooSmall, MemoryTooSmall
-from hotset.runtime.eviction import check_pool
+from hotset.runtime.eviction import check_pool, eviction_nbytes
 from hotset.runtime.expert_slots import (
     all_nbytes,
     expert_budget_nbytes,
@@ -215,14 +215,21 @@ class _Planner:
         return self.config.read_lanes or max(1, min(DEFAULT_READ_LANES, num_slots - self.pinned_slots))
 
     def _processes_nbytes(self) -> int:
-        """Coordinator, pager, regret helper, workers, client, and a worker's activations of the largest step."""
+        """Coordinator, pager with its policy, regret helper, workers, client, and a worker's activations of the largest
+        step."""
         config, model = self.config, self.model
         row = 8 * model.hidden_size + 3 * (model.num_heads + model.num_kv_heads) * model.head_dim + model.num_experts
         row += model.experts_per_token * (model.hidden_size + 2 * model.intermediate_size)
         row += 3 * model.widest_feed_forward
         logits = 3 * config.max_num_seqs * model.vocab_size  # as computed, scaled and sorted
         activations = 4 * (config.max_num_batched_tokens * row + logits)
-        return (config.workers + 4) * PROCESS_NBYTES + config.workers * activations
+        eviction = eviction_nbytes(
+            config.eviction,
+            num_layers=model.num_layers,
+            num_experts=model.num_experts,
+            num_streams=config.max_num_seqs,
+        )
+        return (config.workers + 4) * PROCESS_NBYTES + config.workers * activations + eviction
 
     def _bookkeeping_nbytes(self, geometry: Geometry) -> int:
         arena = Layout(geometry).nbytes

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from demand_patterns import Ids, follows, random_ids
 
-from hotset.runtime.eviction import parse_eviction
+from hotset.runtime.eviction import eviction_nbytes, parse_eviction
 from hotset.shm.demands import Records, demand_of_set, demands_of_steps
 from hotset.workers.eviction import _core
 from hotset.workers.eviction.replay import make_policy, replay
@@ -175,6 +175,15 @@ def test_where_nothing_can_be_learned_the_guard_keeps_it_at_affinity(seed: int) 
         for policy in ("affinity", "td")
     }
     assert result["td"] > result["affinity"] - 0.01
+
+
+@pytest.mark.parametrize(("layers", "experts", "streams"), [(24, 32, 16), (48, 128, 4)])
+def test_the_plan_counts_the_memory_of_the_weights(layers: int, experts: int, streams: int) -> None:
+    sets, traits = td_policy(layers, experts, streams).learned_shapes
+    nbytes = 2 * int(np.prod(sets)) + 4 * int(np.prod(traits))
+    planned = eviction_nbytes("td", num_layers=layers, num_experts=experts, num_streams=streams)
+    assert nbytes < planned < 4 * nbytes + streams * 2**20
+    assert eviction_nbytes("lru", num_layers=layers, num_experts=experts, num_streams=streams) == 0
 
 
 def test_affinity_decides_until_learning_pays() -> None:
