@@ -66,7 +66,7 @@ class Calibration(msgspec.Struct, frozen=True):
         path = cls.path(model, routing)
         try:
             found = msgspec.json.decode(path.read_bytes(), type=cls)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the latter where the cache folder cannot be
             return None
         except (OSError, msgspec.DecodeError) as error:
             raise UnusableCalibration(path, str(error)) from None
