@@ -94,7 +94,6 @@ def as_row(report: Report) -> dict[str, Any]:
     del row["token_ids"]
     for source, stats in zip(row["prefetched"], report.prefetch, strict=True):
         source |= {"precision": round(stats.precision, 4), "recall": round(stats.recall, 4)}
-    row["missed_nbytes"] = report.page_ins * report.expert_nbytes
     return row
 
 
@@ -104,7 +103,7 @@ def print_table(found: list[dict[str, Any]]) -> None:
         "   page-in p50/p99"
     )
     for row in found:
-        loaded = max(1, row["missed_nbytes"])
+        loaded = max(1, row["loaded_nbytes"])
         print(
             f"{row['routing']:7} {row['prefetch']:10} {row['memory']:16} {row['tokens_per_second']:8.1f}"
             f" ({min(row['quarters']):6.1f} to {max(row['quarters']):6.1f})        {row['hit_rate']:15.1%}"

@@ -54,7 +54,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     prefetch_page_ins: int
     prefetches_used: int
     evictions: int
-    expert_nbytes: int
+    loaded_nbytes: int
     io_nbytes: int
     disk_nbytes: int
     paging_p50_us: float
@@ -136,7 +136,7 @@ def run(request: Request) -> Report:
             prefetch_page_ins=stats.prefetch_page_ins,
             prefetches_used=sum(source.hits + source.late_hits for source in stats.prefetch),
             evictions=stats.evictions,
-            expert_nbytes=backend.plan.expert_nbytes,
+            loaded_nbytes=stats.bytes_read,
             io_nbytes=asked - asked_before,
             disk_nbytes=disk - disk_before,
             paging_p50_us=stats.paging.p50,

@@ -111,6 +111,16 @@ def test_a_format_has_to_be_given_for_what_cannot_stay(tmp_path: Path) -> None:
         Packer(folder, tmp_path / "packed")
 
 
+def test_what_a_format_cannot_hold_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "F32")
+    tensor = GgufFile.read([path]).tensors["blk.1.ffn_up_exps.weight"]
+    with path.open("r+b") as file:
+        file.seek(tensor.offset + 2 * tensor.nbytes // 4 + 40)  # in the third of four experts
+        file.write(np.array(np.inf, "<f4").tobytes())
+    with pytest.raises(CannotPack, match=r"expert 2 of layer 1: the value inf at position \(0, 10\) cannot be stored"):
+        packed(path, tmp_path / "packed", "q8_0")
+
+
 def test_four_bits_do_not_become_eight(tmp_path: Path) -> None:
     with pytest.raises(CannotPack, match="are q4_0 already; q8_0 would only be larger"):
         Packer(gguf_folder(write(tmp_path, "Q4_0")), tmp_path / "packed", "q8_0")
