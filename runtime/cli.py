@@ -284,6 +284,7 @@ def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any
             msgspec.to_builtins(source) | {"precision": round(source.precision, 4), "recall": round(source.recall, 4)}
             for source in stats.prefetch
         ],
+        "prefetch_step_time": stats.prefetch_step_time,
         "routing_us": {"mean": round(stats.routing.mean, 3), "p99": round(stats.routing.p99, 3)},
         "kv_pages_used": stats.kv_pages_peak,
         "expert_bytes_resident": stats.resident_expert_bytes,
@@ -303,7 +304,7 @@ def _page_ins_text(page_ins: dict[str, int]) -> str:
     return f"{page_ins['urgent']} urgent, {page_ins['prefetch']} prefetch, {page_ins['warm_start']} for a warm start"
 
 
-def _prefetch_lines(prefetch: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def _prefetch_lines(prefetch: list[dict[str, Any]], step_time: float | None) -> Iterator[tuple[str, str]]:
     for source in prefetch:
         used = source["hits"] + source["late_hits"]
         yield (
@@ -311,6 +312,8 @@ def _prefetch_lines(prefetch: list[dict[str, Any]]) -> Iterator[tuple[str, str]]
             f"{source['page_ins']} of {source['requests']} read, {used} used ({source['precision']:.1%}), "
             f"{source['recall']:.1%} of {source['misses']} misses foreseen",
         )
+    if step_time is not None:
+        yield "a step with prefetch", f"took {step_time:.3f} of the time of one without"
 
 
 def _print_table(report: dict[str, Any]) -> None:
@@ -325,7 +328,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
         ("would have hit", _regret_text(report["regret"])),
         ("page-ins", _page_ins_text(page_ins)),
-        *_prefetch_lines(report["prefetch"]),
+        *_prefetch_lines(report["prefetch"], report["prefetch_step_time"]),
         ("routing", f"{report['preference']['text']}; mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
         ("KV pages used", f"{report['kv_pages_used']}"),
         (

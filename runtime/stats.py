@@ -81,6 +81,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     learned_refused: int  # pagers that could not use what td eviction learned earlier; why is in warm_start_problem
     prefetch_hits: int
     prefetch: list[PrefetchStats]  # of the sources that asked for something
+    prefetch_step_time: float | None  # of steps that prefetch, as a multiple of those that do not; if "auto" has tried
     evictions: int
     preference: RoutingPreference
     bytes_read: int  # of experts paged in, wherever from
@@ -159,6 +160,7 @@ class InstanceCounters:
     ) -> BackendStats:
         """The snapshot that a user gets: what the arena has counted, and what the coordinator knows besides."""
         counts, routing, cache = self.counts(), self._metrics.summary(), scheduler.cache
+        without = counts[Counter.TRIAL_NANOSECONDS_WITHOUT]
         return BackendStats(
             decode_expert_hits=counts[Counter.DECODE_EXPERT_HITS],
             decode_expert_misses=counts[Counter.DECODE_EXPERT_MISSES],
@@ -173,6 +175,7 @@ class InstanceCounters:
             learned_refused=counts[Counter.LEARNED_REFUSED],
             prefetch_hits=counts[Counter.PREFETCH_HITS],
             prefetch=self._prefetch(counts),
+            prefetch_step_time=counts[Counter.TRIAL_NANOSECONDS_WITH] / without if without else None,
             evictions=counts[Counter.EVICTIONS],
             bytes_read=counts[Counter.BYTES_READ],
             preference=plan.routing,

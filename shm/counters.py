@@ -32,6 +32,8 @@ class Counter(enum.IntEnum):
     PREFILL_TOKENS = 24
     STEPS = 25
     EXPERT_WAIT_NANOSECONDS = 26
+    TRIAL_NANOSECONDS_WITH = 27  # of decode steps that prefetched, and of as many that did not, in turn
+    TRIAL_NANOSECONDS_WITHOUT = 28
     # the pager
     URGENT_PAGE_INS = 32
     PREFETCH_PAGE_INS = 33

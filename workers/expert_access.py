@@ -123,6 +123,11 @@ class ExpertAccess:
             for expert in unasked:
                 self._arena.withdraw_prefetch(first + expert)
 
+    def count_trial(self, with_it: int, without: int) -> None:
+        """Nanoseconds of steps that prefetched, and of as many that did not."""
+        self._arena.count(self._process, Counter.TRIAL_NANOSECONDS_WITH, with_it)
+        self._arena.count(self._process, Counter.TRIAL_NANOSECONDS_WITHOUT, without)
+
     def _note_hit(self, expert_id: int, slot: int) -> None:
         """Of an expert that is pinned."""
         self._arena.count(self._process, self._hit_counter, 1)

@@ -111,6 +111,8 @@ def print_table(found: list[dict[str, Any]]) -> None:
             f"  {row['paging_p50_us'] / 1000:8.2f} / {row['paging_p99_us'] / 1000:.2f} ms"
             f"   PSS {format_nbytes(row['largest_pss'])} of {format_nbytes(row['planned_nbytes'])} planned"
         )
+        if row["prefetch_step_time"] is not None:
+            print(f"    steps with prefetch took {row['prefetch_step_time']:.3f} of the time of those without, in turn")
         for source in row["prefetched"]:
             print(
                 f"    {source['source']}: {source['requests']} asked for, {source['page_ins']} read, "

@@ -64,6 +64,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     restarts: int
     prefetch: list[PrefetchStats]
+    prefetch_step_time: float | None
 
 
 def proportional_nbytes(pid: int) -> int:
@@ -146,6 +147,7 @@ def run(request: Request) -> Report:
             slots=backend.plan.geometry.num_slots,
             restarts=stats.worker_restarts + stats.pager_restarts,
             prefetch=stats.prefetch,
+            prefetch_step_time=stats.prefetch_step_time,
         )
 
 

@@ -86,7 +86,9 @@ class Prefetcher:
 
     def end_step(self, rows: int) -> None:
         if self._trial is not None:
-            self._trial.note(time.monotonic_ns() - self._began, rows)
+            pair = self._trial.note(time.monotonic_ns() - self._began, rows)
+            if pair is not None:
+                self._access.count_trial(*pair)
 
     def after_routing(self, step: LayerStep) -> None:
         """When the layer's own missing experts have been requested, and before any is computed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 
 BLOCK = 4  # steps in a row with, or without
 PAIRS = 6  # of blocks, of one trial
@@ -11,55 +13,57 @@ MEMORY = 32  # pairs; earlier ones are forgotten
 
 
 class Trial:
-    """Every now and then runs `PAIRS` pairs of blocks, each a block with prefetching and one without, and holds to what
-    was faster until the next trial. Later trials add to what earlier ones found: single steps differ by more than
-    prefetching changes.
+    """Every now and then runs `PAIRS` pairs of blocks, each a block with prefetching and one without. Until the next
+    trial all steps prefetch if those that did were faster by more than the standard error of the pairs seen so far;
+    otherwise none does. Later trials add to what earlier ones found: single steps differ by more than prefetching
+    changes.
 
     A pair counts only if all of its steps have the same number of rows.
     """
 
     def __init__(self) -> None:
-        self._decided = True  # what holds
+        self._decided = False  # what holds
         self._held = HOLD  # steps since the last trial
         self._pairs_left = 0
         self._times = [0, 0]  # nanoseconds of the current pair's blocks
         self._steps = 0  # of the current pair that are done
         self._rows = 0  # of each of them
         self._first = False  # whether the first block of the current pair prefetches: they change places
-        self._mean = 0.0  # of the logarithm of the times' ratio, with to without
-        self._count = 0
+        self._ratios: deque[float] = deque(maxlen=MEMORY)  # logarithms, of the time with to that without
 
     @property
     def is_on(self) -> bool:
         """Whether the next step is to prefetch."""
         return (self._steps < BLOCK) == self._first if self._pairs_left else self._decided
 
-    def note(self, nanoseconds: int, rows: int) -> None:
-        """How long a step took, and how many rows it had."""
+    def note(self, nanoseconds: int, rows: int) -> tuple[int, int] | None:
+        """How long a step took, and how many rows it had. If a pair ends with it: its nanoseconds with prefetching,
+        and without."""
         if not self._pairs_left:
             self._held += 1
             if self._held >= HOLD:
                 self._held, self._pairs_left = 0, PAIRS
                 self._begin_pair()
-            return
+            return None
         if self._steps and rows != self._rows:
             self._begin_pair()
-            return
+            return None
         self._rows = rows
         self._times[self._steps // BLOCK] += nanoseconds
         self._steps += 1
-        if self._steps == 2 * BLOCK:
-            self._end_pair()
+        return self._end_pair() if self._steps == 2 * BLOCK else None
 
     def _begin_pair(self) -> None:
         self._times = [0, 0]
         self._steps = 0
         self._first = not self._first
 
-    def _end_pair(self) -> None:
-        ratio = math.log(max(self._times[0], 1) / max(self._times[1], 1))
-        self._count = min(self._count + 1, MEMORY)
-        self._mean += ((ratio if self._first else -ratio) - self._mean) / self._count
+    def _end_pair(self) -> tuple[int, int]:
+        on, off = self._times if self._first else reversed(self._times)
+        self._ratios.append(math.log(max(on, 1) / max(off, 1)))
         self._pairs_left -= 1
-        self._decided = self._mean <= 0
+        if not self._pairs_left:
+            error = statistics.stdev(self._ratios) / math.sqrt(len(self._ratios))
+            self._decided = statistics.fmean(self._ratios) < -error
         self._begin_pair()
+        return on, off

@@ -20,10 +20,11 @@ def run(trial: Trial, steps: int, with_it: float, without: float, noise: float =
     return on / steps
 
 
-@pytest.mark.parametrize(("with_it", "expected"), [(0.85, 1), (1.15, 0)])
+@pytest.mark.parametrize(("with_it", "expected"), [(0.85, 1), (1.15, 0), (1.0, 0)])
 def test_what_was_faster_holds_after_a_trial(with_it: float, expected: int) -> None:
     trial = Trial()
     assert run(trial, TRIAL_STEPS, with_it, 1) == pytest.approx(0.5, abs=0.1)
+    trial.note(1_000_000, 1)
     assert run(trial, HOLD - BLOCK, with_it, 1) == pytest.approx(expected, abs=0.05)
 
 
