@@ -108,12 +108,11 @@ class Pager:
         if (slot := self._take_empty_slot(expert)) is not None:
             return slot
         slots = self._evictable_slots()
+        of_its_class = self._class_of_slot[slots] == self._class_of_expert[expert]
         awaited = self._prefetches.awaited()
         last: list[int] = []
-        for index in self._eviction.order(self._expert_in_slot[slots], expert):
+        for index in self._eviction.order(self._expert_in_slot[slots], expert, of_its_class):
             slot = int(slots[index])
-            if self._class_of_slot[slot] != self._class_of_expert[expert]:
-                continue
             resident = int(self._expert_in_slot[slot])
             if resident in awaited:
                 last.append(slot)

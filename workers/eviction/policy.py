@@ -75,9 +75,14 @@ class Eviction:
                 self._policy.forget_streams()
             self._policy.observe(records)
 
-    def order(self, experts: npt.NDArray[np.int64], newcomer: int | None = None) -> Iterator[int]:
+    def order(
+        self,
+        experts: npt.NDArray[np.int64],
+        newcomer: int | None = None,
+        among: npt.NDArray[np.bool_] | None = None,
+    ) -> Iterator[int]:
         """Indices into `experts`, which are resident; the first victim first. `newcomer` is who needs the slot, and
-        will be one of its layer's."""
+        will be one of its layer's. `among`: which of them have a slot that it fits."""
         self.learn()
         self._policy.values(self._values)
         self._policy.last_used(self._last_used)
@@ -90,7 +95,8 @@ class Eviction:
         )
         self._protected = {*experts[protected].tolist()}
         values, last_used = self._values.ravel()[experts], self._last_used.ravel()[experts]
-        yield from np.lexsort((experts, last_used, values, protected)).tolist()
+        order = np.lexsort((experts, last_used, values, protected))
+        yield from (order if among is None else order[among[order]]).tolist()
 
     def yields(self, victim: int) -> bool:
         """Whether a resident expert, of those last ordered, is worth less than one that its layer's next step uses with

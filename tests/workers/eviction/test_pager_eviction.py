@@ -71,6 +71,15 @@ def test_a_layer_at_its_floor_loses_experts_last(segment: Segment) -> None:
     assert victims(eviction, 0, 1, 2, 3, 8 + 5) == [0, 1, 2, 3, 8 + 5]
 
 
+def test_only_those_with_a_fitting_slot_go_but_all_count_for_a_layers_floor(segment: Segment) -> None:
+    eviction = Eviction("lru@bypass", segment, PAGER)
+    use(segment, 0, 1, 5)
+    for expert in range(4):
+        use(segment, 0, 0, expert)
+    experts, fitting = np.array([0, 1, 2, 3, 8 + 5]), np.array([False, False, True, True, True])
+    assert experts[list(eviction.order(experts, among=fitting))].tolist() == [2, 3, 8 + 5]
+
+
 def test_a_newcomer_takes_the_place_of_its_own_layer_where_values_cannot_be_compared(segment: Segment) -> None:
     eviction = Eviction("lfu@bypass", segment, PAGER)
     for expert in range(4):
