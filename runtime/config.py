@@ -71,8 +71,10 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             the current hidden state), "gate-ahead-2" (the layer's after it), "transitions" (what followed the current
             experts in the next layer), "runners-up" (what the gate almost wanted, with a probability of at least
             `prefetch_threshold`), "affinity" (what was used most lately), or several with + between them; "auto"
-            takes the one that foresees most and stops it while it does not help. Only candidates of a kind that has
-            been used 60 % of the times are asked for.
+            times steps with "gate-ahead" and without in turn, and prefetches only while those with it are faster. Only
+            candidates of a kind that has been used 60 % of the times are asked for. The default is "off": on two cores,
+            which compute and read at once, 85 to 99 % of what was prefetched of a 6 GB model was used, and steps took
+            1.00 to 1.10 of the time of those without.
         eviction: which expert goes when a slot is needed: "td" the one that is needed last as far as could be learned
             while serving, "affinity" the one used least lately, "lru", "lfu", "adaptive", and blends such as
             "lru+affinity:0.5"; see `parse_eviction`. "td" is the default because it was never worse than "affinity",

@@ -17,7 +17,7 @@ class PrefetchSettings(msgspec.Struct, frozen=True):
 
     Attributes:
         sources: none: nothing is prefetched.
-        guarded: steps with and without are timed in turn, and prefetching stops while it does not help ("auto").
+        guarded: steps with and without are timed in turn, and those with have to be faster ("auto").
     """
 
     sources: tuple[PrefetchSource, ...] = ()
