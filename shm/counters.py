@@ -7,6 +7,7 @@ import enum
 from hotset.shm.layout import PrefetchSource
 
 
+@enum.unique
 class Counter(enum.IntEnum):
     """Index in a process's row. The C core writes the first group itself: shm/core/counters.h has the same numbers."""
 
@@ -44,10 +45,10 @@ class Counter(enum.IntEnum):
     PAGING_NANOSECONDS = 38
     PAGING_MAX_NANOSECONDS = 39
     FAILED_LOADS = 40
+    WARM_PAGE_INS = 41  # nobody asked for them: an instance begins with what the last one had
     PAGE_CACHE_PAGE_INS = 42  # of all page-ins, those that the page cache had wholly
     DISK_PAGE_INS = 43
-    WARM_PAGE_INS = 41  # nobody asked for them: an instance begins with what the last one had
-    LEARNED_REFUSED = 42  # what td eviction learned earlier was of no use: damaged, or of another shape
+    LEARNED_REFUSED = 44  # what td eviction learned earlier was of no use: damaged, or of another shape
     # every process
     HEARTBEAT_NANOSECONDS = 63  # monotonic clock
     # from PREFETCH_OF_SOURCE on: see `prefetch_counter`

@@ -23,3 +23,30 @@ def follows(seed: int, steps: int, experts: int) -> Ids:
         # Mostly on along the cycle, sometimes anywhere: no policy knows where.
         expert = int(successor[expert]) if random.random() < 0.9 else int(random.integers(experts))
     return ids
+
+
+def drawn(random: np.random.Generator, preference: npt.NDArray[np.float64], top_k: int) -> Ids:
+    """`top_k` different experts for each row of log-likelihoods, [..., experts] -> [..., top_k]."""
+    return np.argpartition(-(preference + random.gumbel(size=preference.shape)), top_k, axis=-1)[..., :top_k]
+
+
+def drifting(seed: int, steps: int, layers: int, experts: int, top_k: int, speed: float) -> Ids:
+    """One stream, whose preferences wander: `speed` 0 not at all, 1 anew in every step."""
+    random = np.random.default_rng(seed)
+    preference, ids = random.normal(0, 1.5, (layers, experts)), np.empty((steps, 1, layers, top_k), np.int64)
+    for step in range(steps):
+        preference = np.sqrt(1 - speed**2) * preference + speed * random.normal(0, 1.5, preference.shape)
+        ids[step, 0] = drawn(random, preference, top_k)
+    return ids
+
+
+def switching(seed: int, steps: int, layers: int, experts: int, top_k: int, every: int) -> Ids:
+    """One stream, whose preferences are others from one step to the next, every so often."""
+    random = np.random.default_rng(seed)
+    topics = np.repeat(random.normal(0, 2, (-(-steps // every), 1, layers, experts)), every, axis=0)[:steps]
+    return drawn(random, topics, top_k)
+
+
+def uniform(seed: int, steps: int, layers: int, experts: int, top_k: int) -> Ids:
+    """One stream, to which all experts are alike."""
+    return drawn(np.random.default_rng(seed), np.zeros((steps, 1, layers, experts)), top_k)

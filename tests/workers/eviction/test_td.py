@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from demand_patterns import Ids, follows, random_ids
+from demand_patterns import Ids, drifting, follows, random_ids, switching, uniform
 
 from hotset.runtime.eviction import eviction_nbytes, parse_eviction
 from hotset.shm.demands import Records, demand_of_set, demands_of_steps
@@ -175,6 +175,34 @@ def test_where_nothing_can_be_learned_the_guard_keeps_it_at_affinity(seed: int) 
         for policy in ("affinity", "td")
     }
     assert result["td"] > result["affinity"] - 0.01
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        drifting(1, 4000, 4, 32, 4, speed=0.02),
+        drifting(2, 4000, 4, 32, 4, speed=0.3),
+        switching(3, 4000, 4, 32, 4, every=50),
+        switching(4, 4000, 4, 32, 4, every=1000),
+        uniform(5, 4000, 4, 32, 4),
+    ],
+    ids=["slow drift", "fast drift", "topics of 50", "topics of 1000", "uniform"],
+)
+def test_it_is_never_much_worse_than_affinity(ids: Ids, shared: bool) -> None:
+    for slots in (4, 8, 16):
+        affinity, learned = (
+            replay(
+                records_of(ids),
+                policy,
+                num_layers=4,
+                num_experts=32,
+                slots=4 * slots if shared else slots,
+                shared=shared,
+            ).hit_rate
+            for policy in ("affinity", "td")
+        )
+        assert learned > affinity - 0.005
 
 
 @pytest.mark.parametrize(("layers", "experts", "streams"), [(24, 32, 16), (48, 128, 4)])
