@@ -25,6 +25,7 @@ from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.completion import FinishReason
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, RequestFailed, TooManyPins
+from hotset.runtime.memory_tiers import PageCache
 from hotset.runtime.messages import (
     Abort,
     CheckCache,
@@ -129,6 +130,7 @@ class Backend:
             self._reader.start()
             self.tokenizer = Tokenizer(self.config.model, model_config.eos_token_ids)
             self._model = model_config
+            self._page_cache = PageCache(checkpoint)
             if not self._ready.wait(START_SECONDS):
                 raise BackendError(f"the instance was not ready after {START_SECONDS:.0f} s")
             self._raise_if_dead()
@@ -276,7 +278,10 @@ class Backend:
 
     def stats(self) -> BackendStats:
         """Counters of all processes added up, and what is in memory now."""
-        return self._ask(GetStats).stats
+        reply = self._ask(GetStats)
+        with self._lock:
+            tiers = self._page_cache.complete(reply.stats.tiers, reply.resident)
+        return msgspec.structs.replace(reply.stats, tiers=tiers)
 
     def defragment(self, max_moves: int | None = None) -> int:
         """Moves KV pages in use together at the front of the arena, at most `max_moves`; returns how many moved.
@@ -357,6 +362,10 @@ class Backend:
         reader = getattr(self, "_reader", None)
         if reader is not None and reader is not threading.current_thread():
             reader.join(STOP_SECONDS)
+        page_cache: PageCache | None = getattr(self, "_page_cache", None)
+        if page_cache is not None:
+            with self._lock:
+                page_cache.close()
         self._stderr.close()
 
     def __enter__(self) -> Self:

@@ -284,6 +284,9 @@ def _report(completions: list[Any], seconds: float, stats: Any) -> dict[str, Any
             msgspec.to_builtins(source) | {"precision": round(source.precision, 4), "recall": round(source.recall, 4)}
             for source in stats.prefetch
         ],
+        "read_mode": {"mode": stats.read_mode, "reason": stats.read_mode_reason},
+        "disk_bytes_read": stats.disk_bytes_read,
+        "tiers": msgspec.to_builtins(stats.tiers),
         "prefetch_step_time": stats.prefetch_step_time,
         "routing_us": {"mean": round(stats.routing.mean, 3), "p99": round(stats.routing.p99, 3)},
         "kv_pages_used": stats.kv_pages_peak,
@@ -298,6 +301,16 @@ def _regret_text(regret: dict[str, Any] | None) -> str:
         return "not known yet"
     rates = f"LRU {regret['lru_hit_rate']:.1%}, Belady's MIN {regret['min_hit_rate']:.1%}"
     return f"{rates}, on {regret['demands']} layer steps with {regret['crowd']:.2f} of a layer's slots in use each"
+
+
+def _tier_text(tier: dict[str, Any]) -> str:
+    experts = "an unknown number" if tier["experts"] is None else f"{tier['experts']:,}"
+    if not tier["p50"]:
+        return experts
+    if tier["name"] == "slots":
+        return f"{experts}, found in {tier['p50']:.1f} us (p99 {tier['p99']:.1f})"
+    page_ins = f"{tier['page_ins']:,} loaded from there"
+    return f"{experts}; {page_ins} in {tier['p50'] / 1000:.2f} ms (p99 {tier['p99'] / 1000:.2f})"
 
 
 def _page_ins_text(page_ins: dict[str, int]) -> str:
@@ -328,6 +341,8 @@ def _print_table(report: dict[str, Any]) -> None:
         ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
         ("would have hit", _regret_text(report["regret"])),
         ("page-ins", _page_ins_text(page_ins)),
+        *((f"experts in {tier['name']}", _tier_text(tier)) for tier in report["tiers"]),
+        ("read from disk", f"{report['disk_bytes_read']:,} bytes, {report['read_mode']['mode']}"),
         *_prefetch_lines(report["prefetch"], report["prefetch_step_time"]),
         ("routing", f"{report['preference']['text']}; mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
         ("KV pages used", f"{report['kv_pages_used']}"),

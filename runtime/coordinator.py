@@ -265,7 +265,7 @@ class Coordinator:
                 case Abort(request):
                     self._dispatcher.abort(request)
                 case GetStats(query):
-                    self._client.send(StatsReply(query, self._stats()))
+                    self._client.send(StatsReply(query, self._stats(), self._instance.arena.resident_experts()))
                 case Defragment():
                     self._dispatcher.defragment(message)
                 case CheckCache(query):

@@ -107,8 +107,11 @@ class Generated(Message, frozen=True, tag=True):
 
 
 class StatsReply(Message, frozen=True, tag=True):
+    """With the ids of all resident experts: the client looks for the others in the page cache."""
+
     query: int
     stats: BackendStats
+    resident: list[int]
 
 
 class Defragmented(Message, frozen=True, tag=True):

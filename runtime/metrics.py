@@ -129,6 +129,13 @@ class MoeMetrics:
             lost_mass=count(Counter.LOST_MASS_Q32) / 2**32,
         )
 
+    def percentiles(self, histogram: Histogram) -> tuple[float, float]:
+        """p50 and p99 since the last reset, microseconds; 0 without events."""
+        buckets = self._histogram(histogram) - self._histogram_baselines[histogram]
+        if not buckets.any():
+            return 0.0, 0.0
+        return percentile_nanoseconds(buckets, 0.50) / 1000, percentile_nanoseconds(buckets, 0.99) / 1000
+
     def hit_rate(self) -> float:
         return self.summary().hit_rate
 

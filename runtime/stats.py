@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.memory_tiers import MemoryTier, measured_tiers
 from hotset.runtime.metrics import Latency, MoeMetrics
 from hotset.runtime.plan import InstancePlan
 from hotset.runtime.prefetch import SOURCES
@@ -88,6 +89,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes_read: int  # by the pager, as the kernel counts it
     read_mode: str  # "buffered" or "direct"
     read_mode_reason: str
+    tiers: list[MemoryTier]  # slots, page cache, disk
     routing_decisions: int
     routing: Latency
     paging: Latency
@@ -182,6 +184,7 @@ class InstanceCounters:
             disk_bytes_read=disk_bytes_read,
             read_mode=read_mode,
             read_mode_reason=read_mode_reason,
+            tiers=measured_tiers(self._metrics, counts, len(self._arena.resident_experts())),
             routing_decisions=routing.routing_decisions,
             routing=routing.routing_latency,
             paging=routing.paging_latency,

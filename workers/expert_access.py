@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.errors import HotsetError
-from hotset.shm.counters import Counter, PrefetchCount, prefetch_counter
+from hotset.shm.counters import Counter, Histogram, PrefetchCount, prefetch_counter
 from hotset.shm.layout import PrefetchSource, Section
 from hotset.shm.paging_queue import PagingMessage, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
@@ -82,6 +82,7 @@ class ExpertAccess:
         while remaining or waiting:
             found: list[tuple[int, int, int]] = []
             missed: list[int] = []
+            began = time.monotonic_ns()
             while remaining and free_pins:
                 expert, pin = remaining.pop(), free_pins.pop()
                 slot = arena.want(process, pin, first + expert)
@@ -90,6 +91,9 @@ class ExpertAccess:
                 else:
                     waiting[expert] = pin
                     missed.append(expert)
+            if found:
+                took = time.monotonic_ns() - began
+                arena.record_latency(process, Histogram.SLOT, took // (len(found) + len(missed)))
             if missed:  # before the others are computed: the pager reads meanwhile
                 arena.count(process, self._miss_counter, len(missed))
                 self._request(layer, missed)
