@@ -177,10 +177,12 @@ class BlockTables(SequenceTables):
                 "of its prompt; commit them before appending"
             )
         length = state.length
-        if length == min(map(len, state.tables)) * self.block_size:
-            self._cover(state, max(state.reserved, length + 1), length)
-        else:
+        if length < min(map(len, state.tables)) * self.block_size:
             self.writable_page(sequence, length)
+        elif len(state.tables) == 1:
+            state.table.append(self._take_one())  # what _cover does, without lists
+        else:
+            self._cover(state, max(state.reserved, length + 1), length)
         state.length = length + 1
         if state.publishable:
             state.tokens.append(token)

@@ -54,6 +54,7 @@ class PrefixCache:
     ) -> None:
         self._pool = pool
         self.windowed = WindowedPages(pool, num_groups)
+        self._has_windowed = num_groups > 1
         self._tree = PrefixTree(page_nbytes, pool.published)
         self._order = EvictionOrder(pool.references, clock)
         self._original: dict[int, int] = {}  # duplicate page -> published page with the same tokens
@@ -131,7 +132,11 @@ class PrefixCache:
     def evict(self) -> int:
         """Takes the idle page that is worth least out of the tree; there must be one."""
         node = self._order.first()
-        if self.windowed and (tick := self.windowed.oldest()) is not None and (node is None or tick < node.last_use):
+        if (
+            self._has_windowed
+            and (tick := self.windowed.oldest()) is not None
+            and (node is None or tick < node.last_use)
+        ):
             if node is not None:
                 self._order.add(node)
             self.evictions += 1
@@ -139,7 +144,7 @@ class PrefixCache:
         if node is None:
             return self._evict_below_idle()
         page = self._tree.remove_last_page(node)
-        if self.windowed:
+        if self._has_windowed:
             self.evictions += self.windowed.drop(page)
         if not node.pages:
             parent = node.parent

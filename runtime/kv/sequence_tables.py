@@ -201,11 +201,14 @@ class SequenceTables:
     def _settle(self, state: CachedSequence) -> None:
         """Finds out how far appending needs no second look. To be called when the length or the tail changed."""
         index, offset = divmod(state.length, self.block_size)
-        if offset and all(self._is_writable(table[index]) for table in state.tables):
-            # The token that fills a page to be published needs one too.
-            state.append_limit = (index + 1) * self.block_size - state.publishable
-        else:
-            state.append_limit = state.length
+        state.append_limit = state.length
+        if not offset:
+            return
+        for table in state.tables:
+            if not self._is_writable(table[index]):
+                return
+        # The token that fills a page to be published needs a second look too.
+        state.append_limit = (index + 1) * self.block_size - state.publishable
 
     def _release(self, pages: Sequence[int], group: int = 0) -> None:
         """One reference less to each page of a group, given in the order of the tokens."""
