@@ -69,7 +69,6 @@ static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
 
 static inline keys keys_max(keys a, keys b) { return _mm256_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm256_min_pd(a, b); }
-static inline int keys_any_below(keys a, keys b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)) != 0; }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(_mm256_castpd256_pd128(a))); }
 /* Lanes `distance` apart, exchanged. */
 static inline keys keys_exchange(keys a, uint32_t distance) {

@@ -82,7 +82,6 @@ static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
 
 static inline keys keys_max(keys a, keys b) { return _mm_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm_min_pd(a, b); }
-static inline int keys_any_below(keys a, keys b) { return _mm_movemask_pd(_mm_cmplt_pd(a, b)) != 0; }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(a)); }
 /* The two lanes, exchanged. */
 static inline keys keys_exchange(keys a, uint32_t distance) {

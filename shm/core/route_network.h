@@ -92,26 +92,30 @@ static inline int network_sure(const float *scores, uint32_t count, uint32_t k, 
     return reaching == k;
 }
 
-/* The same as network_select() with keys of floats (see route_ranking.h), of which there are half as many vectors. 0 if
- * they do not tell all of the best apart. Padded as there. */
+/* Keys of floats (see route_ranking.h) of the scores from `first` on, sorted. Beyond `count` there are none. */
+static inline void network_load_blocks(const float *scores, uint32_t first, uint32_t count, uint32_t id_mask, block *r) {
+    block kept = block_all(float_from_bits(~id_mask)), least = block_all(-FLT_MAX), most = block_all(FLT_MAX);
+    block tags = block_or(block_count(), block_all(float_from_bits(first)));
+#pragma GCC unroll 8
+    for (uint32_t i = 0; i < NETWORK_ROWS; i++) {
+        uint32_t at = first + i * BLOCK_LANES;
+        block score = at < count ? block_load(scores + at) : least;
+        r[i] = block_tagged(block_min(block_max(score, least), most), tags, kept);
+        tags = block_count_on(tags);
+    }
+    block_sort(r);
+}
+
+/* The same as network_select() with keys of floats, of which there are half as many vectors. 0 if they do not tell all of
+ * the best apart. Padded as there. */
 static inline int network_select_roughly(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
-    block best[NETWORK_ROWS], other[NETWORK_ROWS], least = block_all(-FLT_MAX), most = block_all(FLT_MAX);
-    block tags = block_count();
+    block best[NETWORK_ROWS], other[NETWORK_ROWS];
     uint32_t id_mask = ROUTE_MAX_EXPERTS - 1;
     while (id_mask / 2 >= count - 1) id_mask /= 2;
-    block kept = block_all(float_from_bits(~id_mask));
-    for (uint32_t first = 0; first < count; first += NETWORK_ROWS * BLOCK_LANES) {
-#pragma GCC unroll 8
-        for (uint32_t i = 0; i < NETWORK_ROWS; i++) {
-            uint32_t at = first + i * BLOCK_LANES;
-            block score = at < count ? block_load(scores + at) : least;
-            other[i] = block_tagged(block_min(block_max(score, least), most), tags, kept);
-            tags = block_count_on(tags);
-        }
-        block_sort(other);
-        if (first > 0) block_merge(other, best);
-#pragma GCC unroll 8
-        for (uint32_t i = 0; i < NETWORK_ROWS; i++) best[i] = other[i];
+    network_load_blocks(scores, 0, count, id_mask, best);
+    for (uint32_t first = NETWORK_ROWS * BLOCK_LANES; first < count; first += NETWORK_ROWS * BLOCK_LANES) {
+        network_load_blocks(scores, first, count, id_mask, other);
+        block_merge(best, other);
     }
     for (uint32_t distance = BLOCK_LANES / 2; distance > 0; distance /= 2) block_fold(best, distance);
     for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)(block_first(best[i]) & id_mask);
