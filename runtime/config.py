@@ -11,6 +11,7 @@ import msgspec
 
 from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import parse_prefetch
+from hotset.shm.layout import PrefetchSource
 
 RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]
 ReadMode = Literal["auto", "buffered", "direct"]
@@ -69,12 +70,13 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             another. None is what `hotset calibrate` found for the model, or else a cautious default.
         prefetch: which sources name experts to read before they are needed: "gate-ahead" (the next layer's gate on
             the current hidden state), "gate-ahead-2" (the layer's after it), "transitions" (what followed the current
-            experts in the next layer), "runners-up" (what the gate almost wanted, with a probability of at least
-            `prefetch_threshold`), "affinity" (what was used most lately), or several with + between them; "auto"
+            experts in the next layer), "runners-up" (what the gate almost wanted; see `prefetch_threshold`),
+            "affinity" (what was used most lately), or several with + between them; "auto"
             times steps with "gate-ahead" and without in turn, and prefetches only while those with it are faster. Only
             candidates of a kind that has been used 60 % of the times are asked for. The default is "off": on two cores,
             which compute and read at once, 85 to 99 % of what was prefetched of a 6 GB model was used, and steps took
             1.00 to 1.10 of the time of those without.
+        prefetch_threshold: the least gate probability of a runner-up; refused without that source. None is 0.02.
         eviction: which expert goes when a slot is needed: "td" the one that is needed last as far as could be learned
             while serving, "affinity" the one used least lately, "lru", "lfu", "adaptive", and blends such as
             "lru+affinity:0.5"; see `parse_eviction`. "td" is the default because it was never worse than "affinity",
@@ -108,7 +110,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     mass_budget: float | None = None
     resnorm_strength: float | None = None
     prefetch: str = "off"
-    prefetch_threshold: float = 0.02
+    prefetch_threshold: float | None = None
     eviction: str = "td"
     read_lanes: int | None = None
     read_mode: ReadMode = "auto"
@@ -129,10 +131,11 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("max_num_batched_tokens", 1),
             ("block_size", 1),
             ("read_lanes", 1),
+            ("max_model_len", 1),
             ("user_pins", 0),
         ):
             value = getattr(self, name)
-            if name == "read_lanes" and value is None:
+            if name in ("read_lanes", "max_model_len") and value is None:
                 continue
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {low}")
@@ -142,9 +145,16 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "memory decides how many experts fit"
             )
         parse_eviction(self.eviction)
-        parse_prefetch(self.prefetch)
-        if not 0 <= self.prefetch_threshold <= 1:
-            raise ValueError(f"prefetch_threshold is {self.prefetch_threshold!r}, expected a number from 0 to 1")
+        sources = parse_prefetch(self.prefetch).sources
+        threshold = self.prefetch_threshold
+        if threshold is not None:
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"prefetch_threshold is {threshold!r}, expected a number from 0 to 1")
+            if PrefetchSource.RUNNERS_UP not in sources:
+                raise ValueError(
+                    f"prefetch_threshold is {threshold!r} and prefetch is {self.prefetch!r}, expected 'runners-up' "
+                    "among its sources: prefetch_threshold is for that one"
+                )
         for policy, name in STRENGTH_OPTIONS.items():
             value = getattr(self, name)
             if value is None:

@@ -159,10 +159,11 @@ class _Planner:
 
     def _split(self, memory: int) -> tuple[tuple[SlotClass, ...], int]:
         """Pages get what they are given or a quarter, experts the rest; what experts leave over goes to pages."""
-        largest = self._geometry(least_slots(self.classes, self.num_experts), self.pages_for_all)
+        asked_pages = self._asked_pages()
+        most_pages = max(self.pages_for_all, asked_pages or 0)
+        largest = self._geometry(least_slots(self.classes, self.num_experts), most_pages)
         fixed = self._processes_nbytes() + self.checkpoint.dense_nbytes + self._bookkeeping_nbytes(largest)
         free = memory - fixed
-        asked_pages = self._asked_pages()
         num_pages = asked_pages or max(1, min(self.pages_for_all, free // 4 // self.page_nbytes))
         slots = split_slots(free - num_pages * self.page_nbytes, self.classes, self.least_of_a_size)
         if slots is None:

@@ -6,6 +6,8 @@ import numpy as np
 
 from hotset.workers.prefetch.source import Float32, LayerStep, Source
 
+DEFAULT_THRESHOLD = 0.02
+
 
 class RunnersUp(Source):
     """The score is the largest gate probability that a row gave to an expert that no row uses.

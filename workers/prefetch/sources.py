@@ -13,7 +13,7 @@ from hotset.shm.segment import Segment
 from hotset.workers.compute.gates import Gates
 from hotset.workers.prefetch.affinity import Affinity
 from hotset.workers.prefetch.gate_ahead import GateAhead, Preference
-from hotset.workers.prefetch.runners_up import RunnersUp
+from hotset.workers.prefetch.runners_up import DEFAULT_THRESHOLD, RunnersUp
 from hotset.workers.prefetch.source import Source
 from hotset.workers.prefetch.transitions import Transitions
 
@@ -38,7 +38,8 @@ def make_sources(
                 distance = 1 if number is PrefetchSource.GATE_AHEAD else 2
                 return GateAhead(gates, distance, model.experts_per_token, preference)
             case PrefetchSource.RUNNERS_UP:
-                return RunnersUp(config.prefetch_threshold)
+                threshold = config.prefetch_threshold
+                return RunnersUp(DEFAULT_THRESHOLD if threshold is None else threshold)
             case PrefetchSource.AFFINITY:
                 return Affinity(lambda: router.affinity.snapshot()[0])
             case PrefetchSource.TRANSITIONS:
