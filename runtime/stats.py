@@ -137,9 +137,14 @@ class InstanceCounters:
         self._baseline = np.zeros(COUNTERS_PER_PROCESS, np.uint64)
 
     def reset(self) -> None:
-        """A baseline is kept here; nobody's row is ever written by a reader."""
+        """A baseline is kept here; nobody's row is ever written by a reader.
+
+        What was prefetched until now loses its mark: else it would be used after it was read and counted before.
+        """
         self._baseline = self._totals()
         self._metrics.reset()
+        for expert in self._arena.resident_experts():
+            self._arena.take_prefetched(expert)
 
     def counts(self) -> dict[Counter, int]:
         totals = self._totals() - self._baseline

@@ -142,7 +142,7 @@ def measure_serving(options: argparse.Namespace, config: BackendConfig) -> dict[
         return measure(request)
 
     off, chosen = serve(routing="off"), serve()
-    # Without warming up: what is prefetched before a reset and used after it would count as used only.
+    # Without warming up: auto tries in the beginning, and may read nothing ahead once it has decided.
     ahead = serve(0, routing="off", prefetch="auto")
     ratio = chosen.tokens_per_second / off.tokens_per_second
     where = f"{options.tokens} tokens of one stream, {options.budget} resident"

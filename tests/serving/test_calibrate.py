@@ -78,11 +78,11 @@ def test_a_text_that_is_too_short_or_no_text_is_refused(cache: Path) -> None:
 def test_ctrl_c_leaves_nothing(cache: Path) -> None:
     running = subprocess.Popen([*COMMAND, "--max-kl", "0.01"], stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-    wait_until(lambda: len(children.read_text().split()) == 1)
+    assert wait_until(lambda: len(children.read_text().split()) == 1)
     (child,) = map(int, children.read_text().split())
-    wait_until(lambda: "calibrate" in Path(f"/proc/{child}/cmdline").read_text())
+    assert wait_until(lambda: "calibrate" in Path(f"/proc/{child}/cmdline").read_text())
     os.kill(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 130 and "interrupted" in errors
-    wait_until(lambda: not Path(f"/proc/{child}").exists())
+    assert wait_until(lambda: not Path(f"/proc/{child}").exists())
     assert not list(cache.rglob("*calibration*"))

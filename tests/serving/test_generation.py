@@ -158,7 +158,8 @@ def test_resnorm_prefers_resident_experts_and_at_strength_0_none() -> None:
     exact = msgspec.structs.replace(params, routing="off")
     misses: dict[float, int] = {}
     for strength in (0.0, 0.5):
-        with Backend(workers=1, expert_budget="25%", routing="resnorm", resnorm_strength=strength) as backend:
+        settings = {"expert_budget": "25%", "routing": "resnorm", "resnorm_strength": strength, "warm_start": False}
+        with Backend(workers=1, **settings) as backend:
             answers = backend.generate(PROMPTS, params)
             stats = backend.stats()
             misses[strength] = stats.decode_expert_misses
