@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hotset.runtime.affinity import AffinityConfig as AffinityConfig
     from hotset.runtime.affinity import ExpertAffinity as ExpertAffinity
+    from hotset.runtime.answers import Completion as Completion
+    from hotset.runtime.answers import Piece as Piece
     from hotset.runtime.backend import Backend as Backend
-    from hotset.runtime.backend import Completion as Completion
-    from hotset.runtime.backend import Piece as Piece
     from hotset.runtime.config import BackendConfig as BackendConfig
     from hotset.runtime.errors import BackendError as BackendError
     from hotset.runtime.errors import BudgetTooSmall as BudgetTooSmall
@@ -45,14 +45,15 @@ if TYPE_CHECKING:
     from hotset.runtime.router import BatchRouteResult as BatchRouteResult
     from hotset.runtime.router import MemoryAwareRouter as MemoryAwareRouter
     from hotset.runtime.router import ResidencyBelongsToPager as ResidencyBelongsToPager
-    from hotset.runtime.router import RouterConfig as RouterConfig
     from hotset.runtime.router import RouteResult as RouteResult
+    from hotset.runtime.router_config import RouterConfig as RouterConfig
     from hotset.runtime.sampling_params import SamplingParams as SamplingParams
     from hotset.runtime.stats import BackendStats as BackendStats
 
 _MODULES = {
     "affinity": ("AffinityConfig", "ExpertAffinity"),
-    "backend": ("Backend", "Completion", "Piece"),
+    "answers": ("Completion", "Piece"),
+    "backend": ("Backend",),
     "config": ("BackendConfig",),
     "errors": (
         "BackendError",
@@ -77,8 +78,8 @@ _MODULES = {
         "MemoryAwareRouter",
         "ResidencyBelongsToPager",
         "RouteResult",
-        "RouterConfig",
     ),
+    "router_config": ("RouterConfig",),
     "sampling_params": ("SamplingParams",),
     "stats": ("BackendStats",),
 }

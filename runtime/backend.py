@@ -1,7 +1,8 @@
 """`Backend`: the whole runtime as one object in the user's program.
 
 It starts the coordinator as a process of its own, sends it token ids and gets token ids back; text and tokens are
-turned into each other here. It never touches the arena, so nothing that happens to the user's program can damage it.
+turned into each other in this process (answers.py). It never touches the arena, so nothing that happens to the user's
+program can damage it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.answers import AnswerText, Completion, Piece, join_pieces
 from hotset.runtime.channel import ChannelClosed
-from hotset.runtime.completion import FinishReason
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, RequestFailed, TooManyPins
 from hotset.runtime.memory_tiers import PageCache
@@ -67,28 +68,6 @@ START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
-
-
-class Piece(msgspec.Struct, frozen=True):
-    """A part of an answer as it comes: the text that `token_ids` completed. The last one has `finish_reason`.
-
-    `cached_tokens`, in the last one: how much of the prompt was found in the prefix cache.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
-    cached_tokens: int = 0
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """A whole answer. `finish_reason`: "stop" (end-of-text token or stop string), "length" or "abort"."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int = 0
 
 
 class Backend:
@@ -244,7 +223,7 @@ class Backend:
 
     def _pieces(self, number: int, params: SamplingParams) -> Iterator[Piece]:
         answers = self._answers[number]
-        text, stops = self.tokenizer.stream(), StopStrings(params.stop_strings)
+        text = AnswerText(self.tokenizer.stream(), StopStrings(params.stop_strings))
         finished = False
         try:
             yield Piece("", [])
@@ -253,21 +232,12 @@ class Backend:
                 if isinstance(answer, BackendError):
                     finished = True
                     raise answer
-                tokens: list[int] = np.frombuffer(answer.tokens, np.int32).tolist()
                 finished = answer.finish is not None
-                for index, token in enumerate(tokens):
-                    piece, stopped = stops.push(text.push(token))
-                    if stopped:
-                        yield Piece(piece, tokens[index : index + 1], "stop")
-                        return
-                    last = finished and index == len(tokens) - 1 and answer.finish != "error"
-                    if last:
-                        piece += stops.finish_with(text.finish())
-                    yield Piece(piece, [token], answer.finish, answer.cached_tokens) if last else Piece(piece, [token])
+                yield from text.pieces(answer)
+                if text.stopped:
+                    return
                 if answer.finish == "error":
                     raise RequestFailed(answer.error or "the request failed")
-                if finished and not tokens:
-                    yield Piece(stops.finish_with(text.finish()), [], answer.finish, answer.cached_tokens)
         finally:
             with self._lock:
                 self._answers.pop(number, None)
@@ -456,15 +426,3 @@ class Backend:
     @property
     def coordinator_pid(self) -> int:
         return self._coordinator.pid
-
-
-def join_pieces(prompt_tokens: int, pieces: Iterable[Piece]) -> Completion:
-    """The whole answer of a stream."""
-    parts = list(pieces)
-    return Completion(
-        "".join(piece.text for piece in parts),
-        [token for piece in parts for token in piece.token_ids],
-        parts[-1].finish_reason or "abort",
-        prompt_tokens,
-        parts[-1].cached_tokens,
-    )

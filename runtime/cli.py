@@ -57,7 +57,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text and table.")] = False,
 ) -> None:
     """Continue the prompts, streaming the text as it comes, and say what it took."""
-    from hotset.runtime.backend import Backend, Completion, Piece, join_pieces
+    from hotset.runtime.answers import Completion, Piece, join_pieces
+    from hotset.runtime.backend import Backend
     from hotset.runtime.sampling_params import SamplingParams
 
     settings: dict[str, Any] = {

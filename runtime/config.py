@@ -13,7 +13,7 @@ from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import parse_prefetch
 from hotset.shm.layout import PrefetchSource
 
-RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]
+RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]  # in the order of enum route_policy
 ReadMode = Literal["auto", "buffered", "direct"]
 STRENGTH_OPTIONS: dict[RoutingPolicy, str] = {
     "bonus": "cache_bonus",

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
+from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
+from hotset.runtime.router_config import RouterConfig
 from hotset.shm import _core
 from hotset.shm.layout import Section
 from hotset.shm.segment import Segment

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.router import MemoryAwareRouter, Policy
+from hotset.runtime.router import MemoryAwareRouter
+from hotset.runtime.router_config import Policy
 from hotset.shm.demands import HEADER_WORDS, demands_of_steps
 from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.shm.layout import Geometry, Section, WeightFormat

@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.router import MemoryAwareRouter, Policy, RouterConfig
+from hotset.runtime.router import MemoryAwareRouter
+from hotset.runtime.router_config import Policy, RouterConfig
 from hotset.shm._core import Arena
 from hotset.shm.layout import LAYER_STATE, Geometry, Section
 from hotset.shm.segment import Segment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hotset.runtime import MemoryAwareRouter, RouterConfig
-from hotset.runtime.router import Policy
+from hotset.runtime.router_config import Policy
 
 EXPERTS, TOP_K = 32, 4
 

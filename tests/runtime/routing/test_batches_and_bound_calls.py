@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hotset.runtime import AffinityConfig, MemoryAwareRouter, RouterConfig
-from hotset.runtime.router import Policy
+from hotset.runtime.router_config import Policy
 
 RESIDENT = range(0, 32, 3)
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.runtime.router import MemoryAwareRouter, RouterConfig
+from hotset.runtime.router import MemoryAwareRouter
+from hotset.runtime.router_config import RouterConfig
 from hotset.shm.layout import Geometry, Section
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 

@@ -12,7 +12,8 @@ import pytest
 SCRIPT = """
 import ctypes, sys
 import numpy as np
-from hotset.runtime.router import MemoryAwareRouter, RouterConfig
+from hotset.runtime.router import MemoryAwareRouter
+from hotset.runtime.router_config import RouterConfig
 
 shim = ctypes.CDLL(None)
 counting = ctypes.c_int.in_dll(shim, "counting")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter, RouterConfig
+from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
+from hotset.runtime.router_config import RouterConfig
 from hotset.shm import _core
 
 KERNELS = _core.route_kernels()  # the plain one last: the oracle

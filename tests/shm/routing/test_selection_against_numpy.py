@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from routing_reference import exchange_within_mass, next_mean_range, probabilities, ranking, select, shares_of_largest
 
-from hotset.runtime.router import MemoryAwareRouter, RouterConfig
+from hotset.runtime.router import MemoryAwareRouter
+from hotset.runtime.router_config import RouterConfig
 
 Row = list[float]
 SETTINGS = settings(
