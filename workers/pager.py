@@ -235,7 +235,7 @@ class Pager:
     def _rescan(self) -> None:
         """Repairs from the bits what the queue did not carry."""
         self._note_urgent(self._arena.urgent_requests())
-        self._prefetches.note(self._arena.prefetch_requests(), PrefetchSource.NONE)
+        self._prefetches.repair(self._arena.prefetch_requests())
         self._next_rescan = time.monotonic() + RESCAN_SECONDS
 
     def _note_urgent(self, experts: Iterable[int]) -> None:
