@@ -72,7 +72,7 @@ class Pager:
             affinity=self._warm_start.affinity(),
             model=model_path if keeps else None,
         )
-        if self._eviction.learned.problem is not None:
+        if self._eviction.learned.refused:
             self._count(Counter.LEARNED_REFUSED)
         self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
         self._urgent: dict[int, None] = {}  # in the order of arrival
@@ -267,20 +267,17 @@ class Pager:
                 self._begin(expert, slot, urgent=False, warm_start=True)
                 return
 
-    def _save_heat(self) -> None:
-        self._warm_start.save(self._slots.resident())
-        self._report_warm_start()
+    def _save_heat(self, *, wait: bool = False) -> None:
+        self._warm_start.save(self._slots.resident(), wait=wait)
 
     def _save_learned(self, *, wait: bool = False) -> None:
         self._eviction.learned.save(wait=wait)
         self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
-        self._report_warm_start()
 
     def _report_warm_start(self) -> None:
-        problems = [problem for source in (self._warm_start, self._eviction.learned) if (problem := source.problem)]
+        problems = [problem for kept in (self._warm_start, self._eviction.learned) if (problem := kept.take_problem())]
         if problems:
             self._channel.send(WarmStartProblem("; ".join(problems)))
-            self._warm_start.problem = self._eviction.learned.problem = None
 
     # ---- the loop
 
@@ -296,8 +293,9 @@ class Pager:
         ready = {channel, queue, lanes}
         while True:
             if channel in ready and any(isinstance(message, StopWorking) for message in self._channel.receive()):
-                self._save_heat()
+                self._save_heat(wait=True)
                 self._save_learned(wait=True)
+                self._report_warm_start()
                 return
             if lanes in ready:
                 self._finish_loads()
@@ -306,6 +304,7 @@ class Pager:
             if time.monotonic() >= self._next_rescan:
                 self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
+                self._report_warm_start()
             self._serve_urgent()
             if self._warm_start.is_save_due():
                 self._save_heat()
