@@ -49,8 +49,6 @@ class Counter(enum.IntEnum):
     PAGE_CACHE_PAGE_INS = 42  # of all page-ins, those that the page cache had wholly
     DISK_PAGE_INS = 43
     LEARNED_REFUSED = 44  # what td eviction learned earlier was of no use: damaged, or of another shape
-    # every process
-    HEARTBEAT_NANOSECONDS = 63  # monotonic clock
     # from PREFETCH_OF_SOURCE on: see `prefetch_counter`
 
 

@@ -17,11 +17,6 @@ def start_time(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[19])
 
 
-def is_alive(pid: int, started: int) -> bool:
-    """Whether the process that had `pid` when it started at `started` still runs."""
-    return start_time(pid) == started
-
-
 @functools.cache
 def boot_id() -> bytes:
     """16 bytes that differ between boots: start times and pids compare only within one."""

@@ -13,9 +13,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from hotset.runtime.channel import Channel
 from hotset.runtime.messages import (
     ExpertFailed,
@@ -29,7 +26,7 @@ from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.supervision import run_child
 from hotset.shm.counters import Counter, Histogram, PrefetchCount, prefetch_counter
-from hotset.shm.layout import PrefetchSource, SlotState
+from hotset.shm.layout import PrefetchSource
 from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
@@ -38,6 +35,7 @@ from hotset.workers.idle_disk import IdleDisk
 from hotset.workers.prefetch.requests import PrefetchRequests
 from hotset.workers.read_lanes import Load, ReadLanes
 from hotset.workers.read_mode import choose_read_mode
+from hotset.workers.slots import Slots
 from hotset.workers.warm_start import WarmStart
 
 RESCAN_SECONDS = 0.1
@@ -50,8 +48,7 @@ PREFETCHES_AT_ONCE = 2  # one is read; the next begins without waiting for this 
 class Pager:
     """Begins loads as long as read lanes are free, urgent ones first, and publishes them when they are finished.
 
-    `_expert_in_slot` and `_empty_slots` (of each class) mirror the slot words, of which this process is the only
-    writer. An expert that was requested is in `_urgent` or `_prefetches` until its load begins, then in `_loads`.
+    An expert that was requested is in `_urgent` or `_prefetches` until its load begins, then in `_loads`.
     """
 
     def __init__(self, channel: Channel[ToPager], start: StartPager) -> None:
@@ -75,7 +72,7 @@ class Pager:
             affinity=self._warm_start.affinity(),
             model=model_path if keeps else None,
         )
-        if self._eviction.learned.problem is not None:
+        if self._eviction.learned.refused:
             self._count(Counter.LEARNED_REFUSED)
         self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
         self._urgent: dict[int, None] = {}  # in the order of arrival
@@ -84,74 +81,12 @@ class Pager:
         self._idle_disk = IdleDisk()
         self._next_rescan = 0.0
         self._arena.recover()
-        self._expert_in_slot = np.full(geometry.num_slots, -1, np.int64)
-        self._class_of_slot = np.array(geometry.classes_of_slots, np.int64)
-        self._class_of_expert = {
+        class_of_expert = {
             layer * geometry.num_experts + expert: geometry.class_for(checkpoint.expert(layer, expert).nbytes)
             for layer, expert in checkpoint.expert_ids
         }
-        self._empty_slots: list[list[int]] = [[] for _ in geometry.slot_classes]
-        for slot in range(geometry.num_slots - 1, -1, -1):
-            _, expert, state = self._arena.slot(slot)
-            if state == SlotState.RESIDENT:
-                self._expert_in_slot[slot] = expert
-            else:
-                self._empty_slots[self._class_of_slot[slot]].append(slot)
+        self._slots = Slots(self._arena, start.process, geometry, class_of_expert, self._eviction)
         self._lanes = ReadLanes(self._store, self._segment.slots(), start.plan.read_lanes)
-
-    # ---- slots
-
-    def _take_slot(self, expert: int, *, prefetched: bool) -> int | None:
-        """An EMPTY or EVICTING slot of its class to load `expert` into. None if all experts in such slots are pinned,
-        or if it is a prefetch and they are worth more. What was prefetched for a step that is still to come goes last.
-        """
-        if (slot := self._take_empty_slot(expert)) is not None:
-            return slot
-        slots = self._evictable_slots()
-        of_its_class = self._class_of_slot[slots] == self._class_of_expert[expert]
-        awaited = self._prefetches.awaited()
-        last: list[int] = []
-        for index in self._eviction.order(self._expert_in_slot[slots], expert, of_its_class):
-            slot = int(slots[index])
-            resident = int(self._expert_in_slot[slot])
-            if resident in awaited:
-                last.append(slot)
-            elif prefetched and not self._eviction.yields(resident):
-                return None
-            elif self._evict(slot):
-                return slot
-        return None if prefetched else next((slot for slot in last if self._evict(slot)), None)
-
-    def _evict(self, slot: int) -> bool:
-        if not self._arena.evict_begin(slot):
-            self._count(Counter.EVICTIONS_REFUSED)
-            return False
-        self._expert_in_slot[slot] = -1
-        self._count(Counter.EVICTIONS)
-        return True
-
-    def _evictable_slots(self) -> npt.NDArray[np.int64]:
-        """Those with an expert that the user has not pinned: trying to evict it would hide it for a moment."""
-        slots = np.flatnonzero(self._expert_in_slot >= 0)
-        if pinned := self._arena.user_pins():
-            slots = slots[~np.isin(self._expert_in_slot[slots], pinned)]
-        return slots
-
-    def _take_empty_slot(self, expert: int) -> int | None:
-        slots = self._empty_slots[self._class_of_expert[expert]]
-        return slots.pop() if slots else None
-
-    def _free_slot(self, slot: int) -> None:
-        """Of an EVICTING slot, or of a LOADING one that will not be filled."""
-        self._arena.slot_release(slot)
-        self._empty_slots[self._class_of_slot[slot]].append(slot)
-
-    def _page_out(self, expert: int) -> None:
-        slot = self._arena.find(expert)
-        if slot >= 0 and self._arena.evict_begin(slot):
-            self._expert_in_slot[slot] = -1
-            self._free_slot(slot)
-            self._count(Counter.PAGE_OUTS)
 
     # ---- loads
 
@@ -178,7 +113,7 @@ class Pager:
             del self._loads[load.expert]
             self._note_disk()
             if load.cancelled:
-                self._free_slot(load.slot)
+                self._slots.free(load.slot)
                 if load.warm_start:
                     self._warm_start.put_back(load.expert)
                 else:
@@ -193,7 +128,7 @@ class Pager:
         source = load.source if prefetched else PrefetchSource.NONE
         self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, source)
         self._arena.wake(load.expert // self._num_experts)
-        self._expert_in_slot[load.slot] = load.expert
+        self._slots.fill(load.slot, load.expert)
         if load.urgent:
             self._count(Counter.URGENT_PAGE_INS)
         else:
@@ -212,7 +147,7 @@ class Pager:
     def _give_up(self, load: Load, error: ExpertReadError) -> None:
         """The expert's waiters wake, see the failed mask, and fail their requests."""
         self._arena.set_failed(load.expert)
-        self._free_slot(load.slot)
+        self._slots.free(load.slot)
         self._arena.wake(load.expert // self._num_experts)
         self._count(Counter.FAILED_LOADS)
         self._channel.send(ExpertFailed(error.layer, error.expert, str(error)))
@@ -226,7 +161,7 @@ class Pager:
             if message.direction is PagingDirection.OUT:
                 self._warm_start.drop(experts)
                 for expert in experts:
-                    self._page_out(expert)
+                    self._slots.page_out(expert)
             elif message.priority is PagingPriority.URGENT:
                 self._note_urgent(experts)
             else:
@@ -235,7 +170,7 @@ class Pager:
     def _rescan(self) -> None:
         """Repairs from the bits what the queue did not carry."""
         self._note_urgent(self._arena.urgent_requests())
-        self._prefetches.note(self._arena.prefetch_requests(), PrefetchSource.NONE)
+        self._prefetches.repair(self._arena.prefetch_requests())
         self._next_rescan = time.monotonic() + RESCAN_SECONDS
 
     def _note_urgent(self, experts: Iterable[int]) -> None:
@@ -245,28 +180,37 @@ class Pager:
     def _serve_urgent(self) -> None:
         """Begins urgent loads until the lanes have enough to do. One that finds no slot of its class does not hold up
         the others: their waiters may pin what it waits for."""
+        self._answer_urgent()
         full_classes: set[int] = set()
         for expert in list(self._urgent):
-            # An earlier message, or a rescan, may have served it.
-            if not self._arena.requested(expert, True) or self._is_settled(expert):
-                del self._urgent[expert]
-            elif expert in self._loads:
-                if not self._overtake(self._loads[expert]):
-                    continue  # it was given up a moment ago, and begins again once its slot is free
-                del self._urgent[expert]
-            elif len(self._loads) >= LOADS_PER_LANE * self._lanes.count:
+            if expert in self._loads:
+                continue  # it was given up a moment ago, and begins again once its slot is free
+            if len(self._loads) >= LOADS_PER_LANE * self._lanes.count:
                 self._cancel_prefetches()
                 return
-            elif self._class_of_expert[expert] in full_classes:
+            slot_class = self._slots.class_of(expert)
+            if slot_class in full_classes:
                 continue
-            elif (slot := self._take_slot(expert, prefetched=False)) is not None:
+            if (slot := self._slots.take(expert, self._prefetches.awaited())) is not None:
                 del self._urgent[expert]
                 self._begin(expert, slot, urgent=True)
             else:
-                full_classes.add(self._class_of_expert[expert])
+                full_classes.add(slot_class)
                 self._cancel_prefetches()
                 if len(self._loads) < self._lanes.count:  # else the next load that ends is soon enough
                     self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
+
+    def _answer_urgent(self) -> None:
+        """Those that need no load of their own, or not any more: an earlier message, or a rescan, may have served them.
+        All of them before a prefetch is given up for any: it may be what another one waits for."""
+        for expert in list(self._urgent):
+            load = self._loads.get(expert)
+            if (
+                not self._arena.requested(expert, True)
+                or self._is_settled(expert)
+                or (load is not None and self._overtake(load))
+            ):
+                del self._urgent[expert]
 
     def _is_settled(self, expert: int) -> bool:
         """Whether there is nothing to load: then the request is answered."""
@@ -301,7 +245,7 @@ class Pager:
         if not self._arena.requested(expert, False) or self._is_settled(expert):
             return True
         if epoch is not None and expert not in self._loads:
-            slot = self._take_slot(expert, prefetched=True)
+            slot = self._slots.take_for_prefetch(expert, self._prefetches.awaited())
             if slot is not None:
                 self._prefetches.begin(expert, epoch)
                 self._begin(expert, slot, urgent=False, source=source)
@@ -316,28 +260,24 @@ class Pager:
         """Begins one load into an empty slot while nobody wants anything else."""
         if self._urgent or self._loads or not self._idle_disk.is_idle():
             return
-        if not any(self._empty_slots):
+        if not self._slots.any_empty():
             self._warm_start.end()
         while (expert := self._warm_start.next()) is not None:
-            if (slot := self._take_empty_slot(expert)) is not None:
+            if (slot := self._slots.take_empty(expert)) is not None:
                 self._begin(expert, slot, urgent=False, warm_start=True)
                 return
 
-    def _save_heat(self) -> None:
-        resident = self._expert_in_slot[self._expert_in_slot >= 0]
-        self._warm_start.save(resident[list(self._eviction.order(resident))[::-1]])
-        self._report_warm_start()
+    def _save_heat(self, *, wait: bool = False) -> None:
+        self._warm_start.save(self._slots.resident(), wait=wait)
 
     def _save_learned(self, *, wait: bool = False) -> None:
         self._eviction.learned.save(wait=wait)
         self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
-        self._report_warm_start()
 
     def _report_warm_start(self) -> None:
-        problems = [problem for source in (self._warm_start, self._eviction.learned) if (problem := source.problem)]
+        problems = [problem for kept in (self._warm_start, self._eviction.learned) if (problem := kept.take_problem())]
         if problems:
             self._channel.send(WarmStartProblem("; ".join(problems)))
-            self._warm_start.problem = self._eviction.learned.problem = None
 
     # ---- the loop
 
@@ -353,8 +293,9 @@ class Pager:
         ready = {channel, queue, lanes}
         while True:
             if channel in ready and any(isinstance(message, StopWorking) for message in self._channel.receive()):
-                self._save_heat()
+                self._save_heat(wait=True)
                 self._save_learned(wait=True)
+                self._report_warm_start()
                 return
             if lanes in ready:
                 self._finish_loads()
@@ -363,6 +304,7 @@ class Pager:
             if time.monotonic() >= self._next_rescan:
                 self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
+                self._report_warm_start()
             self._serve_urgent()
             if self._warm_start.is_save_due():
                 self._save_heat()

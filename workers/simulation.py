@@ -32,7 +32,7 @@ from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer,
 from hotset.workers.eviction._core import Cache
 from hotset.workers.eviction.replay import make_policy
 from hotset.workers.expert_store import read_expert
-from hotset.workers.moe import router_config
+from hotset.workers.moe import residual_ratio, router_config
 
 Floats = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int32]
@@ -124,10 +124,7 @@ class SimulatedInstance:
         self.measures_norms = setting.routing == "resnorm"
 
     def route(self, layer: int, gate_logits: Floats, residual_norms: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
-        ratio = None
-        if self.measures_norms:
-            norm = self._segment.arena.expert_norm(layer)
-            ratio = residual_norms / np.float32(norm) if norm else np.zeros_like(residual_norms)
+        ratio = residual_ratio(self._segment.arena, layer, residual_norms) if self.measures_norms else None
         routed = self._router.route_batch(
             gate_logits, layer, strength=self._setting.strength, epochs=1, residual_ratio=ratio
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.model.heat import Heat, UnusableHeat
 from hotset.shm.layout import Section
 from hotset.shm.segment import Segment
+from hotset.workers.background_writer import BackgroundWriter
 
 SAVE_SECONDS = 10.0  # what a kill can lose
 
@@ -28,16 +30,14 @@ class WarmStart:
         segment: the arena. Its activation counts go into the file.
         process: the pager's row.
         enabled: otherwise the file is neither read nor written.
-
-    Attributes:
-        problem: why there is nothing to begin with, or why the file cannot be written; None if all is well.
     """
 
     def __init__(self, model: Path, segment: Segment, process: int, *, enabled: bool) -> None:
         geometry = segment.layout.geometry
         shape = (geometry.num_layers, geometry.num_experts)
-        self.problem: str | None = None
+        self._problem: str | None = None
         self._model = model
+        self._writer = BackgroundWriter(f"the heat file of {model}")
         self._arena = segment.arena
         self._affinity = ExpertAffinity(AffinityConfig(geometry.num_experts), segment=segment, process=process)
         self._instance = segment.uuid
@@ -52,7 +52,7 @@ class WarmStart:
         try:
             heat = Heat.load(model, shape)
         except (UnusableHeat, OSError, RuntimeError) as error:  # RuntimeError: this user has no home
-            self.problem = str(error)
+            self._problem = str(error)
             return
         if heat is None:
             return
@@ -99,14 +99,16 @@ class WarmStart:
     def is_save_due(self) -> bool:
         return time.monotonic() >= self._next_save
 
-    def save(self, resident: Iterable[int]) -> None:
-        """Writes the file if there is something new. `resident`: ids, the one that is worth most first.
-
-        What cannot be written is said once, in `problem`.
-        """
+    def save(self, resident: Iterable[int], *, wait: bool = False) -> None:
+        """Writes the file if there is something new, beside the pager's work; with `wait` it is written when this
+        returns. `resident`: ids, the one that is worth most first."""
         if self._next_save == float("inf"):
             return
         self._next_save = time.monotonic() + SAVE_SECONDS
+        if wait:
+            self._writer.wait()
+        if not self._writer.is_free():
+            return
         current = np.zeros_like(self._earlier)
         self._arena.activation_totals(current)
         if np.array_equal(current, self._saved):
@@ -119,10 +121,12 @@ class WarmStart:
             affinity=self.affinity(),
             ranking=np.concatenate([first, self._previous[~np.isin(self._previous, first)]]),
         )
-        try:
-            heat.save(self._model)
-        except (OSError, RuntimeError) as error:
-            self.problem = f"the heat file of {self._model} cannot be written: {error}"
-            self._next_save = float("inf")
-            return
         self._saved = current
+        self._writer.begin(partial(heat.save, self._model))
+        if wait:
+            self._writer.wait()
+
+    def take_problem(self) -> str | None:
+        """Why there is nothing to begin with, or why the file cannot be written; said once."""
+        problem, self._problem = self._problem, None
+        return problem or self._writer.take_problem()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import select
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +245,6 @@ class Worker:
                     if self._kept_table is not None:
                         self._kept_table.save()
                     return
-            self._arena.store_u64(Section.COUNTERS, self._process, Counter.HEARTBEAT_NANOSECONDS, time.monotonic_ns())
             prefill, parts = self._next_step()
             if not parts:
                 select.select([self._channel], [self._channel] if self._channel.pending_nbytes else [], [])

@@ -17,7 +17,6 @@ enum counter {
     COUNTER_ROUTING_MAX_NANOSECONDS = 8,
     COUNTER_PAGING_NANOSECONDS = 38,
     COUNTER_PAGING_MAX_NANOSECONDS = 39,
-    COUNTER_HEARTBEAT_NANOSECONDS = 63,
 };
 
 static inline atomic_u64 *counter_row(const struct arena *arena, uint32_t process) {
@@ -41,8 +40,7 @@ static inline atomic_u64 *activation_row(const struct arena *arena, uint32_t pro
 
 /* Over all processes: the sum, or for the counters that hold an extreme the largest. */
 static inline uint64_t counter_total(const struct arena *arena, enum counter counter) {
-    int largest = counter == COUNTER_ROUTING_MAX_NANOSECONDS || counter == COUNTER_PAGING_MAX_NANOSECONDS ||
-                  counter == COUNTER_HEARTBEAT_NANOSECONDS;
+    int largest = counter == COUNTER_ROUTING_MAX_NANOSECONDS || counter == COUNTER_PAGING_MAX_NANOSECONDS;
     uint64_t total = 0;
     for (uint32_t process = 0; process < arena->num_processes; process++) {
         uint64_t value = load_relaxed(&counter_row(arena, process)[counter]);

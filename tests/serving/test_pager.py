@@ -71,6 +71,32 @@ def test_an_urgent_request_for_what_is_prefetched_is_answered_once(pager: PagerA
     assert loads == 8
 
 
+def test_a_prefetch_that_somebody_comes_to_wait_for_is_not_given_up_for_others(folder: Path) -> None:
+    pager = PagerAlone(folder, warm_start=False, read_lanes=1)  # which has enough to do with two loads
+    try:
+        met = 0
+        for prefetched in range(12):
+            wanted = [14, 15, prefetched]
+            pager.arena.request_prefetch(prefetched)
+            pager.queue.send(PagingMessage(0, [prefetched], priority=PagingPriority.PREFETCH))
+            deadline = time.monotonic() + 10
+            while not pager.loading() and time.monotonic() < deadline:
+                pass  # it is read in milliseconds
+            for pin, expert in enumerate(wanted):
+                pager.arena.want(WORKER, pin, expert)
+                pager.arena.request_urgent(expert)
+            pager.queue.send(PagingMessage(0, wanted))
+            met += prefetched in pager.loading()
+            assert wait_until(lambda wanted=wanted: all(pager.arena.find(expert) >= 0 for expert in wanted))
+            pager.arena.unpin_all(WORKER)
+            pager.queue.send(PagingMessage(0, wanted, PagingDirection.OUT, PagingPriority.NORMAL))
+            assert wait_until(lambda wanted=wanted: all(pager.arena.find(expert) < 0 for expert in wanted))
+        assert met, "nobody came in time"
+        assert pager.count(Counter.PREFETCH_DROPPED) == 0
+    finally:
+        pager.close()
+
+
 def test_a_page_out_frees_the_slot_unless_the_expert_is_in_use(pager: PagerAlone) -> None:
     for _ in pager.access.resident(0, [3, 4]):
         pass

@@ -6,7 +6,7 @@ begins with it. What is kept are the weights: of streams and what is resident no
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.model_cache import model_cache, replace_file
+from hotset.workers.background_writer import BackgroundWriter
 from hotset.workers.eviction import _core
 
 FILE_NAME = "td.safetensors"
@@ -101,14 +102,15 @@ class LearnedKeeper:
         enabled: otherwise the file is neither read nor written.
 
     Attributes:
-        problem: why the file is not used, or why it cannot be written; None if all is well.
+        refused: whether there is a file that is of no use.
     """
 
     def __init__(self, model: Path, policy: _core.Policy, *, enabled: bool) -> None:
-        self.problem: str | None = None
+        self.refused = False
+        self._problem: str | None = None
         self._model = model
         self._policy = policy
-        self._writer: threading.Thread | None = None
+        self._writer = BackgroundWriter(f"what td eviction learned of {model}")
         self._enabled = enabled and policy.learns
         self._saved = 0  # steps of the policy then
         if not self._enabled:
@@ -116,7 +118,7 @@ class LearnedKeeper:
         try:
             learned = Learned.load(model, policy)
         except (UnusableLearned, OSError, RuntimeError) as error:  # RuntimeError: this user has no home
-            self.problem = str(error)
+            self.refused, self._problem = True, str(error)
             return
         if learned is not None:
             learned.teach(policy)
@@ -126,19 +128,15 @@ class LearnedKeeper:
 
         With `wait` it is written when this returns.
         """
-        if self._writer is not None and (wait or not self._writer.is_alive()):
-            self._writer.join()
-            self._writer = None
-        if self._writer is None and self._enabled and self._policy.steps != self._saved:
+        if wait:
+            self._writer.wait()
+        if self._enabled and self._policy.steps != self._saved and self._writer.is_free():
             self._saved = self._policy.steps
-            self._writer = threading.Thread(target=self._write, args=(Learned.of(self._policy),), daemon=True)
-            self._writer.start()
+            self._writer.begin(partial(Learned.of(self._policy).save, self._model))
             if wait:
-                self._writer.join()
+                self._writer.wait()
 
-    def _write(self, learned: Learned) -> None:
-        try:
-            learned.save(self._model)
-        except (OSError, RuntimeError) as error:
-            self.problem = f"what td eviction learned of {self._model} cannot be written: {error}"
-            self._enabled = False
+    def take_problem(self) -> str | None:
+        """Why the file is not used, or why it cannot be written; said once."""
+        problem, self._problem = self._problem, None
+        return problem or self._writer.take_problem()

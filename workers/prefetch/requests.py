@@ -29,8 +29,15 @@ class PrefetchRequests:
         return bool(self._waiting)
 
     def note(self, experts: Iterable[int], source: PrefetchSource) -> None:
+        """A message has come, from who set their bits: what is known of an earlier request is out of date."""
         for expert in experts:
-            self._waiting.setdefault(expert, (self._epoch(expert), source))
+            self._waiting.pop(expert, None)
+            self._waiting[expert] = self._epoch(expert), source
+
+    def repair(self, experts: Iterable[int]) -> None:
+        """Bits are set, whoever set them: those that no message told of are requests too."""
+        for expert in experts:
+            self._waiting.setdefault(expert, (self._epoch(expert), PrefetchSource.NONE))
 
     def take(self) -> tuple[int, PrefetchSource, int | None]:
         """The latest request: expert, source, and the layer's epoch at arrival, or None if it is stale."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hotset.runtime.model.model_cache import replace_file
 from hotset.workers.prefetch.source import Float32, Int32, LayerStep, Source
 
 SLOWEST_RATE = 1 / 1024  # of learning: what an expert's tokens did longer ago is forgotten
@@ -56,9 +55,9 @@ class Transitions(Source):
             rows[:, following] += rates[:, None]
             table[used] = rows
 
-    def save(self, path: Path) -> None:
-        """Replaces the file whole. Raises `OSError`."""
-        replace_file(path, self._header() + self._seen.tobytes() + self._table.tobytes())
+    def content(self) -> bytes:
+        """Of a file for `load`."""
+        return self._header() + self._seen.tobytes() + self._table.tobytes()
 
     def load(self, path: Path) -> bool:
         """Whether there was a file of a model of this shape; what it says replaces what has been learned."""

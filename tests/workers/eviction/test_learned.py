@@ -48,7 +48,7 @@ def test_the_file_holds_what_was_learned(folder: Path) -> None:
     teacher.observe(demands_of_steps(follows(4, 2000, 24)))
     keeper = LearnedKeeper(folder, teacher, enabled=True)
     keeper.save(wait=True)
-    assert LearnedKeeper(folder, pupil, enabled=True).problem is None
+    assert not LearnedKeeper(folder, pupil, enabled=True).refused
     expected, found = Learned.of(teacher), Learned.of(pupil)
     np.testing.assert_array_equal(found.sets, expected.sets)
     np.testing.assert_array_equal(found.traits, expected.traits)

@@ -22,14 +22,35 @@ def route(segment: Segment, layer: int) -> None:
 def test_the_latest_is_taken_first_and_named_once(segment: Segment) -> None:
     requests = PrefetchRequests(segment.arena, 8, 1)
     requests.note([3, 4], PrefetchSource.AFFINITY)
-    requests.note([4, 9], PrefetchSource.GATE_AHEAD)
-    taken = [requests.take() for _ in range(3)]
-    assert [expert for expert, _, _ in taken] == [9, 4, 3]
-    assert [source for _, source, _ in taken] == [
-        PrefetchSource.GATE_AHEAD,
-        PrefetchSource.AFFINITY,
-        PrefetchSource.AFFINITY,
+    requests.note([9], PrefetchSource.GATE_AHEAD)
+    requests.repair([3, 4, 9, 10])
+    taken = [requests.take()[:2] for _ in range(4)]
+    assert taken == [
+        (10, PrefetchSource.NONE),
+        (9, PrefetchSource.GATE_AHEAD),
+        (4, PrefetchSource.AFFINITY),
+        (3, PrefetchSource.AFFINITY),
     ]
+    assert not requests
+
+
+def test_who_asks_again_is_not_taken_for_who_asked_before(segment: Segment) -> None:
+    """A request that was answered otherwise, by a load that somebody waited for, is still known here."""
+    requests = PrefetchRequests(segment.arena, 8, 1)
+    requests.note([9], PrefetchSource.AFFINITY)
+    requests.note([10], PrefetchSource.AFFINITY)
+    route(segment, 1)
+    requests.note([9], PrefetchSource.GATE_AHEAD)
+    assert requests.take() == (9, PrefetchSource.GATE_AHEAD, 1)
+    assert requests.take() == (10, PrefetchSource.AFFINITY, None)
+    assert not requests
+
+
+def test_a_message_says_whose_request_it_was_that_a_rescan_had_found(segment: Segment) -> None:
+    requests = PrefetchRequests(segment.arena, 8, 1)
+    requests.repair([9])
+    requests.note([9], PrefetchSource.TRANSITIONS)
+    assert requests.take() == (9, PrefetchSource.TRANSITIONS, 0)
     assert not requests
 
 
