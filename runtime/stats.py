@@ -37,6 +37,8 @@ class Regret(msgspec.Struct, frozen=True):
 class PrefetchStats(msgspec.Struct, frozen=True):
     """What one source of prefetches was worth.
 
+    Soon after `reset_stats`, hits are also of what was read before it: there may be more of them than page-ins.
+
     Attributes:
         requests: experts that it asked for.
         page_ins: of those, read.

@@ -5,7 +5,8 @@
  * knows whether they were being overwritten meanwhile: then it has lost them, and goes on at the newest, which begins
  * a record.
  *
- * A writer that is killed between the two leaves `reserved` ahead; its successor begins at `written` again. */
+ * A writer that is killed between the two leaves `reserved` ahead, of the words that it may have overwritten. Its
+ * successor begins at `written` again, and leaves `reserved` where it is until it gets there. */
 #ifndef HOTSET_DEMAND_RING_H
 #define HOTSET_DEMAND_RING_H
 
@@ -47,7 +48,7 @@ static inline int demand_write(const struct arena *arena, uint32_t process, uint
     if (length > capacity / 2 || length > UINT16_MAX) return 0;
     struct demand_ring *ring = demand_ring_of(arena, process);
     uint64_t at = load_relaxed(&ring->written), end = at + length; /* relaxed: nobody else writes it */
-    store_relaxed(&ring->reserved, end);
+    if (end > load_relaxed(&ring->reserved)) store_relaxed(&ring->reserved, end);
     atomic_thread_fence(memory_order_release); /* who sees a word of this record sees `reserved` too */
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);

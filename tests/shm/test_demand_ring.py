@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hotset.shm.demands import HEADER_WORDS, NO_STREAM, DemandReader, demand_of_set
-from hotset.shm.layout import Geometry
+from hotset.shm.layout import DEMAND_RING_HEADER, Geometry, Section
 from hotset.shm.segment import Segment
 
 WORDS = 64
@@ -84,6 +84,16 @@ def test_words_that_a_dying_writer_was_overwriting_are_not_read(segment: Segment
     segment.arena.write_demand(0, 0, np.array([[8]], np.int32), None)  # its successor
     ((records, lost),) = reader.read()
     assert not lost and records[HEADER_WORDS + 1] == 8
+
+
+def test_nor_are_they_after_its_successor_has_written_less(segment: Segment) -> None:
+    for _ in range(4):
+        segment.arena.write_demand(0, 0, np.array([[1, 2, 3]], np.int32), None)
+    segment.arena.store_u64(21, 0, 0, 48 + 20)  # killed, as above, with the first words of the ring overwritten
+    segment.view(Section.DEMANDS)[0, DEMAND_RING_HEADER // 2 :][:4] = 0xFFFF
+    segment.arena.write_demand(0, 0, np.array([[8]], np.int32), None)
+    ((records, lost),) = DemandReader(segment).read()  # of a pager that has just begun
+    assert lost and not len(records)
 
 
 def test_an_arena_without_rings_takes_demands_and_has_none() -> None:

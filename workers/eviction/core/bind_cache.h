@@ -47,7 +47,7 @@ static void cache_type_dealloc(PyObject *self) {
 
 /* Bit e of `words` is expert e of the layer. */
 static void cache_mask(const struct replay_pools *pools, const struct policy *policy, uint32_t layer, uint64_t *words) {
-    int shared = pools->count == 1;
+    int shared = replay_is_shared(pools);
     const struct pool *pool = &pools->pools[shared ? 0 : layer];
     const uint32_t *place = pool->place + (shared ? (size_t)layer * policy->num_experts : 0);
     for (uint32_t e = 0; e < policy->num_experts; e++)
