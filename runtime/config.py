@@ -34,7 +34,10 @@ def parse_nbytes(size: str | int) -> int:
         if size < 0:
             raise ValueError(f"the size is {size}, expected a number of bytes >= 0")
         return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    try:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    except TypeError:  # a float, say
+        match = None
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"the size is {size!r}, expected bytes such as 500000000, '500MB' or '4GiB'")
     return int(float(match[1]) * _UNITS[match[2].lower()])

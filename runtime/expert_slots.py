@@ -50,7 +50,12 @@ def expert_classes(checkpoint: Checkpoint) -> tuple[ExpertClass, ...]:
 def expert_budget_nbytes(budget: str | int, classes: Sequence[ExpertClass]) -> int:
     """Bytes as given, or of a percentage of the experts, of which none is counted in part."""
     if not (isinstance(budget, str) and budget.strip().endswith("%")):
-        return parse_nbytes(budget)
+        try:
+            return parse_nbytes(budget)
+        except ValueError:
+            raise ValueError(
+                f"the expert budget is {budget!r}, expected a share such as '50%', or bytes such as 500000000 or '4GiB'"
+            ) from None
     text = budget.strip()[:-1]
     try:
         share = float(text)

@@ -73,6 +73,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         folder = Path(folder)
         path = folder / "config.json"
+        if folder.is_file():
+            raise ModelNotFound(folder, f"{folder} is a file, expected a model folder or a file that ends in .gguf.")
         if not folder.is_dir():
             raise ModelNotFound(folder, f"There is no model folder at {folder}.")
         if not path.is_file():

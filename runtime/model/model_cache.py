@@ -16,8 +16,9 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin")
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/hotset`, or `~/.cache/hotset`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotset"
+    """`$XDG_CACHE_HOME/hotset`, or `~/.cache/hotset`; a path that is not absolute does not count, as XDG has it."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "hotset"
 
 
 def model_cache(model: Path) -> Path:

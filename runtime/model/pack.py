@@ -101,7 +101,7 @@ class Packer:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """`progress` is told the number of finished blocks. Raises `CannotPack` or `OSError`."""
-        self._check_folder()
+        self.prepare_folder()
         (self._out / EXPERTS_FILE).touch()  # and not opened for appending, which would ignore where a block goes
         with (self._out / _JOURNAL).open("a+b") as journal, (self._out / EXPERTS_FILE).open("r+b") as file:
             try:
@@ -175,7 +175,10 @@ class Packer:
 
     # ---- the folder
 
-    def _check_folder(self) -> None:
+    def prepare_folder(self) -> None:
+        """Makes the folder if need be. Raises `CannotPack` if it has anything but what an interrupted pack has left."""
+        if self._out.exists() and not self._out.is_dir():
+            raise CannotPack(f"{self._out} is a file, expected a folder, or nothing yet")
         if (self._out / TENSORS_JSON).exists():
             raise CannotPack(f"{self._out} is a complete model already")
         self._out.mkdir(parents=True, exist_ok=True)

@@ -155,6 +155,8 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
     with pytest.raises(CannotPack, match="is not empty"):
         pack(Path(TRAINED_MODEL), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    with pytest.raises(CannotPack, match="precious is a file, expected a folder"):
+        pack(Path(TRAINED_MODEL), tmp_path / "precious")
     packed = pack(Path(TRAINED_MODEL), tmp_path / "packed")
     with pytest.raises(CannotPack, match="complete model already"):
         pack(Path(TRAINED_MODEL), packed)

@@ -90,6 +90,8 @@ def test_memory_and_expert_budget_exclude_each_other() -> None:
         ("expert_budget", "half"),
         ("expert_budget", "0%"),
         ("expert_budget", "101%"),
+        ("expert_budget", 0.5),
+        ("memory", 1.5),
         ("workers", 0),
         ("read_lanes", 0),
         ("read_lanes", "four"),

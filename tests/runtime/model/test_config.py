@@ -187,5 +187,8 @@ def test_a_file_that_is_not_json(folder: Path) -> None:
 def test_no_folder_and_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         ModelConfig.load(tmp_path / "nowhere")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(ModelNotFound, match=r"weights\.bin is a file, expected a model folder"):
+        ModelConfig.load(tmp_path / "weights.bin")
     with pytest.raises(ModelNotFound, match=r"config\.json"):
         ModelConfig.load(tmp_path)

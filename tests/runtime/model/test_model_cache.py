@@ -30,6 +30,12 @@ def test_a_model_has_one_folder_of_the_users_cache(model: Path, cache: Path):
     assert model_cache(model).name.startswith("a-model-")
 
 
+@pytest.mark.parametrize("value", ["", "relative/folder"])
+def test_a_cache_folder_that_is_not_absolute_does_not_count(monkeypatch: pytest.MonkeyPatch, value: str):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert cache_root() == Path.home() / ".cache" / "hotset"
+
+
 def test_other_weights_at_the_same_path_have_another_folder(model: Path):
     before = model_cache(model)
     (model / "model.safetensors").write_bytes(b"other weights")
