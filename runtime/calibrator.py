@@ -50,8 +50,8 @@ class Limit(msgspec.Struct, frozen=True):
 def parse_limit(max_kl: float | None, max_ppl: str | None) -> Limit:
     """Exactly one of the two. Raises `ValueError`."""
     if (max_kl is None) == (max_ppl is None):
-        given = "neither" if max_kl is None else "both"
-        raise ValueError(f"{given} of --max-kl and --max-ppl is given, expected one of the two")
+        given = "neither of --max-kl and --max-ppl is" if max_kl is None else "both --max-kl and --max-ppl are"
+        raise ValueError(f"{given} given, expected one of the two")
     if max_kl is not None:
         if not 0 < max_kl < 1:
             raise ValueError(f"--max-kl is {max_kl}, expected nats over 0 and under 1, such as 0.005")

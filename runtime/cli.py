@@ -16,6 +16,7 @@ from hotset.runtime.errors import HotsetError
 
 INTERRUPTED = 130
 DEFAULT_MEMORIES = ["4GiB", "8GiB", "16GiB"]
+_PLACES = {"slots": "in slots", "page cache": "in page cache", "disk": "on disk only"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -41,7 +42,9 @@ def generate(
     workers: Annotated[int | None, typer.Option(help="Serving processes.")] = None,
     memory: Annotated[str | None, typer.Option(help="For everything: 4GiB ...; as many experts as fit.")] = None,
     expert_budget: Annotated[str | None, typer.Option(help="For experts alone: 50%, 500MB ...; default 50%.")] = None,
-    routing: Annotated[str | None, typer.Option(help="Routing policy; off is the model's own choice.")] = None,
+    routing: Annotated[
+        str | None, typer.Option(help="off (the model's own choice), bonus, range, mass or resnorm.")
+    ] = None,
     eviction: Annotated[
         str | None,
         typer.Option(help="Which expert goes: affinity, td, lru, lfu, adaptive, lru+affinity."),
@@ -186,6 +189,7 @@ def pack(
         heat_of=model_folder(Path(heat)) if heat else None,
         tiers=PrecisionTiers(**given) if given else None,
     )
+    packer.prepare_folder()  # what is wrong with it is said without a bar
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("packing experts", total=packer.count)
         packer.run(lambda finished: bar.update(task, completed=finished))
@@ -342,7 +346,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"),
         ("would have hit", _regret_text(report["regret"])),
         ("page-ins", _page_ins_text(page_ins)),
-        *((f"experts in {tier['name']}", _tier_text(tier)) for tier in report["tiers"]),
+        *((f"experts {_PLACES[tier['name']]}", _tier_text(tier)) for tier in report["tiers"]),
         ("read from disk", f"{report['disk_bytes_read']:,} bytes, {report['read_mode']['mode']}"),
         *_prefetch_lines(report["prefetch"], report["prefetch_step_time"]),
         ("routing", f"{report['preference']['text']}; mean {routing['mean']:.1f} us, p99 {routing['p99']:.1f} us"),
