@@ -210,6 +210,9 @@ def run_trace(options: argparse.Namespace) -> None:
 def main() -> int:
     try:
         run(parse_arguments(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("hitrate: stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"hitrate: {error}", file=sys.stderr)
         return 1

@@ -204,6 +204,7 @@ def change_full_pages(instance: str, geometry: Geometry, stopping: threading.Eve
 
 def publish(name: str, rounds: int) -> None:
     """G2's writer: fills a page with a number and publishes it, when both readers have seen the one before."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
     segment = Segment.attach(name, SMALL)
     arena, page = segment.arena, segment.view(Section.KV_PAGES)[1].view(np.uint64)
     for number in range(1, rounds + 1):
@@ -214,6 +215,7 @@ def publish(name: str, rounds: int) -> None:
 
 
 def verify(name: str, reader: int, rounds: int, results: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     segment = Segment.attach(name, SMALL)
     arena, page = segment.arena, segment.view(Section.KV_PAGES)[1].view(np.uint64)
     wrong = 0
@@ -232,8 +234,10 @@ def check_publication(report: Report, rounds: int) -> None:
     lock = InstanceLock(name)
     try:
         segment, results = Segment.create(name, SMALL), context.Queue()
-        children = [context.Process(target=publish, args=(name, rounds))]
-        children += [context.Process(target=verify, args=(name, reader, rounds, results)) for reader in range(2)]
+        children = [context.Process(target=publish, args=(name, rounds), daemon=True)]
+        children += [
+            context.Process(target=verify, args=(name, reader, rounds, results), daemon=True) for reader in range(2)
+        ]
         for child in children:
             child.start()
         wrong = sum(results.get(timeout=PUBLICATION_SECONDS) for _ in range(2))
@@ -304,6 +308,7 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
             context.Process(
                 target=watch_pages,
                 args=(backend.instance, backend.plan.geometry, options.seed + number, stop, results),
+                daemon=True,  # ended with this process when that is interrupted
             )
             for number in range(2)
         ]
@@ -391,6 +396,9 @@ def main() -> int:
     try:
         check_publication(report, options.publications)
         result = stress(options, report)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except HotsetError as error:
         report.check("the instance lives", False, str(error))
         result = {}
