@@ -58,7 +58,7 @@ class AnswerText:
         for index, token in enumerate(tokens):
             piece, self.stopped = self._stops.push(self._text.push(token))
             if self.stopped:
-                yield Piece(piece, [token], "stop")
+                yield Piece(piece, [token], "stop", answer.cached_tokens)
                 return
             if finish is not None and index == len(tokens) - 1:
                 yield Piece(piece + self._rest(), [token], finish, answer.cached_tokens)

@@ -263,7 +263,7 @@ class Dispatcher:
     def _send_new_tokens(self, request: Request) -> None:
         tokens = self._take_new_tokens(request)
         if tokens:
-            self._client.send(Generated(request.client, tokens))
+            self._send_tokens(request, tokens)
 
     def _take_new_tokens(self, request: Request) -> bytes:
         """Token ids that were committed since the last call. Only committed tokens are ever sent."""
@@ -286,7 +286,7 @@ class Dispatcher:
         if finish is not None:
             self._end(request, tokens, finish, None)
         elif tokens:
-            self._client.send(Generated(request.client, tokens))
+            self._send_tokens(request, tokens)
         return finish
 
     def _finish(self, request: Request, finish: FinishReason, error: str | None = None) -> None:
@@ -300,4 +300,9 @@ class Dispatcher:
             self._grant_stalled()
             self._defragment_when_halted()
         del self._requests[request.client]
+        self._send_tokens(request, tokens, finish, error)
+
+    def _send_tokens(
+        self, request: Request, tokens: bytes, finish: FinishReason | None = None, error: str | None = None
+    ) -> None:
         self._client.send(Generated(request.client, tokens, finish, error, request.cached_tokens or 0))

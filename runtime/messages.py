@@ -97,7 +97,8 @@ class InstanceFailed(Message, frozen=True, tag=True):
 
 
 class Generated(Message, frozen=True, tag=True):
-    """Committed tokens of a request, in order; `finish` with the last of them."""
+    """Committed tokens of a request, in order; `finish` with the last of them, `cached_tokens` with all: the client may
+    find a stop string in any."""
 
     request: int
     tokens: bytes

@@ -70,6 +70,14 @@ def test_the_text_ends_before_a_stop_string(backend: Backend) -> None:
     assert answer.finish_reason == "stop"
 
 
+def test_an_answer_that_a_stop_string_ends_says_what_the_prefix_cache_had(backend: Backend) -> None:
+    prompt = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, name):\n        self.name = name\n" * 2
+    whole = backend.generate(prompt, GREEDY).text
+    stopped = backend.generate(prompt, msgspec.structs.replace(GREEDY, stop=[whole[10:14]]))
+    assert stopped.finish_reason == "stop"
+    assert stopped.cached_tokens == backend.generate(prompt, GREEDY).cached_tokens > 0
+
+
 def test_closing_a_stream_frees_its_pages(backend: Backend) -> None:
     stream = backend.stream(PROMPTS[0], SamplingParams(max_tokens=900, ignore_eos=True))
     next(stream)
