@@ -21,7 +21,8 @@ from hotset.shm.kv_page_format import KvFormat
 class Fit(msgspec.Struct, frozen=True):
     """What an instance of `memory` has room for; or `needed` bytes that it has not, and zeros.
 
-    `resident` experts are in memory at once, `share` of all; `kv_tokens` is the room for tokens of all sequences.
+    `resident` experts are in memory at once, `share` of all; `kv_tokens` is the room for tokens of all sequences, as
+    long as none is behind the window of a layer.
     """
 
     memory: str
@@ -130,7 +131,8 @@ def _fit(memory: str, config: ModelConfig, checkpoint: Checkpoint) -> Fit:
         return Fit(memory, 0, 0.0, 0, error.needed)
     geometry = plan.geometry
     share = geometry.num_slots / config.num_experts_in_all
-    return Fit(memory, geometry.num_slots, round(share, 4), geometry.num_pages * geometry.block_size)
+    kv_tokens = geometry.num_pages // geometry.kv_groups * geometry.block_size
+    return Fit(memory, geometry.num_slots, round(share, 4), kv_tokens)
 
 
 def _features(config: ModelConfig) -> Iterator[str]:

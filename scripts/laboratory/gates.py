@@ -28,7 +28,7 @@ from rich.table import Table
 from serving import measure
 from serving_run import Report, Request
 
-from hotset.runtime import MemoryAwareRouter, RouterConfig
+from hotset.runtime import HotsetError, MemoryAwareRouter, RouterConfig
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig, format_nbytes
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import routing_preference
@@ -285,7 +285,7 @@ def main(arguments: list[str]) -> int:
     try:
         targets(options.wanted)
         gates = run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HotsetError) as error:
         print(f"gates: {error}", file=sys.stderr)
         return 1
     if options.json:

@@ -273,7 +273,10 @@ def plot(rows: Sequence[Row], name: str, path: Path) -> None:
 
 def settings_of(options: argparse.Namespace, num_experts: int) -> dict[Setting, float]:
     """All combinations, each with its budget in percent."""
-    strengths = STRENGTHS | dict(strengths_of(text) for text in options.strengths)
+    given = dict(strengths_of(text) for text in options.strengths)
+    if unused := given.keys() - {*options.routing.split(",")}:
+        raise ValueError(f"--strengths are given for {min(unused)}, expected policies of --routing {options.routing}")
+    strengths = STRENGTHS | given
     found: dict[Setting, float] = {}
     for batch in numbers("--batch", options.batch, int):
         for budget, eviction in itertools.product(

@@ -84,6 +84,7 @@ def test_the_cost_is_paired_and_interpolated_to_the_budget() -> None:
         (["--routing", "best"], "--routing has 'best', expected some of off,bonus"),
         (["--strengths", "resnorm"], "--strengths is 'resnorm', expected a routing policy and strengths"),
         (["--strengths", "resnorm=much"], "--strengths is 'much', expected numbers"),
+        (["--routing", "off", "--strengths", "range=0.1"], "--strengths are given for range, expected policies of"),
         (["--policies", "min"], "eviction is 'min', expected one of lru"),
         (["--batch", "3"], "4 texts cannot be decoded 3 at a time"),
         (["--tokens", "9000000"], "expected at least"),

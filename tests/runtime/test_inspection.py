@@ -47,6 +47,13 @@ def test_what_fits_is_what_a_backend_plans(folder: Path) -> None:
     assert fit.resident == round(fit.share * 100)
 
 
+def test_a_token_takes_a_page_in_each_group_of_layers(tmp_path: Path) -> None:
+    sizes = {"max_position_embeddings": 64, "sliding_window": 20}
+    folder = make_model(tmp_path / "model", family="gpt_oss", **sizes)  # every other layer has the window
+    (fit,) = inspect_model(folder, ["4GiB"]).fits
+    assert fit.kv_tokens == 16 * 64, "sixteen sequences as long as the context"
+
+
 def test_the_shipped_model_as_json(trained_folder: Path) -> None:
     report = json.loads(run("--json", "--memory", "256MiB").stdout)
     assert report["family"] == "OLMoE"
