@@ -25,6 +25,7 @@ from laboratory.traces import Trace, load_trace
 from rich.console import Console
 from rich.table import Table
 
+from hotset.runtime.errors import HotsetError
 from hotset.runtime.eviction import check_pool
 from hotset.workers.eviction.replay import MIN, replay
 
@@ -213,7 +214,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("hitrate: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (HotsetError, ValueError, OSError) as error:
         print(f"hitrate: {error}", file=sys.stderr)
         return 1
     return 0
