@@ -13,6 +13,7 @@ from pathlib import Path
 import xxhash
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin")
+_CONFIG = "config.json"  # other settings route the same weights in another way
 
 
 def cache_root() -> Path:
@@ -22,10 +23,13 @@ def cache_root() -> Path:
 
 
 def model_cache(model: Path) -> Path:
-    """The cache folder of a model folder or file. It need not exist; other weights have another."""
+    """The cache folder of a model folder or file. It need not exist; other weights or settings have another."""
     model = model.resolve()
-    files = [model] if model.is_file() else sorted(file for file in model.iterdir() if file.suffix in _WEIGHTS)
     identity = [str(model)]
+    if model.is_file():
+        files = [model]
+    else:
+        files = sorted(file for file in model.iterdir() if file.suffix in _WEIGHTS or file.name == _CONFIG)
     for file in files:
         state = file.stat()
         identity.append(f"{file.name} {state.st_size} {state.st_mtime_ns}")

@@ -5,6 +5,8 @@ wall time) and, with two processes, if the other one did too during the whole of
 anything else measures the turns. Reported are medians over all samples that count.
 
 The rows of scalar C are timed inside of C, without the cost of a call from Python, which all others pay.
+
+usage: scripts/bench routing [--json] [...]
 """
 
 from __future__ import annotations

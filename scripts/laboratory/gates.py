@@ -276,6 +276,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--wanted", action="append", default=[], metavar="NAME=NUMBER", help="another threshold")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(arguments)
+    if not options.budget.endswith("%"):
+        parser.error(f"the budget is {options.budget!r}, expected a percentage of the experts such as 25%")
     options.model = options.model.absolute()
     return options
 

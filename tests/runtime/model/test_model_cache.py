@@ -42,6 +42,13 @@ def test_other_weights_at_the_same_path_have_another_folder(model: Path):
     assert model_cache(model) != before
 
 
+def test_other_settings_for_the_same_weights_have_another_folder(model: Path):
+    (model / "config.json").write_text('{"num_experts_per_tok": 4}')
+    before = model_cache(model)
+    (model / "config.json").write_text('{"num_experts_per_tok": 2, "norm_topk_prob": true}')
+    assert model_cache(model) != before
+
+
 def test_a_file_is_replaced_whole_and_a_failure_leaves_the_old_one(model: Path, monkeypatch: pytest.MonkeyPatch):
     path = model_cache(model) / "heat"
     replace_file(path, b"first")
