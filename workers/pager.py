@@ -145,12 +145,14 @@ class Pager:
             self._arena.record_latency(self._process, Histogram.DISK if load.from_disk else Histogram.PAGE_CACHE, took)
 
     def _give_up(self, load: Load, error: ExpertReadError) -> None:
-        """The expert's waiters wake, see the failed mask, and fail their requests."""
-        self._arena.set_failed(load.expert)
+        """The expert's waiters wake, see the failed mask, and fail their requests. What nobody waits for, a prefetch or
+        part of a warm start, is no expert lost: whoever needs it asks for it, and it is tried again."""
         self._slots.free(load.slot)
-        self._arena.wake(load.expert // self._num_experts)
         self._count(Counter.FAILED_LOADS)
-        self._channel.send(ExpertFailed(error.layer, error.expert, str(error)))
+        if load.urgent:
+            self._arena.set_failed(load.expert)
+            self._arena.wake(load.expert // self._num_experts)
+            self._channel.send(ExpertFailed(error.layer, error.expert, str(error)))
 
     # ---- requests
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,23 @@ def test_an_urgent_request_for_what_is_prefetched_is_answered_once(pager: PagerA
     assert wait_until(lambda: not pager.arena.prefetch_requests())
     loads = pager.count(Counter.URGENT_PAGE_INS) + pager.count(Counter.PREFETCH_PAGE_INS)
     assert loads == 8
+
+
+def test_an_expert_whose_prefetch_failed_can_still_be_had(folder: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    (weights,) = damaged.glob("*.safetensors")
+    pager = PagerAlone(damaged, warm_start=False)
+    try:
+        content = weights.read_bytes()
+        os.truncate(weights, 4096)
+        assert pager.arena.request_prefetch(3)
+        pager.queue.send(PagingMessage(0, [3], priority=PagingPriority.PREFETCH))
+        assert wait_until(lambda: pager.count(Counter.FAILED_LOADS) == 1)
+        weights.write_bytes(content)
+        assert [expert for expert, _ in pager.access.resident(0, [3])] == [3]
+        assert pager.has_the_right_bytes(3)
+    finally:
+        pager.close()
 
 
 def test_a_prefetch_that_somebody_comes_to_wait_for_is_not_given_up_for_others(folder: Path) -> None:
