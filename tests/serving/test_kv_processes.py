@@ -18,8 +18,7 @@ from instances import PROMPTS, processes_of, queue_exists, segment_exists, wait_
 from hotset.runtime import Backend, BackendError, SamplingParams
 from hotset.shm.layout import Geometry, Section
 from hotset.shm.page_reader import PageReader, StalePage
-from hotset.shm.process import is_alive, start_time
-from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
+from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects, remove_stale_instances
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, routing="off", ignore_eos=True)
 GEOMETRY = Geometry(
@@ -167,11 +166,26 @@ def test_G5_processes_that_come_and_go_leave_the_arena_as_it_is() -> None:
     backend.close()
 
 
-def test_G6_a_process_that_has_the_pid_of_a_dead_one_is_not_taken_for_it() -> None:
-    own = start_time(os.getpid())
-    assert own is not None
-    assert is_alive(os.getpid(), own)
-    assert not is_alive(os.getpid(), own - 1)
+ABANDONED = """
+import os, signal, sys
+import numpy as np
+from hotset.shm.layout import HEADER, Geometry
+from hotset.shm.segment import SHM_FOLDER, InstanceLock, Segment, segment_name
+lock = InstanceLock(sys.argv[1])
+segment = Segment.create(sys.argv[1], Geometry(num_layers=1, num_experts=8))
+# As it looks once the pid belongs to another process: the one that starts us.
+np.memmap(SHM_FOLDER / segment_name(sys.argv[1]).lstrip("/"), HEADER, "r+", shape=1)["creator_pid"] = os.getppid()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_G6_an_instance_whose_pid_another_process_has_is_still_known_to_be_dead() -> None:
+    name = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+    died = subprocess.run([sys.executable, "-P", "-c", ABANDONED, name], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert segment_exists(name)
+    assert name in remove_stale_instances()
+    assert not segment_exists(name)
 
 
 def test_G7_an_arena_larger_than_dev_shm_is_refused_at_start() -> None:
