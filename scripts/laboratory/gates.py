@@ -162,7 +162,7 @@ def measure_serving(options: argparse.Namespace, config: BackendConfig) -> dict[
         "throughput": throughput,
         "page-in-p99": Found(
             off.paging_p99_us / 1000,
-            f"{off.page_ins} urgent page-ins of {format_nbytes(off.expert_nbytes)}, routing off",
+            f"{off.page_ins} urgent page-ins, {format_nbytes(off.loaded_nbytes)} in all, routing off",
         )
         if off.page_ins
         else Found(None, "no expert was missing"),

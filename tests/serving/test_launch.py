@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(how: signal.Signals)
     [
         (["--max-tokens", "0"], "max_tokens is 0, expected at least 1"),
         (["--temperature", "-1"], "temperature is -1.0, expected"),
-        (["--expert-budget", "lots"], "the size is 'lots', expected bytes"),
+        (["--expert-budget", "lots"], "the expert budget is 'lots', expected a share such as '50%', or bytes"),
         (["--routing", "psychic"], "routing is 'psychic', expected one of"),
     ],
 )
