@@ -51,8 +51,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     lost_mass: float
     misses: int
     page_ins: int
-    prefetch_page_ins: int
-    prefetches_used: int
     evictions: int
     loaded_nbytes: int
     io_nbytes: int
@@ -134,8 +132,6 @@ def run(request: Request) -> Report:
             lost_mass=stats.lost_mass,
             misses=stats.decode_expert_misses + stats.prefill_expert_misses,
             page_ins=stats.urgent_page_ins + stats.prefetch_page_ins,
-            prefetch_page_ins=stats.prefetch_page_ins,
-            prefetches_used=sum(source.hits + source.late_hits for source in stats.prefetch),
             evictions=stats.evictions,
             loaded_nbytes=stats.bytes_read,
             io_nbytes=asked - asked_before,

@@ -144,6 +144,8 @@ def measure_serving(options: argparse.Namespace, config: BackendConfig) -> dict[
     off, chosen = serve(routing="off"), serve()
     # Without warming up: auto tries in the beginning, and may read nothing ahead once it has decided.
     ahead = serve(0, routing="off", prefetch="auto")
+    read_ahead = sum(source.page_ins for source in ahead.prefetch)
+    used = sum(source.hits + source.late_hits for source in ahead.prefetch)
     ratio = chosen.tokens_per_second / off.tokens_per_second
     where = f"{options.tokens} tokens of one stream, {options.budget} resident"
     rates = f"{chosen.tokens_per_second:.1f} tokens/s, routing off {off.tokens_per_second:.1f}"
@@ -167,10 +169,9 @@ def measure_serving(options: argparse.Namespace, config: BackendConfig) -> dict[
         if off.page_ins
         else Found(None, "no expert was missing"),
         "prefetch": Found(
-            100 * ahead.prefetches_used / ahead.prefetch_page_ins,
-            f"{ahead.prefetches_used} of {ahead.prefetch_page_ins} prefetched experts were used, prefetch auto",
+            100 * used / read_ahead, f"{used} of {read_ahead} prefetched experts were used, prefetch auto"
         )
-        if ahead.prefetch_page_ins
+        if read_ahead
         else Found(None, "prefetch auto read nothing ahead"),
     }
 
