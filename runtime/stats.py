@@ -37,7 +37,7 @@ class Regret(msgspec.Struct, frozen=True):
 class PrefetchStats(msgspec.Struct, frozen=True):
     """What one source of prefetches was worth.
 
-    Soon after `reset_stats`, page-ins are also of what was asked for before it: there may be more of them than requests.
+    Soon after `reset_stats`, page-ins are also of what was asked for before it: there may be more than requests.
 
     Attributes:
         requests: experts that it asked for.
