@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from training_corpus import heldout_files, read_texts
+from training_corpus import heldout_stream
 
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.checkpoint import Checkpoint
@@ -64,12 +64,8 @@ class Experts:
 
 
 def heldout_windows(tokenizer: Tokenizer, end_of_text: int, tokens: int, length: int) -> list[TokenIds]:
-    """Windows of `length` + 1 tokens, at least `tokens` predictions in all, spread evenly over the held-out files.
-
-    As in training, the files follow one another, an end-of-text token after each.
-    """
-    end = np.array([end_of_text], np.int32)
-    stream = np.concatenate([part for text in read_texts(heldout_files()) for part in (tokenizer.encode(text), end)])
+    """Windows of `length` + 1 tokens, at least `tokens` predictions in all, spread evenly over the held-out files."""
+    stream = heldout_stream(tokenizer.encode, end_of_text)
     count = -(-tokens // length)
     if count * length >= len(stream):
         raise ValueError(f"{tokens} tokens are asked for, the held-out files have {len(stream)}")

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 MAX_FILE_BYTES = 400_000
 # Tables and data rather than code: code pages, the help text of pydoc, deliberately broken sources.
@@ -54,3 +57,9 @@ def read_texts(files: Sequence[Path], root: Path | None = None) -> Iterator[str]
             continue
         if text.strip():
             yield text.replace("\r\n", "\n")
+
+
+def heldout_stream(encode: Callable[[str], npt.NDArray[np.int32]], end_of_text: int) -> npt.NDArray[np.int32]:
+    """The held-out files as token ids one after the other, an end-of-text token after each, as in training."""
+    end = np.array([end_of_text], np.int32)
+    return np.concatenate([part for text in read_texts(heldout_files()) for part in (encode(text), end)])

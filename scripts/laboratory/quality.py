@@ -26,7 +26,7 @@ from laboratory.arguments import numbers, slots_per_layer
 from laboratory.quality_results import Line, Text, measure
 from rich.console import Console
 from rich.table import Table
-from training_corpus import heldout_files, read_texts
+from training_corpus import heldout_stream
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -175,12 +175,6 @@ def curves(lines: Sequence[Line]) -> dict[tuple[int, int, str, str], Curve]:
     return {key: Curve(group) for key, group in groups.items()}
 
 
-def heldout_stream(model: Path, end_of_text: int) -> npt.NDArray[np.int32]:
-    """The held-out files one after the other, an end-of-text token after each, as in training."""
-    tokenizer, end = Tokenizer(model), np.array([end_of_text], np.int32)
-    return np.concatenate([part for text in read_texts(heldout_files()) for part in (tokenizer.encode(text), end)])
-
-
 # ---- output
 
 
@@ -307,7 +301,7 @@ def run(options: argparse.Namespace) -> None:
     length = min(config.max_position_embeddings, options.window)
     windows = options.warm_up + -(-options.tokens // (options.texts * length))
     text = Text(options.model.name, options.texts, windows, length, options.warm_up)
-    stream = heldout_stream(options.model, config.eos_token_ids[0])
+    stream = heldout_stream(Tokenizer(options.model).encode, config.eos_token_ids[0])
     tokens = windows_of(stream, texts=options.texts, windows=windows, length=length)
     _kernels.set_num_threads(options.threads)
     console = Console(highlight=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.router import MemoryAwareRouter
-from hotset.shm.layout import PrefetchSource, Section
+from hotset.shm.layout import LAYER_STATE, PrefetchSource, Section
 from hotset.shm.segment import Segment
 from hotset.workers.compute.gates import Gates
 from hotset.workers.prefetch.affinity import Affinity
@@ -17,7 +17,7 @@ from hotset.workers.prefetch.runners_up import DEFAULT_THRESHOLD, RunnersUp
 from hotset.workers.prefetch.source import Source
 from hotset.workers.prefetch.transitions import Transitions
 
-LOGIT_RANGE = 8 // 4  # of a layer's state (LAYER_STATE), in words of 32 bits
+LOGIT_RANGE = LAYER_STATE.fields["logit_range"][1] // 4  # of a layer's state, in words of 32 bits
 
 
 def make_sources(
