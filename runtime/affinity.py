@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.shm import _core
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 
 

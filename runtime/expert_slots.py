@@ -15,7 +15,7 @@ import msgspec
 from hotset.runtime.config import parse_nbytes
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.pack_manifest import PackManifest
-from hotset.shm.layout import SlotClass
+from hotset.shm.geometry import SlotClass
 
 SLOT_ALIGNMENT = 4096  # bytes; preadv and O_DIRECT want whole pages
 STEPS = 1 << 12  # of the search for the largest share that fits

@@ -20,8 +20,9 @@ from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import RoutingPreference, routing_preference
+from hotset.shm.geometry import Geometry, SlotClass
 from hotset.shm.kv_page_format import KvFormat
-from hotset.shm.layout import Geometry, Layout, SlotClass
+from hotset.shm.layout import Layout
 
 DEFAULT_READ_LANES = 4  # where there are slots enough
 DEFAULT_EXPERT_BUDGET = "50%"

@@ -21,7 +21,7 @@ from hotset.runtime.metrics import MoeMetrics
 from hotset.runtime.paging_request import PagingRequest
 from hotset.runtime.router_config import GATINGS, POLICIES, Policy, RouterConfig, check_policy
 from hotset.shm import _core
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 
 Float32 = npt.NDArray[np.float32]

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.shm import _core
-from hotset.shm.layout import Geometry, Layout, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import Layout, Section
 from hotset.shm.segment import SHM_FOLDER, check_header, segment_name
 
 

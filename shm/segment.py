@@ -24,7 +24,8 @@ import numpy.typing as npt
 import posix_ipc
 
 from hotset.shm import _core
-from hotset.shm.layout import HEADER, ArenaState, Geometry, Layout, Section, header_crc
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import HEADER, ArenaState, Layout, Section, header_crc
 from hotset.shm.process import boot_id, start_time
 
 PREFIX = "hotset."

@@ -12,7 +12,8 @@ from hotset.runtime.dispatcher import Dispatcher
 from hotset.runtime.messages import Generated
 from hotset.runtime.plan import InstancePlan, MemorySplit
 from hotset.runtime.routing_preference import RoutingPreference
-from hotset.shm.layout import Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import Section
 from hotset.shm.segment import Segment
 
 END_OF_TEXT = 9

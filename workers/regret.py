@@ -20,7 +20,7 @@ from hotset.runtime.messages import ForgetDemands, RegretMeasured, StartRegret, 
 from hotset.runtime.stats import Regret
 from hotset.runtime.supervision import run_child
 from hotset.shm.demands import DemandReader, Records, split_records, stamp_of
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.replay import MIN, replay
 

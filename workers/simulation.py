@@ -24,8 +24,9 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import Policy
 from hotset.shm.demands import HEADER_WORDS, demands_of_steps
+from hotset.shm.geometry import Geometry
 from hotset.shm.kv_page_format import Bytes, KvFormat
-from hotset.shm.layout import Geometry, Section, WeightFormat
+from hotset.shm.layout import Section, WeightFormat
 from hotset.shm.segment import Segment
 from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, row_norms
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables

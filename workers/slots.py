@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from hotset.shm import _core
 from hotset.shm.counters import Counter
-from hotset.shm.layout import Geometry, SlotState
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import SlotState
 from hotset.workers.eviction.policy import Eviction
 
 

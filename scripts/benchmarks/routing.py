@@ -31,7 +31,8 @@ from rich.table import Table
 
 from hotset.runtime import MemoryAwareRouter, RouterConfig
 from hotset.shm import _core
-from hotset.shm.layout import Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import Section
 from hotset.shm.segment import InstanceLock, Segment, new_instance_name, remove_ipc_objects
 
 SHAPES = ((8, 2), (64, 6), (64, 8), (128, 8), (256, 8))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hotset.shm.layout import COUNTERS_PER_PROCESS, Geometry, Layout
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import COUNTERS_PER_PROCESS, Layout
 from hotset.shm.segment import Segment
 
 VIOLATIONS = 16  # where the counters of violations begin in a row

@@ -27,7 +27,8 @@ import numpy as np
 import posix_ipc
 
 from hotset.runtime import Backend, BackendError, HotsetError, RequestFailed, SamplingParams
-from hotset.shm.layout import Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import Section
 from hotset.shm.page_reader import PageReader, StalePage
 from hotset.shm.segment import (
     PREFIX,

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import Policy, RouterConfig
 from hotset.shm._core import Arena
-from hotset.shm.layout import LAYER_STATE, Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import LAYER_STATE, Section
 from hotset.shm.segment import Segment
 
 Float32 = npt.NDArray[np.float32]

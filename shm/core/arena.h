@@ -38,7 +38,7 @@ enum section {
     SECTION_TOKEN_IDS,       /* i32[sequences][max_model_len]: prompt by the coordinator, the rest by the serving worker */
     SECTION_PAGE_GENERATIONS,/* u32[pages + 1]: how often a page was handed out: see kv_page.h. Writer: coordinator */
     SECTION_KV_PAGES,        /* bytes[pages + 1][page_nbytes]; page 0 is never handed out */
-    SECTION_EXPERT_SLOTS,    /* bytes[pages][4096]: slot after slot, in classes of one size: Geometry in shm/layout.py */
+    SECTION_EXPERT_SLOTS,    /* bytes[pages][4096]: slot after slot, in classes of one size: Geometry in shm/geometry.py */
     SECTION_DEMANDS,         /* struct demand_ring[processes]: which experts its steps used. Single writer a row */
     SECTION_USER_PINS,       /* u64[layers][words]: expert that the user wants in memory. Writer: coordinator */
     SECTION_COUNT

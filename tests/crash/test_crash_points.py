@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from race.native import compile_program, write_arena_image
 
-from hotset.shm.layout import Geometry, SlotClass
+from hotset.shm.geometry import Geometry, SlotClass
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="elsewhere an atomic operation is a loop that stepping never lets finish"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 
 ROOT = Path(__file__).parents[2]

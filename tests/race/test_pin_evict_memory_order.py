@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from race.native import compile_program, write_arena_image
 
-from hotset.shm.layout import Geometry, SlotClass
+from hotset.shm.geometry import Geometry, SlotClass
 
 pytestmark = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="the two processes never meet on one processor"

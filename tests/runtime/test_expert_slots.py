@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotset.runtime.expert_slots import ExpertClass, all_nbytes, expert_budget_nbytes, least_slots, split_slots
-from hotset.shm.layout import SlotClass
+from hotset.shm.geometry import SlotClass
 
 PAGE = 4096
 MIXED = (ExpertClass(12, 8 * PAGE), ExpertClass(77, 4 * PAGE), ExpertClass(39, 2 * PAGE))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hotset.runtime.stats import InstanceCounters
-from hotset.shm.layout import Geometry, PrefetchSource, SlotClass, WeightFormat
+from hotset.shm.geometry import Geometry, SlotClass
+from hotset.shm.layout import PrefetchSource, WeightFormat
 from hotset.shm.segment import Segment
 
 

@@ -16,7 +16,8 @@ import pytest
 from instances import PROMPTS, processes_of, queue_exists, segment_exists, wait_until
 
 from hotset.runtime import Backend, BackendError, SamplingParams
-from hotset.shm.layout import Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import Section
 from hotset.shm.page_reader import PageReader, StalePage
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects, remove_stale_instances
 
@@ -142,7 +143,7 @@ def test_G4_pins_and_unpublished_pages_of_a_killed_worker_come_back() -> None:
 
 ATTACH = """
 import sys, msgspec
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 segment = Segment.attach(sys.argv[1], msgspec.json.decode(sys.argv[2], type=Geometry))
 segment.arena.resident_experts()
@@ -169,7 +170,8 @@ def test_G5_processes_that_come_and_go_leave_the_arena_as_it_is() -> None:
 ABANDONED = """
 import os, signal, sys
 import numpy as np
-from hotset.shm.layout import HEADER, Geometry
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import HEADER
 from hotset.shm.segment import SHM_FOLDER, InstanceLock, Segment, segment_name
 lock = InstanceLock(sys.argv[1])
 segment = Segment.create(sys.argv[1], Geometry(num_layers=1, num_experts=8))

@@ -17,7 +17,8 @@ from pager_alone import WORKER, PagerAlone
 from safetensors.numpy import load_file, save_file
 
 from hotset.runtime import Backend, BudgetTooSmall, SamplingParams
-from hotset.shm.layout import Section, SlotClass, WeightFormat
+from hotset.shm.geometry import SlotClass
+from hotset.shm.layout import Section, WeightFormat
 from hotset.shm.paging_queue import PagingMessage
 
 LARGE, SMALL = 3 * 128 * 128 * 4, 3 * 128 * 128 * 2

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hotset.shm import segment as segment_module
-from hotset.shm.layout import Geometry, SlotClass
+from hotset.shm.geometry import Geometry, SlotClass
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 
 GEOMETRY = Geometry(

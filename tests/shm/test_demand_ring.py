@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hotset.shm.demands import HEADER_WORDS, NO_STREAM, DemandReader, demand_of_set
-from hotset.shm.layout import DEMAND_RING_HEADER, Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import DEMAND_RING_HEADER, Section
 from hotset.shm.segment import Segment
 
 WORDS = 64

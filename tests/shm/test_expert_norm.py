@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 
 RATE = 0.01

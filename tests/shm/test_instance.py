@@ -14,7 +14,7 @@ from pathlib import Path
 import posix_ipc
 import pytest
 
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import (
     SHM_FOLDER,
     InstanceLock,
@@ -32,7 +32,7 @@ HOLDER = """
 import sys, time
 import posix_ipc
 from hotset.shm import segment
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 segment.PREFIX, name = sys.argv[1:]
 lock = segment.InstanceLock(name)
 mine = segment.Segment.create(name, Geometry(num_layers=1, num_experts=8))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hotset.shm import _core
 from hotset.shm.counters import Counter, Histogram
+from hotset.shm.geometry import CACHE_LINE, PAGE, Geometry, SlotClass
 from hotset.shm.layout import (
-    CACHE_LINE,
     COUNTERS_PER_PROCESS,
     HEADER,
     HEADER_NBYTES,
@@ -22,15 +22,12 @@ from hotset.shm.layout import (
     HISTOGRAMS_PER_PROCESS,
     LAYER_STATE,
     MAX_SECTIONS,
-    PAGE,
     SECTION_ENTRY,
     SEQUENCE_STATE,
     SLOT_INFO,
     STATE_OFFSET,
-    Geometry,
     Layout,
     Section,
-    SlotClass,
 )
 
 CORE = Path(__file__).parents[2] / "shm" / "core"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hotset.shm import _core
-from hotset.shm.layout import Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import Section
 from hotset.shm.page_reader import PageReader, StalePage
 from hotset.shm.segment import Segment
 

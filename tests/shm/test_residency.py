@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hotset.shm import _core
-from hotset.shm.layout import Geometry, PrefetchSource, Section, SlotClass, SlotState
+from hotset.shm.geometry import Geometry, SlotClass
+from hotset.shm.layout import PrefetchSource, Section, SlotState
 from hotset.shm.segment import Segment
 
 MASKS = (

@@ -16,7 +16,8 @@ import posix_ipc
 import pytest
 
 from hotset.shm import segment as segment_module
-from hotset.shm.layout import HEADER, PAGE, ArenaState, Geometry, Layout, Section, SlotClass, header_crc
+from hotset.shm.geometry import PAGE, Geometry, SlotClass
+from hotset.shm.layout import HEADER, ArenaState, Layout, Section, header_crc
 from hotset.shm.process import boot_id, start_time
 from hotset.shm.segment import (
     SHM_FOLDER,
@@ -261,7 +262,8 @@ def test_a_process_started_afresh_attaches(created: Segment, geometry: Geometry,
     program = (
         "import sys, msgspec\n"
         "from hotset.shm import segment\n"
-        "from hotset.shm.layout import Geometry, Section\n"
+        "from hotset.shm.geometry import Geometry\n"
+        "from hotset.shm.layout import Section\n"
         "segment.PREFIX = sys.argv[1]\n"
         "mine = segment.Segment.attach('mine', msgspec.json.decode(sys.argv[2], type=Geometry))\n"
         "mine.arena.store_u32(Section.DIRECTORY, 5, 0, 77)\n"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment, remove_ipc_objects
 
 LONG = 30_000_000  # microseconds; a test that waits so long has failed
@@ -19,7 +19,7 @@ LONG = 30_000_000  # microseconds; a test that waits so long has failed
 SLEEPER = """
 import sys, msgspec
 from hotset.shm import segment
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 segment.PREFIX = sys.argv[1]
 arena = segment.Segment.attach("mine", msgspec.json.decode(sys.argv[2], type=Geometry)).arena
 layer, seen = int(sys.argv[3]), int(sys.argv[4])

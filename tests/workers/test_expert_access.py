@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from hotset.shm.layout import Geometry, SlotClass
+from hotset.shm.geometry import Geometry, SlotClass
 from hotset.shm.paging_queue import PagingMessage, PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.expert_access import ExpertAccess

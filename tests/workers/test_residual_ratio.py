@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from hotset.shm.layout import Geometry
+from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 from hotset.workers.moe import MAX_RESIDUAL_RATIO, residual_ratio
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hotset.runtime import Latency, MemoryAwareRouter, MoeMetrics, RouterConfig
 from hotset.shm import _core
 from hotset.shm.counters import Histogram
+from hotset.shm.geometry import Geometry
 from hotset.shm.histogram import bucket_upper_bound, percentile_nanoseconds
-from hotset.shm.layout import HISTOGRAM_BUCKETS, Geometry, Section
+from hotset.shm.layout import HISTOGRAM_BUCKETS, Section
 from hotset.shm.segment import Segment
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hotset.runtime import MemoryAwareRouter, PagingRequest, ResidencyBelongsToPager, RouterConfig
-from hotset.shm.layout import Geometry, SlotClass
+from hotset.shm.geometry import Geometry, SlotClass
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 
 GEOMETRY = Geometry(num_layers=2, num_experts=70, num_processes=2, pins_per_process=2, slot_classes=(SlotClass(3, 64),))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import RouterConfig
-from hotset.shm.layout import Geometry, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import Section
 from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 
 EXPERTS = 16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.shm.layout import Geometry, SlotClass
+from hotset.shm.geometry import Geometry, SlotClass
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
 

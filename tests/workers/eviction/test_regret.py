@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hotset.shm.demands import DemandReader, demand_of_set
-from hotset.shm.layout import Geometry, SlotClass
+from hotset.shm.geometry import Geometry, SlotClass
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.replay import replay
 from hotset.workers.regret import DemandWindow

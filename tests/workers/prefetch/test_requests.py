@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hotset.shm.layout import Geometry, PrefetchSource, Section
+from hotset.shm.geometry import Geometry
+from hotset.shm.layout import PrefetchSource, Section
 from hotset.shm.segment import Segment
 from hotset.workers.prefetch.requests import PrefetchRequests
 
