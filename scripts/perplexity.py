@@ -33,7 +33,7 @@ from hotset.runtime.router import MemoryAwareRouter
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
-from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
+from hotset.workers.compute.experts import combine_in_rank_order, experts_forward, group_by_expert
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
@@ -57,9 +57,10 @@ class Experts:
     def __call__(self, layer: int, hidden: Floats, gate_logits: Floats, residual: Floats) -> Floats:
         ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self._config.hidden_size), np.float32)
-        for expert, assignments in group_by_expert(ids):
-            slot, format = self._slots[layer, expert], self._formats[layer, expert]
-            expert_forward(hidden, assignments, slot, format, self._config, outputs)
+        selections = group_by_expert(ids)
+        slots = [self._slots[layer, expert] for expert in selections]
+        formats = [self._formats[layer, expert] for expert in selections]
+        experts_forward(hidden, list(selections.values()), slots, formats, self._config, outputs)
         return combine_in_rank_order(outputs, weights)
 
 

@@ -13,7 +13,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
-from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert
+from hotset.workers.compute.experts import combine_in_rank_order, experts_forward, group_by_expert
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
 from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
@@ -86,9 +86,10 @@ class InProcessModel:
             self._gates.append(gate_logits.copy())
         ids, weights, _ = self._router.route_batch(gate_logits, layer)
         outputs = np.empty((*ids.shape, self.config.hidden_size), np.float32)
-        for expert, assignments in group_by_expert(ids):
-            format = WeightFormat[self.checkpoint.expert_dtype(layer, expert).upper()]
-            expert_forward(hidden, assignments, self._slot(layer, expert), format, self.config, outputs)
+        selections = group_by_expert(ids)
+        slots = [self._slot(layer, expert) for expert in selections]
+        formats = [WeightFormat[self.checkpoint.expert_dtype(layer, expert).upper()] for expert in selections]
+        experts_forward(hidden, list(selections.values()), slots, formats, self.config, outputs)
         return combine_in_rank_order(outputs, weights)
 
     def _slot(self, layer: int, expert: int) -> NDArray[np.uint8]:

@@ -67,11 +67,18 @@ class ExpertAccess:
         """A hint, as the expert is not pinned."""
         return self._arena.find(layer * self._num_experts + expert) >= 0
 
-    def resident(
+    def resident(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yields (expert, slot) of every expert, one by one; see `resident_together`."""
+        for together in self.resident_together(layer, experts):
+            yield from together
+
+    def resident_together(
         self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
-    ) -> Iterator[tuple[int, int]]:
-        """Yields (expert, slot) of every expert, resident ones first; each is pinned until the next is asked for, and
-        those that are missing are requested before the first is given. `meanwhile` is called once, in between.
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yields (expert, slot) of every expert, in lists of those that can be used at once, resident ones first.
+
+        They are pinned until the next list is asked for, and those that are missing are requested before the first is
+        given. `meanwhile` is called once, in between.
 
         Raises `ExpertUnavailable`; the pins that are then still set are the caller's to clear (`Arena.unpin_all`).
         """
@@ -80,14 +87,16 @@ class ExpertAccess:
         waiting: dict[int, int] = {}  # expert -> pin
         remaining = list(reversed(experts))
         while remaining or waiting:
-            found: list[tuple[int, int, int]] = []
+            found: list[tuple[int, int]] = []
+            pins: list[int] = []  # of those found
             missed: list[int] = []
             began = time.monotonic_ns()
             while remaining and free_pins:
                 expert, pin = remaining.pop(), free_pins.pop()
                 slot = arena.want(process, pin, first + expert)
                 if slot >= 0:
-                    found.append((expert, slot, pin))
+                    found.append((expert, slot))
+                    pins.append(pin)
                 else:
                     waiting[expert] = pin
                     missed.append(expert)
@@ -100,19 +109,22 @@ class ExpertAccess:
             if meanwhile is not None:
                 meanwhile()
                 meanwhile = None
-            for expert, slot, pin in found:
-                self._note_hit(first + expert, slot)
-                yield expert, slot
-                arena.unpin(process, pin)
-                free_pins.append(pin)
+            if found:
+                self._note_hits(first, found)
+                yield found
+                self._unpin(pins, free_pins)
             if waiting and not (remaining and free_pins):
-                for expert, slot in self._wait(layer, waiting):
+                arrived = self._wait(layer, waiting)
+                for expert, slot in arrived:
                     if arena.take_prefetched(first + expert):
                         self._count_for_source(slot, PrefetchCount.LATE_HITS)
-                    yield expert, slot
-                    pin = waiting.pop(expert)
-                    arena.unpin(process, pin)
-                    free_pins.append(pin)
+                yield arrived
+                self._unpin([waiting.pop(expert) for expert, _ in arrived], free_pins)
+
+    def _unpin(self, pins: Iterable[int], free_pins: list[int]) -> None:
+        for pin in pins:
+            self._arena.unpin(self._process, pin)
+            free_pins.append(pin)
 
     def prefetch(self, layer: int, experts: Iterable[int], source: PrefetchSource) -> None:
         """Asks for experts that nobody waits for; what does not fit the queue is dropped."""
@@ -132,12 +144,13 @@ class ExpertAccess:
         self._arena.count(self._process, Counter.TRIAL_NANOSECONDS_WITH, with_it)
         self._arena.count(self._process, Counter.TRIAL_NANOSECONDS_WITHOUT, without)
 
-    def _note_hit(self, expert_id: int, slot: int) -> None:
-        """Of an expert that is pinned."""
-        self._arena.count(self._process, self._hit_counter, 1)
-        if self._arena.take_prefetched(expert_id):
-            self._arena.count(self._process, Counter.PREFETCH_HITS, 1)
-            self._count_for_source(slot, PrefetchCount.HITS)
+    def _note_hits(self, first: int, found: Sequence[tuple[int, int]]) -> None:
+        """Of experts that are pinned, with their slots; `first` is the id of their layer's expert 0."""
+        self._arena.count(self._process, self._hit_counter, len(found))
+        for expert, slot in found:
+            if self._arena.take_prefetched(first + expert):
+                self._arena.count(self._process, Counter.PREFETCH_HITS, 1)
+                self._count_for_source(slot, PrefetchCount.HITS)
 
     def _count_for_source(self, slot: int, count: PrefetchCount) -> None:
         """For the source of a prefetch that is used for the first time."""

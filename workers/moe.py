@@ -18,7 +18,7 @@ from hotset.runtime.router_config import RouterConfig
 from hotset.shm import _core
 from hotset.shm.layout import Section
 from hotset.shm.segment import Segment
-from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, row_norms
+from hotset.workers.compute.experts import combine_in_rank_order, experts_forward, group_by_expert, row_norms
 from hotset.workers.expert_access import ExpertAccess
 from hotset.workers.prefetch.prefetcher import Prefetcher
 from hotset.workers.prefetch.source import LayerStep
@@ -63,19 +63,20 @@ class MixtureOfExperts:
     ) -> None:
         self._arena = segment.arena
         self._slots = segment.slots()
-        self._slot_info = segment.view(Section.SLOT_INFO)
+        self._formats = segment.view(Section.SLOT_INFO)[:, 0]["format"]
         self._access = access
         self._router = router
         self._prefetcher = prefetcher
         self._config = config
         self._measures_norms = router.config.policy == "resnorm"
-        self._exact = np.zeros(0, np.bool_)
+        self._exact: npt.NDArray[np.bool_] | bool = False  # per row, or of all rows
         self._streams: npt.NDArray[np.int32] | None = None
 
     def begin_step(self, exact: Sequence[bool], *, prefill: bool, streams: Sequence[int]) -> None:
         """Before each forward step: which rows take exactly the experts that the gate chooses, whatever is resident,
         under which counters the hits fall, and whose tokens the rows of a decode step are."""
-        self._exact = np.asarray(exact, np.bool_)
+        alike = all(exact) or not any(exact)
+        self._exact = exact[0] if alike else np.array(exact)
         self._access.count_as(prefill=prefill)
         self._streams = None if prefill else np.asarray(streams, np.int32)
         if self._prefetcher is not None and not prefill:
@@ -92,7 +93,7 @@ class MixtureOfExperts:
         An expert's rows are computed together, once, wherever in the batch they are. Raises `ExpertUnavailable`.
         """
         routed = self._route(layer, gate_logits, residual)
-        selections = dict(group_by_expert(routed.experts))
+        selections = group_by_expert(routed.experts)
         outputs = np.empty((*routed.experts.shape, hidden.shape[1]), np.float32)
         if self._streams is None:  # a prefill uses most experts, in no order that says what comes next
             self._access.note_demand(layer, np.fromiter(selections, np.int32)[np.newaxis])
@@ -102,28 +103,28 @@ class MixtureOfExperts:
         if self._prefetcher is not None and self._streams is not None:
             step = LayerStep(layer, routed.experts, gate_logits, residual)
             look_ahead = partial(self._prefetcher.after_routing, step)
-        for expert, slot in self._access.resident(layer, list(selections), look_ahead):
-            info = self._slot_info[slot, 0]
-            expert_forward(
+        for found in self._access.resident_together(layer, list(selections), look_ahead):
+            experts_forward(
                 hidden,
-                selections[expert],
-                self._slots[slot][: info["nbytes"]],
-                int(info["format"]),
+                [selections[expert] for expert, _ in found],
+                [self._slots[slot] for _, slot in found],
+                [self._formats.item(slot) for _, slot in found],
                 self._config,
                 outputs,
             )
         if self._measures_norms:
-            self._arena.note_expert_norm(layer, float(row_norms(outputs).mean()), len(outputs))
+            norms = row_norms(outputs)
+            self._arena.note_expert_norm(layer, float(np.add.reduce(norms, None)) / norms.size, len(outputs))
         # In rank order, so that the sum does not depend on which expert arrived first.
         return combine_in_rank_order(outputs, routed.weights)
 
     def _route(self, layer: int, gate_logits: Float32, residual: Float32) -> BatchRouteResult:
         """A step is one epoch of affinity, however many rows it has."""
-        if self._exact.all():
+        if self._exact is True:
             return self._router.route_batch(gate_logits, layer, policy="off", epochs=1)
         strength = None
-        if self._exact.any():
-            strength = np.where(self._exact, 0, self._router.strength).astype(np.float32)  # 0 is "off" for a row
+        if self._exact is not False:  # 0 is "off" for a row
+            strength = np.where(self._exact, np.float32(0), np.float32(self._router.strength))
         ratio = residual_ratio(self._arena, layer, row_norms(residual)) if self._measures_norms else None
         return self._router.route_batch(gate_logits, layer, strength=strength, epochs=1, residual_ratio=ratio)
 

@@ -28,7 +28,7 @@ from hotset.shm.geometry import Geometry
 from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.shm.layout import Section, WeightFormat
 from hotset.shm.segment import Segment
-from hotset.workers.compute.experts import combine_in_rank_order, expert_forward, group_by_expert, row_norms
+from hotset.workers.compute.experts import combine_in_rank_order, experts_forward, group_by_expert, row_norms
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.eviction._core import Cache
 from hotset.workers.eviction.replay import make_policy
@@ -211,9 +211,10 @@ class Simulation:
                 rows = slice(first, first + setting.batch)
                 ids[rows], weights[rows] = instance.route(layer, gate_logits[rows], norms[rows])
         outputs = np.empty((*ids.shape, hidden.shape[1]), np.float32)
-        for expert, assignments in group_by_expert(ids):
-            slot, dtype = self._bytes(layer, expert), self._checkpoint.expert_dtype(layer, expert)
-            expert_forward(hidden, assignments, slot, WeightFormat[dtype.upper()], self.config, outputs)
+        selections = group_by_expert(ids)
+        slots = [self._bytes(layer, expert) for expert in selections]
+        formats = [WeightFormat[self._checkpoint.expert_dtype(layer, expert).upper()] for expert in selections]
+        experts_forward(hidden, list(selections.values()), slots, formats, self.config, outputs)
         output_norms = row_norms(outputs).mean(axis=1)
         for setting, instances in zip(self._settings, self._instances, strict=True):
             for first, instance in instances if setting.routing == "resnorm" else ():

@@ -110,7 +110,7 @@ def one_row_experts(pool: Pool) -> Candidate:
 
     def run() -> None:
         for expert in pool.experts:
-            _kernels.expert(hidden, assignments, expert, int(pool.format), INTERMEDIATE, outputs)
+            _kernels.experts(hidden, [assignments], [expert], [int(pool.format)], INTERMEDIATE, outputs)
 
     return Candidate(f"hotset {pool.format.name} expert", run, pool.nbytes)
 

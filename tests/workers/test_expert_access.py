@@ -55,3 +55,15 @@ def test_with_few_pins_resident_experts_still_come_before_anything_is_waited_for
     assert [message.experts for message in queue.messages] == [[1]]
     load(segment, 2, 8 + 1)
     assert list(experts) == [(1, 2)]
+
+
+def test_experts_that_can_be_used_at_once_come_together_and_stay_pinned_meanwhile() -> None:
+    segment, access, _ = access_to(pins=4)
+    together = access.resident_together(1, [1, 3, 5, 7])
+    assert next(together) == [(3, 0), (5, 1)]
+    assert not segment.arena.evict_begin(0) and not segment.arena.evict_begin(1)
+    load(segment, 2, 8 + 7)
+    load(segment, 3, 8 + 1)
+    assert next(together) == [(1, 3), (7, 2)]
+    assert segment.arena.evict_begin(0) and segment.arena.evict_begin(1)
+    assert list(together) == []

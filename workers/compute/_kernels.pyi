@@ -35,26 +35,29 @@ def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32
     contradicts the element type is refused.
     """
 
-def expert(
+def experts(
     hidden: NDArray[np.float32],
-    assignments: NDArray[np.int64],
-    slot: NDArray[np.uint8],
-    format: int,
+    assignments: list[NDArray[np.int64]],
+    slots: list[NDArray[np.uint8]],
+    formats: list[int],
     intermediate_size: int,
     outputs: NDArray[np.float32],
     layout: int = ...,
     swiglu_limit: float = ...,
     /,
 ) -> None:
-    """outputs [n, k, width] at (row, rank) = one expert's result for hidden [n, width][row], for each row * k + rank of
-    assignments.
+    """For each expert i: outputs [n, k, width] at (row, rank) = its result for hidden [n, width][row], for each
+    row * k + rank of assignments[i].
 
-    slot holds the weights in `format`; for quantised ones width and intermediate_size are multiples of 32. `layout`:
-    GATE_UP_DOWN (if left out): the three matrices one after another; INTERLEAVED_WITH_BIASES (gpt-oss): one matrix
-    whose rows are gate and up in turn, its biases, down, its biases; bfloat16 biases where the weights are quantised.
-    `swiglu_limit`: 0 (if left out) is silu(gate) * up; otherwise, as gpt-oss has it, gate is at most the limit, up
-    within plus or minus it, and between them is gate * sigmoid(1.702 * gate) * (up + 1).
+    slots[i] holds its weights in formats[i]; for quantised ones width and intermediate_size are multiples of 32.
+    `layout`: GATE_UP_DOWN (if left out): the three matrices one after another; INTERLEAVED_WITH_BIASES (gpt-oss): one
+    matrix whose rows are gate and up in turn, its biases, down, its biases; bfloat16 biases where the weights are
+    quantised. `swiglu_limit`: 0 (if left out) is silu(gate) * up; otherwise, as gpt-oss has it, gate is at most the
+    limit, up within plus or minus it, and between them is gate * sigmoid(1.702 * gate) * (up + 1).
     """
+
+def row_norms(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """out [n] = Euclidean norm of each row of x [n, width]."""
 
 def combine(outputs: NDArray[np.float32], weights: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """out [n, width] = sum over rank of weights [n, k] * outputs [n, k, width], rank 0 first."""

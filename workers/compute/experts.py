@@ -5,7 +5,8 @@ The worker chooses the experts, pins their slots, and calls these in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,39 +16,47 @@ from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 
 
-def group_by_expert(expert_ids: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """For expert_ids [n, k]: each distinct expert, ascending, with its assignments (row * k + rank),
-    ascending.
-    """
+def group_by_expert(expert_ids: NDArray[np.int32]) -> dict[int, NDArray[np.int64]]:
+    """For expert_ids [n, k]: each distinct expert, ascending, with its assignments (row * k + rank), ascending."""
+    if len(expert_ids) == 1:  # most steps, and numpy would take a tenth of a step's time in all of its layers
+        return dict(sorted(zip(expert_ids[0].tolist(), _single_assignments(expert_ids.shape[1]), strict=True)))
     flat = expert_ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
     sorted_ids = flat[order]
     starts = np.flatnonzero(np.concatenate(([True], sorted_ids[1:] != sorted_ids[:-1])))
-    return zip(sorted_ids[starts].tolist(), np.split(order, starts[1:]), strict=True)
+    return dict(zip(sorted_ids[starts].tolist(), np.split(order, starts[1:]), strict=True))
 
 
-def expert_forward(
+@cache
+def _single_assignments(top_k: int) -> list[NDArray[np.int64]]:
+    """[0], [1] ... [top_k - 1]: a single row's."""
+    return np.split(np.arange(top_k), top_k)
+
+
+def experts_forward(
     hidden: NDArray[np.float32],
-    assignments: NDArray[np.int64],
-    slot: NDArray[np.uint8],
-    weight_format: WeightFormat | int,
+    assignments: Sequence[NDArray[np.int64]],
+    slots: Sequence[NDArray[np.uint8]],
+    formats: Sequence[WeightFormat | int],
     config: ModelConfig,
     outputs: NDArray[np.float32],
 ) -> None:
-    """Compute one expert for all of its rows.
+    """Compute some experts, each for all of its rows.
 
-    hidden [n, hidden_size], normalised; assignments as `group_by_expert` gives them; slot: uint8, the
-    expert's parts one after another (runtime/model/expert_parts.py) in `weight_format`. Writes outputs [n, k,
-    hidden_size] at each assignment's (row, rank) and nothing else.
+    hidden [n, hidden_size], normalised. Of each expert: its assignments, as `group_by_expert` gives them; its slot,
+    uint8, the expert's parts one after another (runtime/model/expert_parts.py); and the format they are in. Writes
+    outputs [n, k, hidden_size] at each assignment's (row, rank) and nothing else.
     """
     layout = _kernels.INTERLEAVED_WITH_BIASES if config.family.interleaved_experts else _kernels.GATE_UP_DOWN
     inner, limit = config.intermediate_size, config.swiglu_limit
-    _kernels.expert(hidden, assignments, slot, weight_format, inner, outputs, layout, limit)
+    _kernels.experts(hidden, list(assignments), list(slots), list(formats), inner, outputs, layout, limit)
 
 
 def row_norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Euclidean norms along the last axis."""
-    return np.sqrt(np.einsum("...i,...i->...", rows, rows))
+    norms = np.empty(rows.shape[:-1], np.float32)
+    _kernels.row_norms(rows.reshape(-1, rows.shape[-1]), norms.reshape(-1))
+    return norms
 
 
 def combine_in_rank_order(outputs: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:

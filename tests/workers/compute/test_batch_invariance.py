@@ -65,8 +65,8 @@ def test_a_product_row_alone_equals_the_row_in_a_batch(
         np.testing.assert_array_equal(together[row], alone[0])
 
 
-def random_expert(format: WeightFormat, width: int, inner: int) -> NDArray[np.uint8]:
-    random = np.random.default_rng(3)
+def random_expert(format: WeightFormat, width: int, inner: int, seed: int = 3) -> NDArray[np.uint8]:
+    random = np.random.default_rng(seed)
     shapes = (inner, width), (inner, width), (width, inner)
     matrices = [random.standard_normal(shape, dtype=np.float32) / 10 for shape in shapes]
     return np.concatenate([StoredWeights.of(matrix, format).bytes for matrix in matrices])
@@ -77,11 +77,31 @@ def test_an_expert_computes_a_row_alone_as_in_a_batch(format: WeightFormat) -> N
     hidden = np.random.default_rng(4).standard_normal((11, 96), dtype=np.float32)
     slot = random_expert(format, 96, 64)
     together = np.empty((11, 1, 96), np.float32)
-    _kernels.expert(hidden, np.arange(11), slot, int(format), 64, together)
+    _kernels.experts(hidden, [np.arange(11)], [slot], [int(format)], 64, together)
     for row in range(11):
         alone = np.full_like(together, np.nan)
-        _kernels.expert(hidden, np.array([row]), slot, int(format), 64, alone)
+        _kernels.experts(hidden, [np.array([row])], [slot], [int(format)], 64, alone)
         np.testing.assert_array_equal(alone[row], together[row])
+
+
+@EACH_FORMAT
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("inner", [64, 96])
+def test_experts_give_together_what_each_gives_alone(format: WeightFormat, threads: int, inner: int) -> None:
+    """40 of them of one row each, one of 50 rows, one of none, as they come in a batch."""
+    random = np.random.default_rng(5)
+    hidden = random.standard_normal((46, 96), dtype=np.float32)
+    places = random.permutation(92)
+    assignments = [*places[:40].reshape(40, 1), places[40:90], places[90:90], places[90:]]
+    slots = [random_expert(format, 96, inner, seed) for seed in range(len(assignments))]
+    _kernels.set_num_threads(threads)
+    together, alone = (np.full((46, 2, 96), np.nan, np.float32) for _ in range(2))
+    _kernels.experts(hidden, assignments, slots, [int(format)] * len(slots), inner, together)
+    for which, slot in zip(assignments, slots, strict=True):
+        _kernels.experts(hidden, [which], [slot], [int(format)], inner, alone)
+    np.testing.assert_array_equal(together, alone)
+    assert np.isfinite(together).all()
 
 
 @EACH_FORMAT
@@ -98,7 +118,7 @@ def test_the_number_of_threads_does_not_show(rows: int, format: WeightFormat) ->
         products.append(np.full((rows, 1003), np.nan, np.float32))
         _kernels.linear(x, weight, products[-1], int(format))
         experts.append(np.full((rows, 1, 1024), np.nan, np.float32))
-        _kernels.expert(x, np.arange(rows), slot, int(format), 480, experts[-1])
+        _kernels.experts(x, [np.arange(rows)], [slot], [int(format)], 480, experts[-1])
     for results in (products, experts):
         for result in results[1:]:
             np.testing.assert_array_equal(result, results[0])

@@ -171,7 +171,7 @@ def test_expert_fills_the_assigned_places_and_no_others(format: WeightFormat, wi
     gate, up, down = (matrix.values.astype(np.float64) for matrix in matrices)
     assignments = np.array([1, 4, 9], np.int64)
     outputs = np.full((rows, ranks, width), np.nan, np.float32)
-    _kernels.expert(hidden, assignments, slot, int(format), inner, outputs)
+    _kernels.experts(hidden, [assignments], [slot], [int(format)], inner, outputs)
     for row in range(rows):
         for rank in range(ranks):
             if row * ranks + rank in assignments:
@@ -199,7 +199,7 @@ def test_expert_of_gpt_oss(format: WeightFormat, width: int, inner: int, limit: 
     gate_up, gate_up_bias, down, down_bias = (part.values.astype(np.float64) for part in parts)
     outputs = np.full((3, 1, width), np.nan, np.float32)
     layout = _kernels.INTERLEAVED_WITH_BIASES
-    _kernels.expert(hidden, np.arange(3), slot, int(format), inner, outputs, layout, limit)
+    _kernels.experts(hidden, [np.arange(3)], [slot], [int(format)], inner, outputs, layout, limit)
     both = hidden.astype(np.float64) @ gate_up.T + gate_up_bias
     gate, up = both[:, 0::2], both[:, 1::2]
     if limit:
@@ -218,7 +218,9 @@ def test_silu_of_extreme_gates() -> None:
         down[index] = 1
         slot = np.concatenate([gates, np.ones_like(gates), down]).view(np.uint8)
         out = np.empty((1, 1, 1), np.float32)
-        _kernels.expert(np.ones((1, 1), np.float32), np.zeros(1, np.int64), slot, int(WeightFormat.FLOAT32), 11, out)
+        _kernels.experts(
+            np.ones((1, 1), np.float32), [np.zeros(1, np.int64)], [slot], [int(WeightFormat.FLOAT32)], 11, out
+        )
         with np.errstate(over="ignore"):
             np.testing.assert_allclose(out[0, 0, 0], silu(np.float64(gate)), rtol=1e-6, atol=1e-35)
 
@@ -231,6 +233,15 @@ def test_combine_adds_in_rank_order() -> None:
     for rank in range(3):
         expected += weights[:, rank, None] * outputs[:, rank]
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("width", [1, 16, 37, 128])
+def test_row_norms(width: int) -> None:
+    x, norms = normal(5, width), np.full(5, np.nan, np.float32)
+    _kernels.row_norms(x, norms)
+    np.testing.assert_allclose(norms, np.linalg.norm(x.astype(np.float64), axis=1), rtol=2e-6)
+    with pytest.raises(ValueError, match="the number of values of out is 4, expected 5"):
+        _kernels.row_norms(x, norms[:4])
 
 
 @pytest.mark.parametrize("width", [1, 16, 37, 128])
@@ -281,9 +292,9 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="read-only"):
         _kernels.linear(x, weight, out)
     with pytest.raises(ValueError, match="slot has 10 bytes, expected at least 384"):
-        _kernels.expert(x, np.zeros(1, np.int64), np.zeros(10, np.uint8), 0, 4, np.empty((2, 1, 8), np.float32))
+        _kernels.experts(x, [np.zeros(1, np.int64)], [np.zeros(10, np.uint8)], [0], 4, np.empty((2, 1, 8), np.float32))
     with pytest.raises(ValueError, match=r"assignments\[0\] is 2, expected 0 <= it < 2"):
-        _kernels.expert(x, np.array([2]), np.zeros(384, np.uint8), 0, 4, np.empty((2, 1, 8), np.float32))
+        _kernels.experts(x, [np.array([2])], [np.zeros(384, np.uint8)], [0], 4, np.empty((2, 1, 8), np.float32))
 
 
 def test_wrong_quantised_weights_are_refused() -> None:
@@ -307,26 +318,40 @@ def test_wrong_quantised_weights_are_refused() -> None:
         _kernels.linear(x, rows, out, 99)
     outputs = np.empty((2, 1, 64), np.float32)
     with pytest.raises(ValueError, match="intermediate_size is 40, expected a multiple of 32 for Q4_0"):
-        _kernels.expert(x, np.zeros(1, np.int64), rows.reshape(-1), int(WeightFormat.Q4_0), 40, outputs)
+        _kernels.experts(x, [np.zeros(1, np.int64)], [rows.reshape(-1)], [int(WeightFormat.Q4_0)], 40, outputs)
     with pytest.raises(ValueError, match="slot has 204 bytes, expected at least 3456"):
-        _kernels.expert(x, np.zeros(1, np.int64), rows.reshape(-1), int(WeightFormat.Q4_0), 32, outputs)
+        _kernels.experts(x, [np.zeros(1, np.int64)], [rows.reshape(-1)], [int(WeightFormat.Q4_0)], 32, outputs)
+
+
+def test_lists_of_experts_that_do_not_match_are_refused() -> None:
+    x, slot, outputs = normal(1, 32), np.zeros(10000, np.uint8), np.full((1, 1, 32), np.nan, np.float32)
+    row = np.zeros(1, np.int64)
+    with pytest.raises(TypeError, match="expected lists of equal length: assignments, slots, formats"):
+        _kernels.experts(x, [row], [slot, slot], [0], 4, outputs)
+    with pytest.raises(TypeError, match="expected lists of equal length: assignments, slots, formats"):
+        _kernels.experts(x, (row,), [slot], [0], 4, outputs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="slot has 10 bytes, expected at least 1536"):
+        _kernels.experts(x, [row, row], [slot, slot[:10]], [0, 0], 4, outputs)
+    assert np.isnan(outputs).all()
+    _kernels.experts(x, [], [], [], 4, outputs)
+    assert np.isnan(outputs).all()
 
 
 def test_wrong_expert_options_are_refused() -> None:
     x, slot, outputs = normal(1, 32), np.zeros(10000, np.uint8), np.empty((1, 1, 32), np.float32)
     row = np.zeros(1, np.int64)
     with pytest.raises(ValueError, match="unknown expert layout 2"):
-        _kernels.expert(x, row, slot, 0, 4, outputs, 2)
+        _kernels.experts(x, [row], [slot], [0], 4, outputs, 2)
     with pytest.raises(ValueError, match=r"swiglu_limit is -1.0, expected a number of at least 0"):
-        _kernels.expert(x, row, slot, 0, 4, outputs, 0, -1.0)
+        _kernels.experts(x, [row], [slot], [0], 4, outputs, 0, -1.0)
     with pytest.raises(ValueError, match=r"swiglu_limit is nan, expected a number of at least 0"):
-        _kernels.expert(x, row, slot, 0, 4, outputs, 0, float("nan"))
+        _kernels.experts(x, [row], [slot], [0], 4, outputs, 0, float("nan"))
     nbytes = 3 * 4 * 32 * 4 + (8 + 32) * 4
     with pytest.raises(ValueError, match=f"slot has {nbytes - 1} bytes, expected at least {nbytes}"):
-        _kernels.expert(x, row, slot[: nbytes - 1], 0, 4, outputs, _kernels.INTERLEAVED_WITH_BIASES)
+        _kernels.experts(x, [row], [slot[: nbytes - 1]], [0], 4, outputs, _kernels.INTERLEAVED_WITH_BIASES)
     nbytes = 3 * 32 * 17 + (64 + 32) * 2
     with pytest.raises(ValueError, match=f"slot has {nbytes - 1} bytes, expected at least {nbytes}"):
-        _kernels.expert(x, row, slot[: nbytes - 1], int(WeightFormat.MXFP4), 32, outputs, 1)
+        _kernels.experts(x, [row], [slot[: nbytes - 1]], [int(WeightFormat.MXFP4)], 32, outputs, 1)
 
 
 def test_formats_are_numbered_as_in_the_arena() -> None:

@@ -147,8 +147,16 @@ def test_kv_pages_of_another_model_are_refused(model: InProcessModel) -> None:
         Transformer(model.config, model.checkpoint, pages, KvFormat.Q8_0, lambda layer, hidden, gate, residual: hidden)
 
 
-def test_grouping_gives_every_assignment_to_its_expert_once() -> None:
-    ids = np.array([[3, 1], [1, 7], [3, 7], [0, 3]], np.int32)
-    groups = {expert: assignments.tolist() for expert, assignments in group_by_expert(ids)}
-    assert groups == {0: [6], 1: [1, 2], 3: [0, 4, 7], 7: [3, 5]}
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([[3, 1], [1, 7], [3, 7], [0, 3]], {0: [6], 1: [1, 2], 3: [0, 4, 7], 7: [3, 5]}),
+        ([[5, 2, 9]], {2: [1], 5: [0], 9: [2]}),
+    ],
+)
+def test_grouping_gives_every_assignment_to_its_expert_once(
+    ids: list[list[int]], expected: dict[int, list[int]]
+) -> None:
+    groups = group_by_expert(np.array(ids, np.int32))
+    assert {expert: assignments.tolist() for expert, assignments in groups.items()} == expected
     assert list(groups) == sorted(groups)

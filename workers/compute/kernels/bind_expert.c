@@ -1,9 +1,13 @@
-/* One expert: gate and up, what lies between, and down, on the weights of its slot. */
+/* Experts: gate and up, what lies between, and down, on the weights of their slots. */
 #include "bindings.h"
 #include "kernels.h"
 #include "threads.h"
 
 #include <float.h>
+
+/* Experts of so few rows are computed together, so that threads meet twice for all of them and not twice for each: one
+ * row's product with a matrix takes less than it takes to wake a thread. */
+#define ROWS_TOGETHER 32
 
 struct expert { /* of `rows` rows; the products write into scratch memory */
     struct linear gate, up, down;
@@ -11,23 +15,53 @@ struct expert { /* of `rows` rows; the products write into scratch memory */
     const float *down_bias; /* [width]; NULL: none */
 };
 
+struct group {
+    struct expert experts[ROWS_TOGETHER];
+    size_t count, rows;
+    size_t stride; /* part i of the loop is output i % stride of expert i / stride; those beyond the last do not exist */
+};
+
+typedef void expert_part(const struct expert *expert, size_t begin, size_t end);
+
+static void each_expert(const struct group *group, size_t outputs, size_t begin, size_t end, expert_part *part) {
+    while (begin < end) {
+        size_t index = begin / group->stride, first = index * group->stride;
+        size_t last = end - first < outputs ? end - first : outputs;
+        if (begin - first < last) part(&group->experts[index], begin - first, last);
+        begin = first + group->stride;
+    }
+}
+
 /* Parts are of the middle: with their gates and ups, the middle's values are computed by one thread. */
-static void middle_part(void *context, size_t begin, size_t end) {
-    const struct expert *expert = context;
+static void middle_of_expert(const struct expert *expert, size_t begin, size_t end) {
     kernels->linear(&expert->gate, begin, end);
     kernels->linear(&expert->up, begin, end);
     kernels->gated(&expert->gated, begin, end);
 }
 
-static void down_part(void *context, size_t begin, size_t end) {
-    const struct expert *expert = context;
+static void down_of_expert(const struct expert *expert, size_t begin, size_t end) {
     kernels->linear(&expert->down, begin, end);
 }
 
-static void run(struct expert *expert) {
-    double work = (double)expert->down.rows * (double)expert->down.inputs * (double)expert->down.outputs;
-    parallel_for(expert->gate.outputs, LINEAR_GRAIN, 2 * work, middle_part, expert);
-    parallel_for(expert->down.outputs, LINEAR_GRAIN, work, down_part, expert);
+static void middle_part(void *context, size_t begin, size_t end) {
+    const struct group *group = context;
+    each_expert(group, group->experts->gate.outputs, begin, end, middle_of_expert);
+}
+
+static void down_part(void *context, size_t begin, size_t end) {
+    const struct group *group = context;
+    each_expert(group, group->experts->down.outputs, begin, end, down_of_expert);
+}
+
+static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+static void run(struct group *group) {
+    const struct linear *down = &group->experts->down;
+    double work = (double)group->rows * (double)down->inputs * (double)down->outputs;
+    group->stride = round_up(down->inputs, LINEAR_GRAIN);
+    parallel_for(group->count * group->stride, LINEAR_GRAIN, 2 * work, middle_part, group);
+    group->stride = round_up(down->outputs, LINEAR_GRAIN);
+    parallel_for(group->count * group->stride, LINEAR_GRAIN, work, down_part, group);
 }
 
 /* Memory of the calling thread that grows to what the largest expert step needed. */
@@ -95,40 +129,139 @@ static const float *read_biases(const uint8_t *biases, enum weight_format format
     return out;
 }
 
-/* The rows of hidden that are assigned to the expert, to the places of outputs that the assignments name. */
-static void compute(const struct parts *parts, float swiglu_limit, size_t width, size_t inner, size_t rows,
-                    size_t ranks, const int64_t *assignments, const float *hidden, float *outputs, float *memory) {
+/* What one call computes with, besides the experts. */
+struct job {
+    const float *hidden; /* [rows][width] */
+    float *outputs;      /* [rows][ranks][width] */
+    size_t width, inner, ranks;
+    float swiglu_limit;
+};
+
+struct selection { /* an expert and its rows */
+    struct arrays held;
+    struct parts parts;
+    const int64_t *assignments; /* [rows]: row * ranks + rank */
+    size_t rows;
+};
+
+/* Floats of scratch memory that an expert's step needs; a row more is for the biases. */
+static size_t scratch_floats(const struct job *job, size_t rows) { return (rows + 1) * (2 * job->width + 2 * job->inner); }
+
+/* The expert's step with its rows of hidden gathered in `memory`. */
+static struct expert prepare(const struct job *job, const struct selection *selection, float *memory) {
+    const struct parts *parts = &selection->parts;
     enum weight_format format = parts->gate.format;
+    size_t width = job->width, inner = job->inner, rows = selection->rows;
     float *x = memory, *gate = x + rows * width, *up = gate + rows * inner, *result = up + rows * inner;
     float *gate_bias = result + rows * width, *up_bias = gate_bias + inner, *down_bias = up_bias + inner;
-    struct expert expert = {
+    for (size_t i = 0; i < rows; i++)
+        memcpy(x + i * width, job->hidden + (size_t)selection->assignments[i] / job->ranks * width, width * sizeof *x);
+    return (struct expert){
         .gate = {x, parts->gate, gate, rows, width, inner},
         .up = {x, parts->up, up, rows, width, inner},
         .gated = {gate, up, rows, inner, read_biases(parts->gate_up_bias, format, 0, 2, inner, gate_bias),
-                  read_biases(parts->gate_up_bias, format, 1, 2, inner, up_bias), swiglu_limit},
+                  read_biases(parts->gate_up_bias, format, 1, 2, inner, up_bias), job->swiglu_limit},
         .down = {gate, parts->down, result, rows, inner, width},
         .down_bias = read_biases(parts->down_bias, format, 0, 1, width, down_bias),
     };
-    for (size_t i = 0; i < rows; i++)
-        memcpy(x + i * width, hidden + (size_t)assignments[i] / ranks * width, width * sizeof *x);
-    run(&expert);
-    for (size_t i = 0; i < rows; i++) {
-        float *out = outputs + (size_t)assignments[i] * width;
-        memcpy(out, result + i * width, width * sizeof *out);
-        for (size_t d = 0; expert.down_bias && d < width; d++) out[d] += expert.down_bias[d];
+}
+
+/* The expert's results, to the places of outputs that the assignments name. */
+static void scatter(const struct job *job, const struct selection *selection, const struct expert *expert) {
+    for (size_t i = 0; i < selection->rows; i++) {
+        float *out = job->outputs + (size_t)selection->assignments[i] * job->width;
+        memcpy(out, expert->down.out + i * job->width, job->width * sizeof *out);
+        for (size_t d = 0; expert->down_bias && d < job->width; d++) out[d] += expert->down_bias[d];
     }
 }
 
-PyObject *py_expert(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+/* How many selections, from the first on, are computed together: those with ROWS_TOGETHER rows in all, or one. */
+static size_t count_together(const struct selection *selections, size_t count, size_t *floats, const struct job *job) {
+    size_t together = 0, rows = 0;
+    *floats = 0;
+    while (together < count && together < ROWS_TOGETHER &&
+           (!together || rows + selections[together].rows <= ROWS_TOGETHER)) {
+        rows += selections[together].rows;
+        *floats += scratch_floats(job, selections[together++].rows);
+    }
+    return together;
+}
+
+/* 0 if there is no memory. */
+static int compute(const struct job *job, const struct selection *selections, size_t count) {
+    struct group group;
+    for (size_t floats; count; selections += group.count, count -= group.count) {
+        group.count = count_together(selections, count, &floats, job);
+        float *memory = scratch(floats);
+        if (!memory) return 0;
+        group.rows = 0;
+        for (size_t i = 0; i < group.count; i++) {
+            group.experts[i] = prepare(job, &selections[i], memory);
+            memory += scratch_floats(job, selections[i].rows);
+            group.rows += selections[i].rows;
+        }
+        run(&group);
+        for (size_t i = 0; i < group.count; i++) scatter(job, &selections[i], &group.experts[i]);
+    }
+    return 1;
+}
+
+/* Item i of the lists assignments, slots and formats; 0 with an exception if they are not right. */
+static int take_selection(struct selection *selection, PyObject *const *lists, Py_ssize_t i, const struct job *job,
+                          enum expert_layout layout, Py_ssize_t places) {
+    PyObject *items[3];
+    for (int list = 0; list < 3; list++)
+        if (!(items[list] = PyList_GetItem(lists[list], i))) return 0; /* borrowed */
+    long format = PyLong_AsLong(items[2]);
+    if (PyErr_Occurred() || !is_format(format)) return 0;
+    Py_buffer *assignments, *slot;
+    if (!(assignments = take(&selection->held, items[0], "assignments", KIND_INT64, 1, 0)) ||
+        !(slot = take(&selection->held, items[1], "slot", KIND_UINT8, 1, 0)) ||
+        !fills_blocks((enum weight_format)format, (Py_ssize_t)job->width, "the width of hidden") ||
+        !fills_blocks((enum weight_format)format, (Py_ssize_t)job->inner, "intermediate_size"))
+        return 0;
+    selection->assignments = assignments->buf;
+    selection->rows = (size_t)assignments->shape[0];
+    selection->parts = parts_of(layout, (enum weight_format)format, slot->buf, job->width, job->inner);
+    if ((size_t)slot->shape[0] < selection->parts.nbytes) {
+        PyErr_Format(PyExc_ValueError, "slot has %zd bytes, expected at least %zu", slot->shape[0],
+                     selection->parts.nbytes);
+        return 0;
+    }
+    return are_assignments(selection->assignments, selection->rows, places);
+}
+
+/* Computes what the lists name; 0 with an exception if they are not right, and then nothing has been computed. */
+static int compute_lists(const struct job *job, PyObject *const *lists, Py_ssize_t count, enum expert_layout layout,
+                         Py_ssize_t places) {
+    struct selection *selections = calloc((size_t)count + 1, sizeof *selections);
+    if (!selections) return PyErr_NoMemory(), 0;
+    int done = 1;
+    for (Py_ssize_t i = 0; done && i < count; i++)
+        done = take_selection(&selections[i], lists, i, job, layout, places);
+    if (done) {
+        Py_BEGIN_ALLOW_THREADS
+        done = compute(job, selections, (size_t)count);
+        Py_END_ALLOW_THREADS
+        if (!done) PyErr_NoMemory();
+    }
+    for (Py_ssize_t i = 0; i < count; i++) release(&selections[i].held);
+    free(selections);
+    return done;
+}
+
+PyObject *py_experts(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct arrays arrays = {.count = 0};
-    Py_buffer *hidden, *assignments, *slot, *outputs;
+    Py_buffer *hidden, *outputs;
     if (!count_is_between(count, 6, 8)) return NULL;
-    long number = PyLong_AsLong(args[3]), layout = count > 6 ? PyLong_AsLong(args[6]) : EXPERT_GATE_UP_DOWN;
+    for (int list = 1; list <= 3; list++)
+        if (!PyList_Check(args[list]) || PyList_Size(args[list]) != PyList_Size(args[1]))
+            return PyErr_Format(PyExc_TypeError, "expected lists of equal length: assignments, slots, formats");
     Py_ssize_t intermediate_size = PyLong_AsSsize_t(args[4]);
+    long layout = count > 6 ? PyLong_AsLong(args[6]) : EXPERT_GATE_UP_DOWN;
     double swiglu_limit = count > 7 ? PyFloat_AsDouble(args[7]) : 0;
-    if (PyErr_Occurred() || !is_format(number)) return NULL;
-    enum weight_format format = (enum weight_format)number;
+    if (PyErr_Occurred()) return NULL;
     if (intermediate_size < 1)
         return PyErr_Format(PyExc_ValueError, "intermediate_size is %zd, expected at least 1", intermediate_size);
     if (layout != EXPERT_GATE_UP_DOWN && layout != EXPERT_INTERLEAVED_WITH_BIASES)
@@ -137,34 +270,17 @@ PyObject *py_expert(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         PyErr_Format(PyExc_ValueError, "swiglu_limit is %R, expected a number of at least 0", args[7]);
         return NULL;
     }
-    if (!(hidden = take(&arrays, args[0], "hidden", KIND_FLOAT32, 2, 0)) ||
-        !(assignments = take(&arrays, args[1], "assignments", KIND_INT64, 1, 0)) ||
-        !(slot = take(&arrays, args[2], "slot", KIND_UINT8, 1, 0)) ||
-        !(outputs = take(&arrays, args[5], "outputs", KIND_FLOAT32, 3, WRITABLE)) ||
-        !expect(outputs->shape[0], hidden->shape[0], "the number of rows of outputs") ||
-        !expect(outputs->shape[2], hidden->shape[1], "the width of outputs") ||
-        !fills_blocks(format, hidden->shape[1], "the width of hidden") ||
-        !fills_blocks(format, intermediate_size, "intermediate_size"))
-        goto failed;
-    size_t width = (size_t)hidden->shape[1], inner = (size_t)intermediate_size, rows = (size_t)assignments->shape[0];
-    size_t ranks = (size_t)outputs->shape[1];
-    if (!are_assignments(assignments->buf, rows, hidden->shape[0] * (Py_ssize_t)ranks)) goto failed;
-    struct parts parts = parts_of((enum expert_layout)layout, format, slot->buf, width, inner);
-    if ((size_t)slot->shape[0] < parts.nbytes) {
-        PyErr_Format(PyExc_ValueError, "slot has %zd bytes, expected at least %zu", slot->shape[0], parts.nbytes);
-        goto failed;
+    PyObject *result = NULL;
+    if ((hidden = take(&arrays, args[0], "hidden", KIND_FLOAT32, 2, 0)) &&
+        (outputs = take(&arrays, args[5], "outputs", KIND_FLOAT32, 3, WRITABLE)) &&
+        expect(outputs->shape[0], hidden->shape[0], "the number of rows of outputs") &&
+        expect(outputs->shape[2], hidden->shape[1], "the width of outputs")) {
+        struct job job = {hidden->buf, outputs->buf, (size_t)hidden->shape[1], (size_t)intermediate_size,
+                          (size_t)outputs->shape[1], (float)swiglu_limit};
+        if (compute_lists(&job, args + 1, PyList_Size(args[1]), (enum expert_layout)layout,
+                          outputs->shape[0] * outputs->shape[1]))
+            result = Py_NewRef(Py_None);
     }
-    float *memory = scratch((rows + 1) * (2 * width + 2 * inner)); /* a row more for the biases */
-    if (!memory) {
-        PyErr_NoMemory();
-        goto failed;
-    }
-    Py_BEGIN_ALLOW_THREADS
-    compute(&parts, (float)swiglu_limit, width, inner, rows, ranks, assignments->buf, hidden->buf, outputs->buf, memory);
-    Py_END_ALLOW_THREADS
     release(&arrays);
-    Py_RETURN_NONE;
-failed:
-    release(&arrays);
-    return NULL;
+    return result;
 }

@@ -5,8 +5,9 @@
 #include "arguments.h"
 
 PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t count);
-PyObject *py_expert(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *py_experts(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *py_combine(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *py_row_norms(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *py_rms_norm(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *py_rotary_angles(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *py_rotate(PyObject *self, PyObject *const *args, Py_ssize_t count);

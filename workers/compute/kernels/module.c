@@ -50,9 +50,10 @@ static PyObject *py_use_instruction_set(PyObject *self, PyObject *argument) {
 
 static PyMethodDef methods[] = {
     {"linear", FASTCALL(py_linear), "linear(x, weight, out[, format])"},
-    {"expert", FASTCALL(py_expert),
-     "expert(hidden, assignments, slot, format, intermediate_size, outputs[, layout[, swiglu_limit]])"},
+    {"experts", FASTCALL(py_experts),
+     "experts(hidden, assignments, slots, formats, intermediate_size, outputs[, layout[, swiglu_limit]])"},
     {"combine", FASTCALL(py_combine), "combine(outputs, weights, out)"},
+    {"row_norms", FASTCALL(py_row_norms), "row_norms(x, out)"},
     {"rms_norm", FASTCALL(py_rms_norm), "rms_norm(x, weight, eps, out)"},
     {"rotary_angles", FASTCALL(py_rotary_angles), "rotary_angles(positions, inverse_frequencies, cos, sin)"},
     {"rotate", FASTCALL(py_rotate), "rotate(x, cos, sin)"},
