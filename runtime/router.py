@@ -91,10 +91,18 @@ class MemoryAwareRouter:
         segment: the arena.
         process: whose rows of counters and activations this router writes; no two routers that run at the same
             time may share one.
+        selection_bias: float32 [layers, num_experts], of a sigmoid gate: added to its scores where it selects, and only
+            there.
     """
 
     def __init__(
-        self, config: RouterConfig, *, num_layers: int = 1, segment: Segment | None = None, process: int = 0
+        self,
+        config: RouterConfig,
+        *,
+        num_layers: int = 1,
+        segment: Segment | None = None,
+        process: int = 0,
+        selection_bias: Float32 | None = None,
     ) -> None:
         self.config = config
         self._owns_memory = segment is None
@@ -127,6 +135,7 @@ class MemoryAwareRouter:
             config.target_hit_rate,
             config.max_lost_mass,
             config.max_strength,
+            selection_bias,
         )
 
     @property
@@ -285,7 +294,7 @@ class MemoryAwareRouter:
     def _policy(self, policy: Policy | None) -> int | None:
         if policy is None:
             return None
-        check_policy(policy, self.config.gating)
+        check_policy(policy)
         return POLICIES.index(policy)
 
     def _vector(self, values: Any, name: str) -> Float32:

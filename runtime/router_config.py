@@ -37,12 +37,15 @@ class RouterConfig(msgspec.Struct, frozen=True):
             p_1 * |x| / n to their probability: p_1 is the token's largest, |x| the norm of the residual that enters
             the layer and n the mean norm of the layer's expert outputs, for where |x| is large beside n a wrong
             expert does little harm. `route_batch` takes |x| / n as `residual_ratio`; without it, it is 1.
-            Not with gating "sigmoid".
+            With gating "sigmoid", for which it has not been measured, it adds `resnorm_strength` * the token's largest
+            sigmoid * |x| / n to the scores that the gate selects by.
         gating: "softmax_top_k" (OLMoE, Qwen) takes probabilities over all experts, "top_k_softmax" (Mixtral,
-            gpt-oss) over the selected ones, "sigmoid" (DeepSeek) sigmoid scores.
+            gpt-oss) over the selected ones, "sigmoid" (DeepSeek-V3) sigmoid scores; it selects by these, plus the bias
+            that `MemoryAwareRouter` is given.
         renormalize: the weights of a row sum to `weight_scale`; "top_k_softmax" always does that.
         weight_scale: factor on every weight.
-        num_groups, top_groups: "sigmoid" selects within the `top_groups` groups whose two best scores sum highest.
+        num_groups, top_groups: only experts of the best `top_groups` groups are selected: of those with the highest
+            logits (DeepSeek-V2), with gating "sigmoid" of those whose two best scores sum highest (DeepSeek-V3).
         prefer_loading: experts that are being read from disk are preferred too; they are never hits.
         affinity: decay and boost; None takes the defaults of `AffinityConfig`.
         timing: record latencies; counts are always on.
@@ -101,18 +104,16 @@ class RouterConfig(msgspec.Struct, frozen=True):
         _check_range("target_hit_rate", self.target_hit_rate, 0, 1)
         if self.gating not in GATINGS:
             raise ValueError(f"gating is {self.gating!r}, expected one of {', '.join(GATINGS)}")
-        check_policy(self.policy, self.gating)
+        check_policy(self.policy)
         if self.affinity is not None and self.affinity.num_experts != self.num_experts:
             raise ValueError(
                 f"affinity.num_experts is {self.affinity.num_experts}, expected num_experts = {self.num_experts}"
             )
 
 
-def check_policy(policy: str, gating: Gating) -> None:
+def check_policy(policy: str) -> None:
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
-    if policy == "resnorm" and gating == "sigmoid":
-        raise ValueError("policy is 'resnorm', which needs a softmax gate's probabilities, and gating is 'sigmoid'")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -100,6 +100,7 @@ class Router:
         target_hit_rate: float,
         max_lost_mass: float,
         max_strength: float,
+        selection_bias: Array | None = ...,
     ) -> None: ...
     def route(
         self,

@@ -11,7 +11,7 @@ Float32 = npt.NDArray[np.float32]
 RANGE_RATE = np.float32(0.05)
 
 
-def ranking(scores: Float32) -> list[int]:
+def ranking(scores: npt.NDArray[np.floating]) -> list[int]:
     """All ids by (score descending, id ascending), NaN last."""
     nan = np.isnan(scores)
     return np.lexsort((np.arange(scores.size), -np.where(nan, 0, scores), nan)).tolist()
@@ -22,13 +22,23 @@ def rank_of(scores: Float32) -> npt.NDArray[np.int64]:
     return np.argsort(ranking(scores))
 
 
+def group_limited(
+    scores: npt.NDArray[np.floating], groups: int, top_groups: int, *, by_two: bool
+) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+    """Scores with NaN outside of the best groups, and what each group is worth: its best score, or the sum of two."""
+    of_groups = np.sort(scores.reshape(groups, -1), axis=1)[:, ::-1]
+    worth = of_groups[:, : 2 if by_two else 1].sum(axis=1)
+    best = np.isin(np.arange(groups), ranking(worth)[:top_groups])
+    return np.where(np.repeat(best, of_groups.shape[1]), scores, np.nan), worth
+
+
 def shares_of_largest(logits: Float32) -> npt.NDArray[np.float64]:
     """Probabilities divided by the largest."""
     shares = probabilities(logits)
     return shares / shares.max()
 
 
-def probabilities(logits: Float32) -> npt.NDArray[np.float64]:
+def probabilities(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Softmax in float64; NaN has none, and beside +inf nothing else has."""
     wide = np.where(np.isnan(logits), -np.inf, logits.astype(np.float64))
     if np.isposinf(wide).any():
@@ -66,10 +76,17 @@ def select(
 
 
 def exchange_within_mass(
-    logits: Float32, truth: list[int], mask: npt.NDArray[np.bool_], budget: float
+    logits: npt.NDArray[np.floating],
+    truth: list[int],
+    mask: npt.NDArray[np.bool_],
+    budget: float,
+    share: npt.NDArray[np.float64] | None = None,
 ) -> tuple[list[int], list[float]]:
-    """The selection of policy "mass", and the mass lost after each exchange that was considered."""
-    share = probabilities(logits)
+    """The selection of policy "mass", and the mass lost after each exchange that was considered.
+
+    With `share`, experts are ranked by `logits` but these are their probabilities.
+    """
+    share = probabilities(logits) if share is None else share
     substitutes = [e for e in ranking(logits) if mask[e] and e not in truth and logits[e] > -np.inf]
     removed: list[int] = []
     taken: list[int] = []

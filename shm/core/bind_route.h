@@ -149,6 +149,7 @@ static PyObject *router_route(PyObject *self, PyObject *const *args, Py_ssize_t 
     }
     if (!parse_call(router, args[4], args[5], args[6], rows, &call, &epochs, &strengths)) goto release_weights;
     call.want_prefetch = (int)v[1];
+    call.selection_bias = router_selection_bias(router, (uint32_t)v[0]);
     if (router_run(router, (uint32_t)v[0], &call, epochs, logits.buf, (uint32_t)rows, experts.buf, weights.buf,
                    &tally, &hits))
         answer = Py_BuildValue("(NNNdK)", id_set(tally.missing, arena->mask_words),

@@ -26,6 +26,7 @@ static PyObject *binding_call(PyObject *self, PyObject *const *args, Py_ssize_t 
         if (!parse_indices(args, count, 1, &name, &limit, binding->by_row ? &row : &rows)) return NULL;
     }
     struct route_call call = binding->call;
+    call.selection_bias = router_selection_bias(router, binding->layer);
     if (!binding->own_strength) call.strength = router->strength[call.policy];
     struct route_tally tally;
     uint64_t hits = 0;

@@ -15,24 +15,49 @@ typedef struct {
     float strength[ROUTE_POLICIES];    /* by policy; the one of `policy` moves while `control` is enabled */
     struct route_control control;
     int prefer_loading, timing;
+    float *selection_bias; /* [layers][experts]; NULL: none */
 } RouterObject;
+
+/* A copy of `bias`, None or float32 [layers, experts]. 0 with an exception. */
+static int router_take_bias(RouterObject *router, const struct arena *arena, uint32_t gating, PyObject *bias) {
+    Py_buffer view;
+    PyMem_Free(router->selection_bias);
+    router->selection_bias = NULL;
+    if (bias == Py_None) return 1;
+    if (gating != GATING_SIGMOID) {
+        PyErr_SetString(PyExc_ValueError, "selection_bias is given, which only a sigmoid gate has");
+        return 0;
+    }
+    if (!take_array(bias, "selection_bias", &FLOAT32, 0, 2, (Py_ssize_t[]){arena->num_layers, arena->num_experts}, &view))
+        return 0;
+    router->selection_bias = PyMem_Malloc((size_t)view.len);
+    if (router->selection_bias) memcpy(router->selection_bias, view.buf, (size_t)view.len);
+    else PyErr_NoMemory();
+    PyBuffer_Release(&view);
+    return router->selection_bias != NULL;
+}
+
+/* Of one layer; NULL: none. */
+static const float *router_selection_bias(const RouterObject *router, uint32_t layer) {
+    return router->selection_bias ? router->selection_bias + (size_t)layer * router->rule.num_experts : NULL;
+}
 
 static int router_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     RouterObject *router = (RouterObject *)self;
     static char *names[] = {"arena", "affinity", "process", "top_k", "gating", "renormalize", "weight_scale",
                             "num_groups", "top_groups", "policy", "bonus", "range", "mass", "resnorm", "keep_top",
                             "prefetch_threshold", "prefer_loading", "timing", "adaptive", "target_hit_rate",
-                            "max_lost_mass", "max_strength", NULL};
-    PyObject *owner, *affinity;
+                            "max_lost_mass", "max_strength", "selection_bias", NULL};
+    PyObject *owner, *affinity, *bias = Py_None;
     unsigned process, top_k, gating, num_groups, top_groups, policy, keep_top;
     int renormalize, prefer_loading, timing, adaptive;
     float weight_scale, bonus, range, mass, resnorm, prefetch_threshold, max_strength;
     double target_hit_rate, max_lost_mass;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!IIIpfIIIffffIfpppddf", names, core_types.arena, &owner,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!IIIpfIIIffffIfpppddf|O", names, core_types.arena, &owner,
                                      core_types.affinity, &affinity, &process, &top_k, &gating, &renormalize,
                                      &weight_scale, &num_groups, &top_groups, &policy, &bonus, &range, &mass, &resnorm,
                                      &keep_top, &prefetch_threshold, &prefer_loading, &timing, &adaptive, &target_hit_rate,
-                                     &max_lost_mass, &max_strength))
+                                     &max_lost_mass, &max_strength, &bias))
         return -1;
     const struct arena *arena = arena_of(owner);
     if (!arena) return -1;
@@ -51,6 +76,7 @@ static int router_init(PyObject *self, PyObject *args, PyObject *kwargs) {
         PyErr_SetString(PyExc_ValueError, problem);
         return -1;
     }
+    if (!router_take_bias(router, arena, gating, bias)) return -1;
     router->rule = (struct route_rule){experts, top_k, gating, renormalize || gating == GATING_TOP_K_SOFTMAX,
                                        weight_scale, num_groups, top_groups, keep_top, prefetch_threshold};
     router->control = (struct route_control){.enabled = adaptive, .target_hit_rate = target_hit_rate,
@@ -78,6 +104,7 @@ static void router_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(router->arena);
     Py_XDECREF(router->affinity);
+    PyMem_Free(router->selection_bias);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }

@@ -24,7 +24,7 @@
 enum route_gating {
     GATING_SOFTMAX_TOP_K = 0, /* probabilities over all experts, then the top k */
     GATING_TOP_K_SOFTMAX = 1, /* softmax over the selected logits; the same as the first, renormalised */
-    GATING_SIGMOID = 2,       /* sigmoid scores, optionally limited to the best groups, renormalised over the selected */
+    GATING_SIGMOID = 2,       /* sigmoid scores; selected by their sums with the layer's selection bias, if it has one */
 };
 
 enum route_policy {
@@ -32,7 +32,7 @@ enum route_policy {
     POLICY_BONUS = 1, /* resident experts get `strength` added to their logit */
     POLICY_RANGE = 2, /* Cache-Prior: they, and the token's own top J, get strength * running mean of max - min */
     POLICY_MASS = 3,  /* they replace others while the probability mass lost stays <= strength */
-    POLICY_RESNORM = 4, /* strength * the row's largest probability is added to their probability; softmax gates only */
+    POLICY_RESNORM = 4, /* strength * the row's largest probability is added to their probability */
     ROUTE_POLICIES
 };
 
@@ -42,7 +42,7 @@ struct route_rule {
     uint32_t gating;      /* enum route_gating */
     int renormalize;      /* weights of a row sum to weight_scale */
     float weight_scale;   /* factor on every weight (DeepSeek's routed_scaling_factor) */
-    uint32_t num_groups, top_groups; /* GATING_SIGMOID; 1, 1: no limit */
+    uint32_t num_groups, top_groups; /* of experts; only those of the best `top_groups` are selected; 1, 1: no limit */
     uint32_t keep_top;    /* POLICY_RANGE's J */
     float prefetch_threshold;
 };
@@ -53,6 +53,7 @@ struct route_call {
     float strength;
     const float *strengths; /* NULL, or one per row instead of `strength` */
     int want_prefetch;      /* collect experts for route_tally.prefetch */
+    const float *selection_bias; /* GATING_SIGMOID: added to the experts' scores to select by; NULL: none */
 };
 
 /* What a call sees of the shared state, read once. */
@@ -80,6 +81,11 @@ struct route_tally {
     uint32_t range_updates;        /* rows that moved it */
     float range_gain, range_shift; /* the same as a map: mean -> gain * mean + shift */
 };
+
+/* Whether rows take the plain path whatever their logits: what the vector steps do not do. */
+static inline int route_is_plain(const struct route_rule *rule) {
+    return rule->gating == GATING_SIGMOID || rule->top_groups < rule->num_groups;
+}
 
 #define ROUTE_RANGE_RATE 0.05f /* weight of a new row in the running mean (Cache-Prior) */
 

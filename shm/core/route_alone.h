@@ -6,7 +6,7 @@
 #include "route_weights.h"
 
 static inline int alone_applies(const struct route_rule *rule, const struct route_call *call) {
-    return call->policy <= POLICY_BONUS && rule->gating != GATING_SIGMOID && rule->top_k <= NETWORK_ROWS &&
+    return call->policy <= POLICY_BONUS && !route_is_plain(rule) && rule->top_k <= NETWORK_ROWS &&
            !call->want_prefetch;
 }
 
@@ -33,6 +33,7 @@ static inline int route_alone(struct route_tile *tile, const struct route_rule *
         vector_pad(logits, experts, tile->logits, tile->stride);
         row->logits = tile->logits;
     }
+    row->scores = row->logits;
     vector_prefer(row->logits, snapshot->preferred, call->policy == POLICY_OFF ? 0 : strength, tile->stride, tile->adjusted);
     vector_select(tile->adjusted, experts, k, ids);
     if (rule->renormalize) vector_softmax(row->logits, ids, k, rule->weight_scale, weights);

@@ -8,7 +8,7 @@
 
 /* Whether a tile of so many rows is worth transposing, and can be. */
 static inline int columns_apply(const struct route_rule *rule, const struct route_call *call, uint32_t rows) {
-    return rows > BLOCK_LANES / 4 && rule->gating != GATING_SIGMOID && rule->top_k <= NETWORK_ROWS &&
+    return rows > BLOCK_LANES / 4 && !route_is_plain(rule) && rule->top_k <= NETWORK_ROWS &&
            rule->num_experts <= COLUMN_EXPERTS && !call->want_prefetch;
 }
 
@@ -52,6 +52,7 @@ static inline block column(const struct route_tile *tile, uint32_t expert) {
 static inline void columns_rows(struct route_tile *tile, int32_t *ids) {
     for (uint32_t r = 0; r < BLOCK_LANES; r++)
         tile->row[r] = (struct route_row){.logits = tile->logits + r,
+                                          .scores = tile->logits + r,
                                           .adjusted = tile->adjusted + r,
                                           .step = BLOCK_LANES,
                                           .vector = 1,

@@ -19,8 +19,9 @@ static inline void range_update(struct route_tally *tally, const struct row_stat
 /* Cache-Prior's top J: the row's own best `keep_top` get the amount too. */
 static inline void row_keep_top(const struct route_tile *tile, struct route_row *row, float amount) {
     for (uint32_t i = 0; i < tile->rule->keep_top; i++) {
-        uint32_t at = (uint32_t)row->truth[i] * row->step;
-        if (!isnan(row->adjusted[at])) row->adjusted[at] = row->logits[at] + amount;
+        uint32_t expert = (uint32_t)row->truth[i], at = expert * row->step;
+        if (!isnan(row->adjusted[at]))
+            row->adjusted[at] = plain_score(tile->rule, tile->selection_bias, expert, row->logits[at] + amount);
     }
 }
 

@@ -56,14 +56,10 @@ static inline float report_against_truth(struct route_tile *tile, struct route_r
     return lost;
 }
 
-/* The same with the true top k of the row's logits. */
-static inline float report_given(struct route_tile *tile, struct route_row *row, const float *given,
-                                 struct route_tally *tally) {
-    const struct route_rule *rule = tile->rule;
-    float limited[ROUTE_MAX_EXPERTS];
-    memcpy(limited, given, rule->num_experts * sizeof *limited);
-    limit_groups(rule, limited);
-    select_top_k(limited, rule->num_experts, rule->top_k, row->truth);
+/* The same with the true top k of `scores`. */
+static inline float report_scores(struct route_tile *tile, struct route_row *row, const float *scores,
+                                  struct route_tally *tally) {
+    select_top_k(scores, tile->rule->num_experts, tile->rule->top_k, row->truth);
     return report_against_truth(tile, row, row->truth, tally);
 }
 
@@ -87,10 +83,10 @@ static inline float report_vector(struct route_tile *tile, struct route_row *row
 /* A row of columns, by comparison with its true top k. */
 static inline float columns_report_row(struct route_tile *tile, uint32_t r, struct route_tally *tally) {
     int32_t ids[NETWORK_ROWS];
-    struct route_row row = {.logits = tile->logits + r, .share = tile->share + r, .scale = &tile->scale[r],
+    struct route_row row = {.scores = tile->logits + r, .share = tile->share + r, .scale = &tile->scale[r],
                             .step = BLOCK_LANES, .vector = 1, .ids = ids};
     for (uint32_t i = 0; i < tile->rule->top_k; i++) ids[i] = tile->columns.chosen[i][r];
-    return report_given(tile, &row, tile->given + (size_t)r * tile->rule->num_experts, tally);
+    return report_scores(tile, &row, tile->given + (size_t)r * tile->rule->num_experts, tally);
 }
 
 /* Pair by pair of route_preference.h: each row's exchanges are in the same order as above. */
@@ -139,7 +135,7 @@ static inline void tile_report(struct route_tile *tile, uint32_t policy, struct 
 #if ROUTE_VECTOR
         else if (row->vector) tally->lost_mass += report_vector(tile, row, least_logit(row, tile->rule->top_k), tally);
 #endif
-        else tally->lost_mass += report_given(tile, row, row->given, tally);
+        else tally->lost_mass += report_scores(tile, row, row->scores, tally);
     }
 }
 

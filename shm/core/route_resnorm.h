@@ -1,5 +1,6 @@
 /* POLICY_RESNORM: s_e = p_e + strength * p_1 * [e preferred], the top k of s. p_1 is the row's largest probability; with
- * p as shares, exp(z_e - max z), which is p_e / p_1, that is s_e = share_e + strength * [e preferred].
+ * p as shares, exp(z_e - max z), which is p_e / p_1, that is s_e = share_e + strength * [e preferred]. For a sigmoid gate
+ * p_e is the score that it selects by and p_1 the largest sigmoid; within the groups that the gate itself takes.
  *
  * What a wrong expert can do to the residual x is small where |x| is large beside what experts add to it: callers give
  * strength = tau * |x| / (mean norm of the layer's expert outputs).
@@ -52,24 +53,27 @@ static inline void tile_rank_kind(struct route_tile *tile, int bit, struct ranki
             continue;
         }
 #endif
-        rankings[r].count = select_of_kind(row->logits, experts, k, preferred, bit, rankings[r].ids);
+        rankings[r].count = select_of_kind(row->scores, experts, k, preferred, bit, rankings[r].ids);
     }
 }
 
-/* Whether the preferred expert comes before the other one; `strength` 0: by their logits. NaN and -inf gain nothing. */
-static inline int row_comes_first(const struct route_row *row, int32_t preferred, int32_t other, float strength) {
+/* Whether the preferred expert comes before the other one; `amount` 0: by their scores. NaN and -inf gain nothing. */
+static inline int row_comes_first(const struct route_row *row, int sigmoid_gate, int32_t preferred, int32_t other,
+                                  float amount) {
     if (row_rank(row, preferred) > row_rank(row, other)) return 1;
-    return strength > 0 && row_logit(row, preferred) > -INFINITY &&
-           row_share(row, preferred) + strength > row_share(row, other);
+    if (!(amount > 0 && row_score(row, preferred) > -INFINITY)) return 0;
+    return sigmoid_gate ? row_score(row, preferred) + amount > row_score(row, other)
+                        : row_share(row, preferred) + amount > row_share(row, other);
 }
 
 /* The top k of both rankings together, best first. */
-static inline void row_merge(const struct route_row *row, uint32_t k, const struct ranking *preferred,
-                             const struct ranking *others, float strength, int32_t *ids) {
+static inline void row_merge(const struct route_row *row, const struct route_rule *rule, const struct ranking *preferred,
+                             const struct ranking *others, float amount, int32_t *ids) {
+    int sigmoid_gate = rule->gating == GATING_SIGMOID;
     uint32_t p = 0, o = 0;
-    for (uint32_t i = 0; i < k; i++) {
-        int first = o == others->count ||
-                    (p < preferred->count && row_comes_first(row, preferred->ids[p], others->ids[o], strength));
+    for (uint32_t i = 0; i < rule->top_k; i++) {
+        int first = o == others->count || (p < preferred->count && row_comes_first(row, sigmoid_gate, preferred->ids[p],
+                                                                                   others->ids[o], amount));
         ids[i] = first ? preferred->ids[p++] : others->ids[o++];
     }
 }
@@ -77,15 +81,16 @@ static inline void row_merge(const struct route_row *row, uint32_t k, const stru
 /* Selects into row->ids, and the true top k into row->truth. */
 static inline void tile_resnorm(struct route_tile *tile, const float *strengths) {
     struct ranking preferred[TILE_ROWS], others[TILE_ROWS];
-    uint32_t k = tile->rule->top_k;
+    const struct route_rule *rule = tile->rule;
     tile_rank_kind(tile, 1, preferred);
     tile_rank_kind(tile, 0, others);
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
         if (!row->statistics.finite) continue;
         row_scale(tile, row); /* fills the shares */
-        row_merge(row, k, &preferred[r], &others[r], strengths[r], row->ids);
-        row_merge(row, k, &preferred[r], &others[r], 0, row->truth);
+        float largest = rule->gating == GATING_SIGMOID ? sigmoid(row->statistics.max) : 1.0f;
+        row_merge(row, rule, &preferred[r], &others[r], strengths[r] * largest, row->ids);
+        row_merge(row, rule, &preferred[r], &others[r], 0, row->truth);
     }
 }
 

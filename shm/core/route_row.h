@@ -50,9 +50,10 @@ struct route_columns {
 struct route_row {
     const float *given;  /* the caller's logits */
     const float *logits; /* the same, `step` apart and padded with -inf */
+    const float *scores; /* what the true top k is of, `step` apart: the logits, or see plain_adjust */
     float *adjusted;     /* the scores that were selected from, `step` apart */
     uint32_t step;       /* 1, or TILE_ROWS in columns */
-    int vector;   /* the vector steps apply: softmax gate, all logits finite */
+    int vector;   /* the vector steps apply: softmax gate without groups, all logits finite */
     float *share; /* gate probability times a factor common to the row, `step` apart; row_scale() fills it */
     float *scale; /* the factor that makes shares probabilities; 0 = not computed yet */
     struct row_statistics statistics;
@@ -64,12 +65,13 @@ struct route_row {
 struct route_tile {
     const struct route_rule *rule;
     const struct route_snapshot *snapshot;
+    const float *selection_bias; /* of the call */
     uint32_t rows, stride; /* rows in use; floats from one row to the next */
     int transposed; /* columns */
     int shared;     /* columns: their shares and scales are computed */
     const float *given; /* columns: the caller's logits */
     struct route_row row[TILE_ROWS];
-    _Alignas(64) float logits[TILE_FLOATS]; /* where the caller's do not do: columns, and rows that blocks would overrun */
+    _Alignas(64) float logits[TILE_FLOATS]; /* where the caller's do not do: columns, rows that blocks would overrun; scores */
     _Alignas(64) float share[TILE_FLOATS];
     _Alignas(64) float adjusted[TILE_FLOATS];
     _Alignas(64) float scale[TILE_ROWS];
@@ -94,6 +96,7 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
     uint32_t experts = rule->num_experts;
     tile->rule = rule;
     tile->snapshot = snapshot;
+    tile->selection_bias = call->selection_bias;
 #if ROUTE_VECTOR
     tile->stride = tile_stride(experts);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);
@@ -103,7 +106,6 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
         vector_lanes(others, tile->stride, tile->others);
     }
 #else
-    (void)call;
     tile->stride = experts;
 #endif
     return tile->stride * TILE_ROWS <= TILE_FLOATS ? TILE_ROWS : TILE_FLOATS / tile->stride;
@@ -121,20 +123,29 @@ static inline void row_begin(struct route_tile *tile, uint32_t index, const floa
     row->scale = &tile->scale[index];
     *row->scale = 0;
 #if ROUTE_VECTOR
-    row->vector = tile->rule->gating != GATING_SIGMOID && vector_statistics(row->given, experts, &row->statistics);
+    row->vector = !route_is_plain(tile->rule) && vector_statistics(row->given, experts, &row->statistics);
     if (row->vector && experts != tile->stride) {
         float *padded = tile->logits + index * tile->stride;
         vector_pad(row->given, experts, padded, tile->stride);
         row->logits = padded;
     }
 #endif
-    if (!row->vector) row->statistics = plain_statistics(row->given, experts);
+    row->scores = row->logits;
+    if (row->vector) return;
+    row->statistics = plain_statistics(row->given, experts);
+    if (route_is_plain(tile->rule)) {
+        float *scores = tile->logits + index * tile->stride;
+        plain_adjust(tile->rule, tile->selection_bias, row->logits, tile->snapshot->preferred, 0, scores);
+        row->scores = scores;
+    }
 }
 
 static inline float row_logit(const struct route_row *row, int32_t expert) { return row->logits[(uint32_t)expert * row->step]; }
 
+static inline float row_score(const struct route_row *row, int32_t expert) { return row->scores[(uint32_t)expert * row->step]; }
+
 static inline uint64_t row_rank(const struct route_row *row, int32_t expert) {
-    return rank_key(row_logit(row, expert), (uint32_t)expert);
+    return rank_key(row_score(row, expert), (uint32_t)expert);
 }
 
 static inline float row_share(const struct route_row *row, int32_t expert) { return row->share[(uint32_t)expert * row->step]; }

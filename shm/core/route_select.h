@@ -24,7 +24,8 @@ static inline int contains(const int32_t *ids, uint32_t count, int32_t id) {
     return 0;
 }
 
-/* The `k` best of `count` scores into `ids`, best first. Keys are unique, so ties need no case of their own. */
+/* The `k` best of `count` scores, at least as many, into `ids`, best first. Keys are unique, so ties need no case of
+ * their own. */
 static inline void select_top_k(const float *scores, uint32_t count, uint32_t k, int32_t *ids) {
     uint64_t best[ROUTE_MAX_TOP_K];
     uint32_t held = 0;
@@ -35,7 +36,7 @@ static inline void select_top_k(const float *scores, uint32_t count, uint32_t k,
         for (; at > 0 && best[at - 1] < key; at--) best[at] = best[at - 1];
         best[at] = key;
     }
-    for (uint32_t i = 0; i < k; i++) ids[i] = (int32_t)rank_id(best[i]);
+    for (uint32_t i = 0; i < held; i++) ids[i] = (int32_t)rank_id(best[i]);
 }
 
 /* The same of the scores whose bit in `mask` is `bit`; returns how many there are, at most `k`. */

@@ -22,8 +22,7 @@ static inline void tile_load(struct route_tile *tile, const struct route_call *c
     }
 }
 
-/* Fills row->adjusted with the logits, amounts[r] added to the preferred experts. In plain C, NaN then marks the experts
- * of groups that are left out. */
+/* Fills row->adjusted with the scores, amounts[r] added to the logits of the preferred experts. */
 static inline void tile_adjust(struct route_tile *tile, const float *amounts) {
     const struct route_rule *rule = tile->rule;
 #if ROUTE_VECTOR
@@ -40,14 +39,12 @@ static inline void tile_adjust(struct route_tile *tile, const float *amounts) {
             continue;
         }
 #endif
-        plain_adjust(row->logits, rule->num_experts, tile->snapshot->preferred, amounts[r], row->adjusted);
-        limit_groups(rule, row->adjusted);
+        plain_adjust(rule, tile->selection_bias, row->logits, tile->snapshot->preferred, amounts[r], row->adjusted);
     }
 }
 
-/* Fills row->adjusted with the logits of the preferred experts, and -inf. */
+/* Fills row->adjusted with the scores of the preferred experts, and -inf. */
 static inline void tile_restrict(struct route_tile *tile) {
-    const struct route_rule *rule = tile->rule;
 #if ROUTE_VECTOR
     if (tile->transposed) {
         columns_adjust(tile, tile->others, block_all(-INFINITY));
@@ -62,9 +59,7 @@ static inline void tile_restrict(struct route_tile *tile) {
             continue;
         }
 #endif
-        plain_adjust(row->logits, rule->num_experts, tile->snapshot->preferred, 0, row->adjusted);
-        limit_groups(rule, row->adjusted);
-        plain_restrict(row->adjusted, rule->num_experts, tile->snapshot->preferred, row->adjusted);
+        plain_restrict(row->scores, tile->rule->num_experts, tile->snapshot->preferred, row->adjusted);
     }
 }
 

@@ -32,6 +32,7 @@ static inline void row_weights(struct route_tile *tile, struct route_row *row, f
         scale = row_scale(tile, row);
         for (uint32_t i = 0; i < k; i++) weights[i] = row->share[row->ids[i]];
         if (rule->renormalize) scale = 1.0f / canonical_sum(weights, k);
+        else if (rule->gating == GATING_SIGMOID) scale = 1;
     }
     scale *= rule->weight_scale;
     for (uint32_t i = 0; i < k; i++) weights[i] *= scale;

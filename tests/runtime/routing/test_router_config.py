@@ -37,7 +37,6 @@ def test_bonus_and_threshold_are_clamped(given: float, kept: float) -> None:
         ({"num_groups": 8, "top_groups": 1}, "1 of 8 groups of 8 experts do not fit"),
         ({"mass_budget": -1.0}, "mass_budget is -1.0, expected 0 to"),
         ({"resnorm_strength": -1.0}, "resnorm_strength is -1.0, expected 0 to"),
-        ({"policy": "resnorm", "gating": "sigmoid"}, "policy is 'resnorm', which needs a softmax gate's probabilities"),
         ({"target_hit_rate": 1.5}, "target_hit_rate is 1.5, expected 0 to 1"),
         ({"affinity": AffinityConfig(9)}, "affinity.num_experts is 9, expected num_experts = 8"),
     ],
