@@ -66,13 +66,17 @@ class UnrepresentableValue(ValueError):
 
 
 class KvPageLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """A page holds `block_size` tokens of all layers: `[layer][keys, values][token][head][row]`, without gaps."""
+    """A page holds `block_size` tokens of all layers: `[layer][keys, values][token][head][row]`, without gaps.
+
+    `keys_are_values`: values are the first numbers of their keys, and are not stored again.
+    """
 
     num_layers: int
     block_size: int
     num_kv_heads: int
     head_dim: int
     format: KvFormat = KvFormat.FLOAT32
+    keys_are_values: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "block_size", "num_kv_heads", "head_dim"):
@@ -89,13 +93,18 @@ class KvPageLayout(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_kv_heads * self.head_nbytes
 
     @property
+    def planes(self) -> int:
+        """2, keys and values; or 1."""
+        return 1 if self.keys_are_values else 2
+
+    @property
     def page_nbytes(self) -> int:
-        return self.num_layers * 2 * self.block_size * self.token_nbytes
+        return self.num_layers * self.planes * self.block_size * self.token_nbytes
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """Of one page's bytes."""
-        return (self.num_layers, 2, self.block_size, self.num_kv_heads, self.head_nbytes)
+        return (self.num_layers, self.planes, self.block_size, self.num_kv_heads, self.head_nbytes)
 
 
 def encode(values: npt.ArrayLike, format: KvFormat) -> Bytes:

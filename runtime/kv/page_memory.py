@@ -14,11 +14,13 @@ class KvPageMemory:
     """The bytes of pages 0 ... `num_pages` (0 is never used), as `KvPageLayout` lays them out.
 
     Args:
-        layout: what a page looks like.
+        layout: what a page looks like, with values that are stored.
         num_pages: pages that the cache hands out.
     """
 
     def __init__(self, layout: KvPageLayout, num_pages: int) -> None:
+        if layout.keys_are_values:
+            raise ValueError("the layout stores no values, expected one of both keys and values")
         self.layout = layout
         self.bytes: Bytes = np.zeros((num_pages + 1, *layout.shape), np.uint8)
 

@@ -40,6 +40,11 @@ def test_E1_page_sizes(format: KvFormat, nbytes: int) -> None:
     three = KvPageLayout(num_layers=3, block_size=16, num_kv_heads=8, head_dim=64, format=format)
     assert three.page_nbytes == 3 * nbytes
     assert np.prod(three.shape) == three.page_nbytes
+    keys_only = KvPageLayout(
+        num_layers=3, block_size=16, num_kv_heads=8, head_dim=64, format=format, keys_are_values=True
+    )
+    assert 2 * keys_only.page_nbytes == three.page_nbytes
+    assert np.prod(keys_only.shape) == keys_only.page_nbytes
 
 
 RAMP = (np.arange(32, dtype=np.float32) - 16) * np.float32(0.1)

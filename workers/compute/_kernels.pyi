@@ -35,6 +35,11 @@ def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32
     contradicts the element type is refused.
     """
 
+def linear_transposed(
+    x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32], format: int = ..., /
+) -> None:
+    """out [n, outputs] = x [n, inputs] . weight [inputs, outputs]; weight as for `linear`, but a row for each input."""
+
 def experts(
     hidden: NDArray[np.float32],
     assignments: list[NDArray[np.int64]],
@@ -80,7 +85,7 @@ def rotate(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.flo
 
 def write_kv(
     keys: NDArray[np.float32],
-    values: NDArray[np.float32],
+    values: NDArray[np.float32] | None,
     kv_pages: NDArray[np.uint8],
     format: int,
     layer: int,
@@ -90,7 +95,8 @@ def write_kv(
 ) -> int:
     """Store keys and values [n, kv_heads, head_dim] in `format` (KV_...) at their positions' places in kv_pages
     [pages, layers, 2, block_size, kv_heads, bytes of a head] (shm/kv_page_format.py). block_tables is all
-    sequences' tables joined; table_starts [n] is where each row's begins.
+    sequences' tables joined; table_starts [n] is where each row's begins. Where keys are values too, `values` is None
+    and the third dimension of kv_pages 1.
 
     Returns -1; or the first of the n rows with a value that the format cannot hold, and then nothing is written.
     """
@@ -106,12 +112,14 @@ def attention(
     window: int,
     out: NDArray[np.float32],
     sinks: NDArray[np.float32] | None = ...,
+    scale: float = ...,
     /,
 ) -> None:
     """out [n, heads, head_dim]: causal attention of each row over the last `window` positions up to its own, all of
-    them if window is 0, scaled by 1 / sqrt(head_dim); consecutive query heads share a key-value head. With `sinks`
-    [heads] each head sees one more key, with this logit and a value of zero. Pages of positions before the window are
-    not read. The bits are those of float32 pages with the same values."""
+    them if window is 0, scaled by `scale` (1 / sqrt(head_dim) if it is left out); consecutive query heads share a
+    key-value head. With `sinks` [heads] each head sees one more key, with this logit and a value of zero. Where keys
+    are values too, out may be narrower than they are: of values only the first numbers count then. Pages of positions
+    before the window are not read. The bits are those of float32 pages with the same values."""
 
 def set_num_threads(threads: int) -> None:
     """Threads that a kernel may use, the caller included: 1 at first, MAX_THREADS at most. Small calls stay in the

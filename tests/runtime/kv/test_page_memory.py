@@ -277,3 +277,9 @@ def test_F4_a_moved_idle_page_has_its_bytes_when_it_is_hit(format: KvFormat) -> 
     again, hit = cache.admit(range(17))
     assert hit == 16
     assert key(cache, again, 15) == 64.0
+
+
+def test_a_layout_without_values_is_refused() -> None:
+    layout = KvPageLayout(num_layers=1, block_size=4, num_kv_heads=1, head_dim=8, keys_are_values=True)
+    with pytest.raises(ValueError, match="stores no values"):
+        KvPageMemory(layout, 2)

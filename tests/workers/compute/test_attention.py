@@ -47,10 +47,17 @@ class Pages:
         head_dim: int = 32,
         format: KvFormat = KvFormat.FLOAT32,
         gap: int = 0,
+        *,
+        keys_are_values: bool = False,
     ) -> None:
         blocks = [-(-length // block_size) for length in lengths]
         self.layout = KvPageLayout(
-            num_layers=2, block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim, format=format
+            num_layers=2,
+            block_size=block_size,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            format=format,
+            keys_are_values=keys_are_values,
         )
         memory = np.full((1 + sum(blocks), self.layout.page_nbytes + gap), UNTOUCHED, np.uint8)
         self.array = memory[:, : self.layout.page_nbytes].reshape(-1, *self.layout.shape)
@@ -60,7 +67,7 @@ class Pages:
         self.table_starts = np.repeat(np.cumsum([0, *blocks[:-1]]), lengths).astype(np.int64)
         self.positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         self.keys = normal(sum(lengths), kv_heads, head_dim)
-        self.values = normal(sum(lengths), kv_heads, head_dim)
+        self.values = self.keys if keys_are_values else normal(sum(lengths), kv_heads, head_dim)
 
     @property
     def format_and_places(self) -> tuple[int, int, NDArray[np.uint32], NDArray[np.int64], NDArray[np.int32]]:
@@ -68,7 +75,8 @@ class Pages:
         return format, LAYER, self.tables, self.table_starts, self.positions
 
     def write(self) -> int:
-        return _kernels.write_kv(self.keys, self.values, self.array, *self.format_and_places)
+        values = None if self.layout.keys_are_values else self.values
+        return _kernels.write_kv(self.keys, values, self.array, *self.format_and_places)
 
     def attention(
         self, queries: Floats, rows: slice = slice(None), window: int = 0, sinks: Floats | None = None
@@ -226,6 +234,44 @@ def test_the_number_of_threads_does_not_show(heads: int, head_dim: int) -> None:
         np.testing.assert_array_equal(pages.attention(queries, slice(590, 600)), alone)
 
 
+def mixed_keys(pages: Pages, queries: Floats, value_dim: int, scale: float) -> Floats:
+    format, layer, tables, starts, positions = pages.format_and_places
+    out = np.full((*queries.shape[:2], value_dim), np.nan, np.float32)
+    _kernels.attention(queries, pages.array, format, layer, tables, starts, positions, 0, out, None, scale)
+    return out
+
+
+@pytest.mark.usefixtures("threads")
+@FORMATS
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"), [(16, 1, 576, 512), (6, 1, 28, 20), (4, 2, 64, 64), (3, 3, 40, 1)]
+)
+def test_keys_may_be_values_too(heads: int, kv_heads: int, head_dim: int, value_dim: int, format: KvFormat) -> None:
+    pages = Pages([1, 3, 77], 16, kv_heads, head_dim, format, 64, keys_are_values=True)
+    assert pages.write() == -1
+    queries, scale = normal(81, heads, head_dim), 0.3 * head_dim**-0.5
+    result = mixed_keys(pages, queries, value_dim, scale)
+    keys, _ = pages.stored()
+    expected = plain_attention(pages, keys, keys[:, :, :value_dim], queries * np.float32(scale * head_dim**0.5))
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    assert (pages.array[:, 0] == UNTOUCHED).all(), "another layer's rows were written"
+    for count in (2, 3):
+        _kernels.set_num_threads(count)
+        np.testing.assert_array_equal(mixed_keys(pages, queries, value_dim, scale), result)
+
+
+def test_pages_and_values_have_to_agree() -> None:
+    pages, separate = Pages([20], head_dim=8, keys_are_values=True), Pages([20], head_dim=8)
+    with pytest.raises(ValueError, match=r"third dimension of kv_pages \(keys, values if there are\) is 1, expected 2"):
+        _kernels.write_kv(pages.keys, pages.keys, pages.array, *pages.format_and_places)
+    with pytest.raises(ValueError, match="is 2, expected 1"):
+        _kernels.write_kv(separate.keys, None, separate.array, *separate.format_and_places)
+    with pytest.raises(ValueError, match="the head size of out is 9, expected 1 to 8"):
+        mixed_keys(pages, normal(20, 2, 8), 9, 1.0)
+    with pytest.raises(ValueError, match="the head size of out is 7, expected 8"):
+        mixed_keys(separate, normal(20, 2, 8), 7, 1.0)
+
+
 def test_huge_scores_take_the_largest() -> None:
     pages = Pages([40], kv_heads=1, head_dim=16)
     pages.write()
@@ -286,6 +332,6 @@ def test_arguments_outside_are_refused() -> None:
         _kernels.attention(queries, pages.array, _kernels.KV_Q8_0, layer, tables, starts, positions, 0, out)
     with pytest.raises(ValueError, match="unknown KV page format 5"):
         _kernels.attention(queries, pages.array, 5, layer, tables, starts, positions, 0, out)
-    with pytest.raises(ValueError, match="the head size is 513, expected 1 to 512"):
-        wide = normal(20, 2, 513)
+    with pytest.raises(ValueError, match="the head size is 1025, expected 1 to 1024"):
+        wide = normal(20, 2, 1025)
         _kernels.attention(wide, pages.array, format, layer, tables, starts, positions, 0, wide)

@@ -35,6 +35,12 @@ def linear(x: NDArray[np.float32], weight: StoredWeights, format: WeightFormat) 
     return out
 
 
+def linear_transposed(x: NDArray[np.float32], weight: StoredWeights, format: WeightFormat) -> NDArray[np.float32]:
+    out = np.full((len(x), weight.values.shape[1]), np.nan, np.float32)
+    _kernels.linear_transposed(x, weight.array, out, int(format))
+    return out
+
+
 def guarded_memory(size: int) -> mmap.mmap:
     """Whole pages of memory, followed by one that cannot be read."""
     memory = mmap.mmap(-1, size + mmap.PAGESIZE)
@@ -110,6 +116,48 @@ def test_nothing_beside_the_weights_is_read_and_nothing_beside_the_result_writte
     _kernels.linear(x, at_the_end, outputs[1:4], int(format))
     np.testing.assert_array_equal(outputs[1:4], linear(x, weight, format))
     assert np.isnan(outputs[[0, 4]]).all()
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 128, 512), (1, 16, 1), (2, 33, 5), (3, 1, 4), (7, 96, 67), (40, 30, 100), (9, 31, 33), (4, 47, 6)],
+)
+def test_linear_with_a_row_for_each_input(format: WeightFormat, rows: int, inputs: int, outputs: int) -> None:
+    x, weight = normal(rows, inputs), StoredWeights.of(normal(inputs, width_in(format, outputs)), format)
+    result = linear_transposed(x, weight, format)
+    assert_close(result, x.astype(np.float64) @ weight.values.astype(np.float64), inputs)
+    wide = StoredWeights.of(weight.values, WeightFormat.FLOAT32)
+    np.testing.assert_array_equal(result, linear_transposed(x, wide, WeightFormat.FLOAT32))
+    for row in range(rows):
+        np.testing.assert_array_equal(linear_transposed(x[row : row + 1], weight, format)[0], result[row])
+
+
+@EACH_FORMAT
+def test_with_a_row_for_each_input_nothing_behind_the_weights_is_read(format: WeightFormat) -> None:
+    x, weight = normal(3, 5), StoredWeights.of(normal(5, width_in(format, 41)), format)
+    size = -(-weight.bytes.size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(guarded_memory(size), np.uint8, size)
+    memory[size - weight.bytes.size :] = weight.bytes
+    at_the_end = memory[size - weight.bytes.size :].view(weight.array.dtype).reshape(weight.array.shape)
+    outputs = np.full((5, weight.values.shape[1]), np.nan, np.float32)
+    _kernels.linear_transposed(x, at_the_end, outputs[1:4], int(format))
+    np.testing.assert_array_equal(outputs[1:4], linear_transposed(x, weight, format))
+    assert np.isnan(outputs[[0, 4]]).all()
+
+
+def test_a_row_for_each_input_of_the_wrong_shape_is_refused() -> None:
+    out = np.empty((2, 64), np.float32)
+    with pytest.raises(ValueError, match="the number of rows of weight is 4, expected 5"):
+        _kernels.linear_transposed(normal(2, 5), normal(4, 64), out)
+    with pytest.raises(ValueError, match="the width of weight is 32, expected 64"):
+        _kernels.linear_transposed(normal(2, 5), normal(5, 32), out)
+    with pytest.raises(ValueError, match="the number of bytes in a row of weight is 64, expected 68"):
+        _kernels.linear_transposed(normal(2, 5), np.zeros((5, 64), np.uint8), out, int(WeightFormat.Q8_0))
+    with pytest.raises(ValueError, match="the width of out is 40, expected a multiple of 32 for Q8_0"):
+        _kernels.linear_transposed(
+            normal(2, 5), np.zeros((5, 68), np.uint8), np.empty((2, 40), np.float32), int(WeightFormat.Q8_0)
+        )
 
 
 def test_linear_of_no_rows() -> None:

@@ -1,7 +1,7 @@
 /* Attention over KV pages in place, in any of their formats. A template: see vector.h for the lanes, kernels.c for the
  * copies.
  *
- * softmax(q K^T / sqrt(head_dim)) V in tiles of ATTENTION_TILE positions counted from 0, with a running maximum and sum
+ * softmax(scale * q K^T) V in tiles of ATTENTION_TILE positions counted from 0, with a running maximum and sum
  * (Milakov and Gimelshein 2018; Flash Attention). The tiles depend on the position only, and each score and each lane
  * of the mixture is summed in an order of its own row only, so chunked prefill and decode give the same bits. Stored
  * values become floats as they are loaded, so a page of any format gives the bits of a float32 page with its values.
@@ -25,9 +25,9 @@ struct V(softmax) {
 };
 
 /* The heads that read the rows together: `kv_heads` key-value heads with `shared` query heads each, of `blocks` * 32
- * values of which `width` are not padding. */
+ * values of which `width` are not padding. Of values, `mixed_blocks` blocks are mixed. */
 struct V(pass) {
-    size_t kv_heads, shared, blocks, width, head_nbytes;
+    size_t kv_heads, shared, blocks, width, head_nbytes, mixed_blocks;
     float *query, *mixed;       /* [kv_heads][shared][blocks * 32] */
     struct V(softmax) *softmax; /* [kv_heads][shared] */
 };
@@ -170,8 +170,8 @@ INLINE TARGET void V(attend_tile)(const int queries, enum kv_format format, cons
     V(mix_values)(queries, halves, format, values, h * pass->head_nbytes, fetched, first, end, block, half, blocks, width, \
                   weight, m)
             if (queries == 1)
-                for (; block + 2 <= blocks; block += 2) MIX(4, 0);
-            for (; block < blocks; block++)
+                for (; block + 2 <= pass->mixed_blocks; block += 2) MIX(4, 0);
+            for (; block < pass->mixed_blocks; block++)
                 if (queries == 4) {
                     MIX(1, 0);
                     MIX(1, 1);
@@ -222,8 +222,8 @@ static V(tile_function) *const V(tile_functions)[KV_FORMAT_COUNT][1] = {
 static TARGET void V(find_rows)(const struct kv_pages *pages, const uint32_t *table, size_t offset, size_t from, size_t last,
                                 struct V(tile) *tile) {
     size_t token_nbytes = pages->num_kv_heads * kv_row_nbytes(pages->format, pages->head_dim);
-    size_t half_nbytes = pages->block_size * token_nbytes;
-    const uint8_t *base = pages->bytes + pages->layer * 2 * half_nbytes + offset;
+    size_t values_offset = kv_values_offset(pages);
+    const uint8_t *base = pages->bytes + pages->layer * pages->planes * kv_plane_nbytes(pages) + offset;
     for (size_t j = 0; j < ATTENTION_TILE + FETCH_AHEAD; j++) {
         size_t position = from + (j < tile->first ? tile->first : j);
         if (position > last) position = last;
@@ -231,7 +231,7 @@ static TARGET void V(find_rows)(const struct kv_pages *pages, const uint32_t *ta
         const uint8_t *key = base + table[index] * pages->page_stride +
                              (position - index * pages->block_size) * token_nbytes;
         tile->row[j < ATTENTION_TILE ? j : ATTENTION_TILE + j] = key;
-        if (j < ATTENTION_TILE) tile->row[ATTENTION_TILE + j] = key + half_nbytes;
+        if (j < ATTENTION_TILE) tile->row[ATTENTION_TILE + j] = key + values_offset;
     }
 }
 
@@ -252,7 +252,8 @@ static TARGET void V(attend)(const struct attention *op, size_t row, size_t head
         for (size_t d = 0; d < dim; d++) query[h * blocks * 32 + d] = from[d] * op->scale;
         V(start_softmax)(softmax + h, op->sinks ? op->sinks + head + h : NULL);
     }
-    struct V(pass) pass = {kv_heads, count / kv_heads, blocks, dim, kv_row_nbytes(pages->format, dim), query, mixed, softmax};
+    struct V(pass) pass = {kv_heads, count / kv_heads, blocks, dim, kv_row_nbytes(pages->format, dim),
+                           attention_blocks(op->value_dim), query, mixed, softmax};
     for (size_t from = start / ATTENTION_TILE * ATTENTION_TILE; from < end; from += ATTENTION_TILE) {
         struct V(tile) tile = {.first = start > from ? start - from : 0,
                                .end = end - from < ATTENTION_TILE ? end - from : ATTENTION_TILE};
@@ -264,8 +265,8 @@ static TARGET void V(attend)(const struct attention *op, size_t row, size_t head
         }
     }
     for (size_t h = 0; h < count; h++) {
-        float total = V(sum16)(softmax[h].sum), *out = op->out + (row * op->num_heads + head + h) * dim;
-        for (size_t d = 0; d < dim; d++) out[d] = mixed[h * blocks * 32 + d] / total;
+        float total = V(sum16)(softmax[h].sum), *out = op->out + (row * op->num_heads + head + h) * op->value_dim;
+        for (size_t d = 0; d < op->value_dim; d++) out[d] = mixed[h * blocks * 32 + d] / total;
     }
 }
 

@@ -5,6 +5,7 @@
 #include "arguments.h"
 
 PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *py_linear_transposed(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *py_experts(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *py_combine(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *py_row_norms(PyObject *self, PyObject *const *args, Py_ssize_t count);

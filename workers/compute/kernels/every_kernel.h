@@ -6,6 +6,8 @@
 
 #include "linear.h"
 
+#include "linear_transposed.h"
+
 #include "activation.h"
 
 #include "norm.h"

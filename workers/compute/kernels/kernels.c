@@ -49,7 +49,7 @@ _Static_assert(FORMAT_FLOAT32 == (int)KV_FLOAT32 && FORMAT_FLOAT16 == (int)KV_FL
 #include "every_kernel.h"
 #endif
 
-#define KERNELS(isa) {#isa, linear_##isa, gated_##isa, rms_norm_##isa, attention_##isa}
+#define KERNELS(isa) {#isa, linear_##isa, linear_transposed_##isa, gated_##isa, rms_norm_##isa, attention_##isa}
 const struct kernels every_kernels[] = {
     KERNELS(portable),
 #ifdef HAVE_X86_VECTORS

@@ -50,6 +50,7 @@ static PyObject *py_use_instruction_set(PyObject *self, PyObject *argument) {
 
 static PyMethodDef methods[] = {
     {"linear", FASTCALL(py_linear), "linear(x, weight, out[, format])"},
+    {"linear_transposed", FASTCALL(py_linear_transposed), "linear_transposed(x, weight, out[, format])"},
     {"experts", FASTCALL(py_experts),
      "experts(hidden, assignments, slots, formats, intermediate_size, outputs[, layout[, swiglu_limit]])"},
     {"combine", FASTCALL(py_combine), "combine(outputs, weights, out)"},
@@ -60,7 +61,7 @@ static PyMethodDef methods[] = {
     {"write_kv", FASTCALL(py_write_kv),
      "write_kv(keys, values, kv_pages, format, layer, block_tables, table_starts, positions)"},
     {"attention", FASTCALL(py_attention),
-     "attention(queries, kv_pages, format, layer, block_tables, table_starts, positions, window, out[, sinks])"},
+     "attention(queries, kv_pages, format, layer, block_tables, table_starts, positions, window, out[, sinks[, scale]])"},
     {"set_num_threads", py_set_num_threads, METH_O, "set_num_threads(threads)"},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, "instruction_sets()"},
     {"use_instruction_set", py_use_instruction_set, METH_O, "use_instruction_set(name)"},
