@@ -51,6 +51,7 @@ class WeightFormat(enum.IntEnum):
     Q8_0 = 3  # GGML's blocks of 32: a float16 scale, then 32 int8
     Q4_0 = 4  # the same with 4-bit numbers
     MXFP4 = 5  # blocks of 32 E2M1 numbers, and behind all rows of a matrix an E8M0 scale for each block
+    MXFP4_GGML = 6  # GGML's blocks of 32: an E8M0 scale, then E2M1 numbers
 
 
 class PrefetchSource(enum.IntEnum):

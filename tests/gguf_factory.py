@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.workers.compute.weights import as_float32
 
-ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
+ARCHITECTURES = {
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "gpt_oss": "gpt-oss",
+}
 
 
 # Blocks of the formats that gguf-py cannot write: bytes in all, and where their float16 scales are.
@@ -28,7 +34,8 @@ SCALES_OF_BLOCKS = {
 
 
 def write_gguf(folder: Path, path: Path, quantization: str, tensors_per_part: int = 0, **metadata: Any) -> Path:
-    """The float32 model in `folder` as `path`, matrices in `quantization` ("F32", "Q8_0", ...), vectors in float32.
+    """The model in `folder` as `path`, matrices in `quantization` ("F32", "Q8_0", ...), vectors in float32. Experts in
+    MXFP4 stay so.
 
     In a format that gguf-py cannot write, a matrix has random blocks instead.
 
@@ -45,7 +52,9 @@ def write_gguf(folder: Path, path: Path, quantization: str, tensors_per_part: in
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     for key, value in (_metadata(architecture, config) | tokenizer_metadata(folder) | metadata).items():
         _add(writer, key, value)
-    for name, values in _stacked(_weights(folder), _num_experts(config)).items():
+    weights = _weights(folder)
+    stacked = separated(weights) if family == "gpt_oss" else _stacked(weights, _num_experts(config))
+    for name, values in stacked.items():
         if family == "mixtral" and "self_attn.q_proj" in name:
             values = _interleaved(values, config["num_attention_heads"])
         if family == "mixtral" and "self_attn.k_proj" in name:
@@ -65,10 +74,49 @@ def write_gguf(folder: Path, path: Path, quantization: str, tensors_per_part: in
 
 def dequantized(folder: Path, quantization: str) -> dict[str, NDArray[np.float32]]:
     """The weights of the folder as they are after their way through `quantization`."""
-    return {
-        name: values if _stays_float32(name, values) else through(values, quantization)
-        for name, values in _weights(folder).items()
-    }
+    weights = _weights(folder)
+    for name, values in weights.items():
+        if values.ndim == 3 and not _stays_float32(name, values):  # gpt-oss' experts, a row for each input
+            weights[name] = _turned(through(_turned(values), quantization))
+        elif not _stays_float32(name, values):
+            weights[name] = through(values, quantization)
+    return weights
+
+
+def _turned(matrices: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(matrices.swapaxes(1, 2))
+
+
+def separated(weights: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """gpt-oss' experts with matrices of their own for gate and up, a row for each output, MXFP4 in GGML's blocks."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, values in weights.items():
+        before, _, part = name.partition(".mlp.experts.")
+        if name.endswith(".sinks"):
+            found[f"{name}.weight"] = values
+        elif not part:
+            found[name] = values
+        elif not part.endswith("_scales"):
+            matrix, _, kind = part.partition("_proj")
+            if kind == "":
+                values = _turned(values)
+            if kind == "_blocks":
+                scales = weights[name.replace("_blocks", "_scales")]
+                values = _ggml_blocks(values, scales)
+            kind = "bias" if kind == "_bias" else "weight"
+            parts = {"gate": values[:, 0::2], "up": values[:, 1::2]} if matrix == "gate_up" else {matrix: values}
+            for each, rows in parts.items():
+                found[f"{before}.mlp.experts.{each}_proj.{kind}"] = np.ascontiguousarray(rows)
+    return found
+
+
+def _ggml_blocks(numbers: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [experts, rows, blocks, 16], of which each holds two neighbours, and [experts, rows, blocks] -> [experts,
+    rows, blocks * 17]: in a block the scale comes first, and the halves of a byte are 16 values apart.
+    """
+    codes = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(*scales.shape, 32)
+    blocks = np.concatenate([scales[..., None], codes[..., :16] | codes[..., 16:] << 4], axis=-1)
+    return blocks.reshape(*scales.shape[:2], -1)
 
 
 def through(values: NDArray[np.float32], quantization: str) -> NDArray[np.float32]:
@@ -76,14 +124,17 @@ def through(values: NDArray[np.float32], quantization: str) -> NDArray[np.float3
     return gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind).astype(np.float32)
 
 
-def _weights(folder: Path) -> dict[str, NDArray[np.float32]]:
+def _weights(folder: Path) -> dict[str, NDArray[Any]]:
+    """float32, or bytes of packed numbers."""
     checkpoint = Checkpoint.open(folder)
-    return {name: as_float32(checkpoint.dense(name)) for name in checkpoint.tensors}
+    weights = {name: checkpoint.dense(name) for name in checkpoint.tensors}
+    return {name: values if values.dtype == np.uint8 else as_float32(values) for name, values in weights.items()}
 
 
 def _stays_float32(name: str, values: NDArray[np.float32]) -> bool:
     """Vectors, and what decides about experts: names of transformers or of llama.cpp."""
-    return values.ndim == 1 or name.endswith((".gate.weight", "shared_expert_gate.weight", "ffn_gate_inp.weight"))
+    routers = (".gate.weight", ".router.weight", "shared_expert_gate.weight", "ffn_gate_inp.weight")
+    return values.ndim == 1 or name.endswith((*routers, "bias"))
 
 
 def _stacked(weights: dict[str, NDArray[np.float32]], num_experts: int) -> dict[str, NDArray[np.float32]]:
@@ -106,7 +157,9 @@ def _interleaved(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: NDArray[np.float32], quantization: str) -> None:
     kind = gguf.GGMLQuantizationType[quantization]
-    if _stays_float32(name, values) or quantization == "F32":
+    if values.dtype == np.uint8:
+        writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+    elif _stays_float32(name, values) or quantization == "F32":
         writer.add_tensor(name, values)
     elif quantization == "F16":
         writer.add_tensor(name, values.astype(np.float16))
@@ -147,6 +200,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _metadata(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
     inner = config.get("moe_intermediate_size", config["intermediate_size"])
+    rope, window = config.get("rope_scaling") or {}, config["sliding_window"] if architecture == "gpt-oss" else None
     values = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -157,7 +211,11 @@ def _metadata(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": config.get("head_dim"),
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "attention.sliding_window": window,
         "rope.freq_base": float(config["rope_theta"]),
+        "rope.scaling.type": rope.get("rope_type"),
+        "rope.scaling.factor": rope.get("factor"),
+        "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
         "expert_count": _num_experts(config),
         "expert_used_count": config["num_experts_per_tok"],
     }

@@ -30,8 +30,8 @@ class StoredWeights(NamedTuple):
         if format in _GGML:
             rows = encode(values, _GGML[format])
             return cls(rows, decode(rows, _GGML[format], values.shape[1]))
-        if format == WeightFormat.MXFP4:
-            return cls(*_mxfp4(values))
+        if format in (WeightFormat.MXFP4, WeightFormat.MXFP4_GGML):
+            return cls(*_mxfp4(values, format))
         array = stored(values, format.name.lower())
         if format == WeightFormat.BFLOAT16:
             return cls(array, (array.astype(np.uint32) << np.uint32(16)).view(np.float32))
@@ -43,13 +43,17 @@ class StoredWeights(NamedTuple):
         return np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
 
 
-def _mxfp4(values: Floats) -> tuple[NDArray[np.uint8], Floats]:
-    """Numbers [outputs, inputs / 2] and behind them scales [outputs, inputs / 32], and what they stand for."""
+def _mxfp4(values: Floats, format: WeightFormat) -> tuple[NDArray[np.uint8], Floats]:
+    """Numbers [outputs, inputs / 2] and behind them scales [outputs, inputs / 32], or GGML's blocks [outputs, inputs /
+    32 * 17]; and what they stand for."""
     outputs, inputs = values.shape
     blocks = values.reshape(-1, 32)
     exponents = np.floor(np.log2(np.abs(blocks).max(axis=1, keepdims=True))) - 2
     codes = np.abs(blocks[:, :, None] / np.exp2(exponents)[:, :, None] - E2M1).argmin(axis=2).astype(np.uint8)
-    numbers = codes[:, 0::2] | codes[:, 1::2] << 4
     scales = (exponents + 127).astype(np.uint8)
-    array = np.concatenate([numbers.reshape(-1), scales.reshape(-1)]).reshape(outputs, -1)
-    return array, (E2M1[codes] * np.exp2(exponents)).astype(np.float32).reshape(outputs, inputs)
+    if format == WeightFormat.MXFP4:
+        numbers = codes[:, 0::2] | codes[:, 1::2] << 4
+        array = np.concatenate([numbers.reshape(-1), scales.reshape(-1)])
+    else:
+        array = np.concatenate([scales, codes[:, :16] | codes[:, 16:] << 4], axis=1)
+    return array.reshape(outputs, -1), (E2M1[codes] * np.exp2(exponents)).astype(np.float32).reshape(outputs, inputs)

@@ -21,6 +21,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, UnsupportedModel
 from hotset.runtime.model.expert_parts import ExpertPart, are_stacked, expert_parts
 from hotset.runtime.model.tensor_index import (
+    EXPERT_DTYPES,
     MATRIX_DTYPES,
     QUANTIZED_DTYPES,
     STORED_DTYPES,
@@ -81,7 +82,7 @@ class Checkpoint:
         return max(self.expert(*ids).nbytes for ids in self.expert_ids)
 
     def expert_dtype(self, layer: int, expert: int) -> str:
-        """float32, float16, bfloat16, q8_0, q4_0 or mxfp4; "" if its matrices are not all the same."""
+        """One of EXPERT_DTYPES, or mxfp4; "" if its matrices are not all the same."""
         return self._expert_dtypes[layer, expert]
 
     @property
@@ -123,7 +124,7 @@ class Checkpoint:
     def _check_tensors(self, to_convert: bool) -> None:
         config = self.config
         for tensor in dense_tensors(config).values():
-            self._check(tensor)
+            self._check(tensor, VECTOR_DTYPES if len(tensor.shape) == 1 else MATRIX_DTYPES)
         for layer in range(config.num_layers):
             if layer not in config.dense_layers:
                 for expert in range(config.num_experts):
@@ -133,9 +134,10 @@ class Checkpoint:
         """Its dtype, which all its matrices have, unless they are to be converted."""
         dtype = "bfloat16" if self.config.mxfp4_experts else None  # of the biases beside packed numbers
         for part in self._expert_parts(layer, expert):
-            location = self._check(part.tensor, to_convert)
+            fixed = "uint8" if part.tensor.of_bytes else part.dtype
+            location = self._check(part.tensor, (fixed,) if fixed else EXPERT_DTYPES, to_convert and not fixed)
             dtype = dtype or location.dtype
-            if location.dtype == dtype or part.tensor.of_bytes:
+            if location.dtype == dtype or fixed:
                 continue
             if to_convert:
                 return ""
@@ -147,7 +149,8 @@ class Checkpoint:
             )
         return "mxfp4" if self.config.mxfp4_experts else dtype or ""
 
-    def _check(self, tensor: Tensor, to_convert: bool = False) -> TensorLocation:
+    def _check(self, tensor: Tensor, expected: Sequence[str], to_convert: bool = False) -> TensorLocation:
+        """`expected`: the dtypes that it may have, besides those from which it can be converted."""
         name, shape = tensor.name, tensor.shape
         location = self.tensors.get(name)
         if location is None:
@@ -158,7 +161,6 @@ class Checkpoint:
                 f"{location.file}: tensor {name} has shape {list(location.shape)}, config.json needs {list(shape)}.",
                 name,
             )
-        expected = ("uint8",) if tensor.of_bytes else VECTOR_DTYPES if len(shape) == 1 else MATRIX_DTYPES
         if location.dtype not in expected and not (to_convert and _is_convertible(location)):
             raise UnsupportedModel(
                 location.file,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import msgspec
 
@@ -19,6 +19,8 @@ DTYPES: Final = ("float32", "float16", "bfloat16")
 MXFP4_BLOCK: Final = 32  # values that share a scale
 MAX_HEAD_DIM: Final = 512  # of the attention kernel
 
+ExpertLayout = Literal["gate_up_down", "interleaved_with_biases", "gate_up_down_with_biases"]
+
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A supported model: whatever cannot be computed exactly as the model was trained is refused by `load`.
@@ -28,6 +30,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         dense_layers: layers with an ordinary feed-forward block of `dense_intermediate_size` in the place of experts.
         shared_intermediate_size: inner size of the expert that every row goes through; 0 if there is none.
         biased: the projections of the attention that have a bias.
+        expert_layout: what lies one after another in an expert's slot (expert_parts.py).
         windows: per layer, how many positions a row sees, its own included; 0: all from the first on.
         mxfp4_experts: they are packed in 4-bit numbers; all else is as `dtype` says.
         swiglu_limit: what gate and up are clamped to before they are multiplied as gpt-oss does it; 0: silu(gate) * up.
@@ -45,6 +48,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     dense_intermediate_size: int
     shared_intermediate_size: int
     biased: tuple[str, ...]
+    expert_layout: ExpertLayout
     windows: tuple[int, ...]
     mxfp4_experts: bool
     swiglu_limit: float
@@ -100,6 +104,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             dense_intermediate_size=file.count("intermediate_size") if dense_layers else 0,
             shared_intermediate_size=file.count("shared_expert_intermediate_size") if family.shared_expert else 0,
             biased=family.biased if _has_bias(file, family) else (),
+            expert_layout=_expert_layout(file, family),
             windows=_windows(file, family, num_layers),
             mxfp4_experts=_has_mxfp4_experts(file, family),
             swiglu_limit=file.number("swiglu_limit", default=family.swiglu_limit) if family.swiglu_limit else 0.0,
@@ -193,6 +198,14 @@ def _has_mxfp4_experts(file: ConfigFile, family: Family) -> bool:
         if file.count(option) % MXFP4_BLOCK:
             raise file.corrupt(f"{option} is {file.count(option)}, expected a multiple of {MXFP4_BLOCK} for mxfp4")
     return True
+
+
+def _expert_layout(file: ConfigFile, family: Family) -> ExpertLayout:
+    if not family.interleaved_experts:
+        return "gate_up_down"
+    # Said only by folders that stand for GGUF files (gguf_config.py).
+    interleaved = file.flag("interleaved_experts", default=True)
+    return "interleaved_with_biases" if interleaved else "gate_up_down_with_biases"
 
 
 def _refuse_unsupported(file: ConfigFile, family: Family) -> None:

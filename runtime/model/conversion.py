@@ -26,16 +26,20 @@ def decode_rows(stored: Bytes, dtype: str) -> Floats:
         return decode(stored, format, stored.shape[-1] // format.block_nbytes * format.values_per_block)
     import gguf
 
-    return gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[dtype.upper()])
+    return gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[_ggml_name(dtype)])
 
 
 def can_decode_ggml(dtype: str) -> bool:
     """Whether the gguf library knows how."""
     import gguf
 
-    _, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype.upper()]]
+    _, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[_ggml_name(dtype)]]
     try:
         decode_rows(np.zeros((1, nbytes), np.uint8), dtype)
     except NotImplementedError:
         return False
     return True
+
+
+def _ggml_name(dtype: str) -> str:
+    return dtype.removesuffix("_ggml").upper()

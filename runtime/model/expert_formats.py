@@ -10,7 +10,7 @@ import msgspec
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.heat import Heat
-from hotset.runtime.model.tensor_index import MATRIX_DTYPES, QUANTIZED_DTYPES
+from hotset.runtime.model.tensor_index import EXPERT_DTYPES, QUANTIZED_DTYPES
 from hotset.shm.kv_page_format import QUANT_BLOCK
 
 PackFormat = Literal["bf16", "q8_0", "q4_0", "mixed"]
@@ -58,7 +58,7 @@ def choose_formats(
     if format is None:
         _refuse_to_keep(checkpoint, stored)
         return stored
-    if checkpoint.config.family.interleaved_experts:
+    if checkpoint.config.expert_layout == "interleaved_with_biases":
         raise CannotPack(
             f"{checkpoint.folder}: experts whose rows of gate and up alternate are not converted; pack them without a "
             "format, as they are"
@@ -68,7 +68,7 @@ def choose_formats(
     else:
         dtypes = [_DTYPES[format]] * len(stored)
     _refuse_widths(checkpoint, dtypes)
-    if "q4_0" not in dtypes and set(stored) <= set(QUANTIZED_DTYPES) - set(dtypes):
+    if "q4_0" not in dtypes and set(stored) <= {*QUANTIZED_DTYPES, "mxfp4_ggml"} - set(dtypes):
         raise CannotPack(f"{checkpoint.folder}: its experts are {stored[0]} already; {dtypes[0]} would only be larger")
     return dtypes
 
@@ -93,7 +93,7 @@ def read_heat(checkpoint: Checkpoint, model: Path) -> Heat | None:
 
 def _refuse_to_keep(checkpoint: Checkpoint, stored: list[str]) -> None:
     """Formats that nothing computes on."""
-    if not set(stored) <= {*MATRIX_DTYPES, "mxfp4"}:
+    if not set(stored) <= {*EXPERT_DTYPES, "mxfp4"}:
         kinds = {part.dtype for ids in checkpoint.expert_ids for part in checkpoint.expert(*ids).parts}
         raise CannotPack(
             f"{checkpoint.folder}: its experts are stored as {', '.join(sorted(kinds))}; "

@@ -1,7 +1,8 @@
 """Which parts of which tensors make up an expert, in the order in which they follow one another in a slot.
 
-A slot holds gate, up and down projection; or, where the family's rows of gate and up alternate, both as one matrix, its
-biases, down projection, its biases. A checkpoint has tensors for each expert, or for all experts of a layer at once.
+A slot holds gate, up and down projection, in GGUF files of gpt-oss each with its biases behind it; or, where the
+family's rows of gate and up alternate, both as one matrix, its biases, down projection, its biases. A checkpoint has
+tensors for each expert, or for all experts of a layer at once.
 """
 
 from __future__ import annotations
@@ -17,36 +18,42 @@ from hotset.runtime.model.tensors import Tensor
 class ExpertPart(msgspec.Struct, frozen=True):
     """The `index`th of `of` equal shares of a tensor, along its leading axes.
 
-    `transposed`: the tensor has a row for each input; the slot is to have a row for each output.
+    `transposed`: the tensor has a row for each input; the slot is to have a row for each output. `dtype`: what it is
+    stored as whatever the other parts are; None: as they are.
     """
 
     tensor: Tensor
     index: int = 0
     of: int = 1
     transposed: bool = False
+    dtype: str | None = None
 
 
 def expert_parts(config: ModelConfig, layer: int, expert: int, *, stacked: bool = False) -> tuple[ExpertPart, ...]:
     """`stacked`: the checkpoint has all experts of a layer in one tensor."""
     prefix = f"model.layers.{layer}.{config.family.expert_block}.experts"
-    if config.family.interleaved_experts:
+    if config.expert_layout == "interleaved_with_biases":
         parts = _interleaved(config, prefix, expert)
         return parts if stacked else tuple(_alone(part, prefix, expert) for part in parts)
-    if stacked:
-        return _stacked(config, prefix, expert)
-    inner, hidden = config.intermediate_size, config.hidden_size
-    gate, up, down = (f"{prefix}.{expert}.{matrix}.weight" for matrix in config.family.expert_matrices)
-    return (
-        ExpertPart(Tensor(gate, (inner, hidden))),
-        ExpertPart(Tensor(up, (inner, hidden))),
-        ExpertPart(Tensor(down, (hidden, inner))),
-    )
+    return _stacked(config, prefix, expert) if stacked else _separate(config, f"{prefix}.{expert}")
 
 
 def are_stacked(config: ModelConfig, names: Container[str]) -> bool:
     """Whether a checkpoint with tensors of these names has its experts stacked."""
     layers = (layer for layer in range(config.num_layers) if layer not in config.dense_layers)
     return any(expert_parts(config, layer, 0, stacked=True)[0].tensor.name in names for layer in layers)
+
+
+def _separate(config: ModelConfig, prefix: str) -> tuple[ExpertPart, ...]:
+    """A tensor for each matrix of each expert, and for its biases if there are any."""
+    inner, hidden = config.intermediate_size, config.hidden_size
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    parts: list[ExpertPart] = []
+    for matrix, shape in zip(config.family.expert_matrices, shapes, strict=True):
+        parts.append(ExpertPart(Tensor(f"{prefix}.{matrix}.weight", shape)))
+        if config.expert_layout == "gate_up_down_with_biases":
+            parts.append(ExpertPart(Tensor(f"{prefix}.{matrix}.bias", shape[:1]), dtype="float32"))
+    return tuple(parts)
 
 
 def _stacked(config: ModelConfig, prefix: str, expert: int) -> tuple[ExpertPart, ...]:

@@ -20,7 +20,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
         expert_size_option: the key of config.json with the inner size of an expert.
         expert_block: where a layer keeps its router and experts.
         expert_matrices: the names of an expert's gate, up and down projection.
-        interleaved_experts: instead, rows of gate and up alternate in one matrix, and both matrices have biases.
+        interleaved_experts: instead, rows of gate and up alternate in one matrix, and both matrices have biases; in
+            GGUF files they are three matrices with biases.
         mxfp4_experts: experts may be stored as MXFP4.
         swiglu_limit: where config.json does not give it; 0 is a plain silu(gate) * up.
         router, router_bias: the router's name, and whether it has a bias.

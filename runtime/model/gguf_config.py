@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from hotset.runtime.model.errors import CorruptCheckpoint, UnsupportedModel
 from hotset.runtime.model.gguf_file import GgufTensor
 
 
 class Architecture(msgspec.Struct, frozen=True):
-    """How transformers names what llama.cpp calls by `general.architecture`, and what that implies."""
+    """How transformers names what llama.cpp calls by `general.architecture`, and what that implies.
+
+    `options` are of config.json, `yarn_options` of its rope_scaling where that is "yarn".
+    """
 
     architecture: str
     experts: str = "mlp.experts"
@@ -19,6 +24,7 @@ class Architecture(msgspec.Struct, frozen=True):
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     expert_size_option: str = "moe_intermediate_size"
     options: Mapping[str, Any] = {}
+    yarn_options: Mapping[str, Any] = {}
 
 
 ARCHITECTURES: Final = {
@@ -33,7 +39,16 @@ ARCHITECTURES: Final = {
         expert_size_option="intermediate_size",
         options={"rope_interleave": True},  # llama.cpp reorders the rows of Llama's queries and keys
     ),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM",
+        router="mlp.router",
+        expert_size_option="intermediate_size",
+        options={"interleaved_experts": False},  # the converter separates gate and up
+        yarn_options={"truncate": False},  # as it was trained; GGUF has no key for it
+    ),
 }
+
+CONTROL: Final = 3  # of llama.cpp's token types
 
 # config.json's key: llama.cpp's, behind the architecture's name.
 _OPTIONS: Final = {
@@ -44,6 +59,7 @@ _OPTIONS: Final = {
     "head_dim": "attention.key_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "clip_qkv": "attention.clamp_kqv",
+    "sliding_window": "attention.sliding_window",
     "rope_theta": "rope.freq_base",
     "max_position_embeddings": "context_length",
     "num_experts": "expert_count",
@@ -53,11 +69,48 @@ _ROPE_OPTIONS: Final = {
     "rope_type": "rope.scaling.type",
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
 }
+# What else changes a model's computations, and the values that do not.
+_NEUTRAL: Final[Mapping[str, tuple[float, ...]]] = {
+    "attention.max_alibi_bias": (0,),
+    "attention.sliding_window_pattern": (2,),  # every second layer, which is what gpt-oss has anyway
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),  # -1: as the type of scaling has it
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "router_logit_softcapping": (0,),
+}
+_EXPERTS: Final = "ffn_gate_exps.weight"
 
 
-def model_config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
-    """What transformers' config.json would say."""
+def refuse_unsupported(path: Path, name: str, metadata: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel naming the key."""
+    head_dim = metadata.get(f"{name}.attention.key_length")
+    whole_head: Mapping[str, tuple[Any, ...]] = {}
+    if head_dim is not None:
+        whole_head = {"rope.dimension_count": (head_dim,), "attention.value_length": (head_dim,)}
+    for key, neutral in {**_NEUTRAL, **whole_head}.items():
+        value = metadata.get(f"{name}.{key}", neutral[0])
+        if value not in neutral:
+            expected = " or ".join(map(str, neutral))
+            raise UnsupportedModel(
+                path, f"{name}.{key}", f"{path}: {name}.{key} is {value!r}; hotset supports only {expected}."
+            )
+
+
+def model_config(
+    path: Path, name: str, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
+) -> dict[str, Any]:
+    """What transformers' config.json would say. Raises CorruptCheckpoint if the file has no experts."""
     architecture = ARCHITECTURES[name]
 
     def given(options: Mapping[str, str]) -> dict[str, Any]:
@@ -66,7 +119,9 @@ def model_config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, G
     def rows(tensor: str) -> int:
         return tensors[tensor].shape[-2]
 
-    experts = next(tensor for tensor in tensors if tensor.endswith("ffn_gate_exps.weight"))
+    experts = next((tensor for tensor in tensors if tensor.endswith(_EXPERTS)), None)
+    if experts is None:
+        raise CorruptCheckpoint(path, f"{path} has no tensor blk.*.{_EXPERTS}, its metadata say there are experts.")
     config = given(_OPTIONS) | {
         "architectures": [architecture.architecture],
         "vocab_size": rows("token_embd.weight"),
@@ -75,9 +130,7 @@ def model_config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, G
         "eos_token_id": _end_of_text_ids(metadata),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "mlp_only_layers": [
-            layer
-            for layer in range(metadata[f"{name}.block_count"])
-            if f"blk.{layer}.ffn_gate_exps.weight" not in tensors
+            layer for layer in range(metadata[f"{name}.block_count"]) if f"blk.{layer}.{_EXPERTS}" not in tensors
         ],
         **architecture.options,
     }
@@ -90,15 +143,24 @@ def model_config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, G
             config[option] = rows(found)
     rope = given(_ROPE_OPTIONS)
     if rope.get("rope_type", "none") != "none":
+        if rope["rope_type"] == "yarn":
+            rope.update(architecture.yarn_options)
         config["rope_scaling"] = rope
     return config
 
 
-def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """By the names that chat templates use."""
+def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' tokenizer_config.json would say: special tokens by the names that chat templates use, and the
+    ids of all control tokens, among which a family finds those that end an answer.
+    """
+    tokens = metadata["tokenizer.ggml.tokens"]
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
-    return {name: metadata["tokenizer.ggml.tokens"][id] for name, id in ids.items() if id is not None}
+    config: dict[str, Any] = {name: tokens[id] for name, id in ids.items() if id is not None}
+    types = zip(tokens, metadata.get("tokenizer.ggml.token_type", ()), strict=False)
+    control = {id: token for id, (token, kind) in enumerate(types) if kind == CONTROL}
+    config["added_tokens_decoder"] = {str(id): {"content": token, "special": True} for id, token in control.items()}
+    return config
 
 
 def _end_of_text_ids(metadata: Mapping[str, Any]) -> list[int]:

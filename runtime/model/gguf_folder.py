@@ -18,13 +18,13 @@ import msgspec
 import xxhash
 
 from hotset.runtime.model.errors import CorruptCheckpoint, UnsupportedModel
-from hotset.runtime.model.gguf_config import ARCHITECTURES, model_config, special_tokens
+from hotset.runtime.model.gguf_config import ARCHITECTURES, model_config, refuse_unsupported, tokenizer_config
 from hotset.runtime.model.gguf_file import GgufFile, gguf_parts
 from hotset.runtime.model.gguf_tensors import stored_tensors
 from hotset.runtime.model.model_cache import cache_root
 from hotset.runtime.model.tensor_index import TENSORS_JSON
 
-_VERSION: Final = 3  # of what these modules write
+_VERSION: Final = 4  # of what these modules write
 
 
 def model_folder(model: Path) -> Path:
@@ -66,8 +66,9 @@ def _write_folder(parts: Sequence[Path], folder: Path) -> None:
             str(name),
             f"{path}: hotset cannot run the architecture {name}; of GGUF's it knows {known}, with experts.",
         )
+    refuse_unsupported(path, name, metadata)
     stored = dict(stored_tensors(ARCHITECTURES[name], file.tensors, folder))
-    config = model_config(name, metadata, file.tensors)
+    config = model_config(path, name, metadata, file.tensors)
     (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     from hotset.runtime.model.gguf_tokenizer import build_tokenizer
 
@@ -78,7 +79,7 @@ def _write_folder(parts: Sequence[Path], folder: Path) -> None:
     except Exception as error:  # the library raises plain Exception
         raise CorruptCheckpoint(path, f"{path} has a tokenizer that does not fit together: {error}.") from error
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_bytes(msgspec.json.encode(special_tokens(metadata)))
+    (folder / "tokenizer_config.json").write_bytes(msgspec.json.encode(tokenizer_config(metadata)))
     if template := metadata.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template)
     (folder / TENSORS_JSON).write_bytes(msgspec.json.encode(stored))

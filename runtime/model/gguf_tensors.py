@@ -15,14 +15,15 @@ from hotset.runtime.model.conversion import can_decode_ggml, convert_rows
 from hotset.runtime.model.errors import UnsupportedModel
 from hotset.runtime.model.gguf_config import Architecture
 from hotset.runtime.model.gguf_file import GgufTensor
-from hotset.runtime.model.tensor_index import MATRIX_DTYPES, StoredTensor
+from hotset.runtime.model.tensor_index import EXPERT_DTYPES, MATRIX_DTYPES, StoredTensor
 
-_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "MXFP4": "mxfp4_ggml"}
 _EXPERT_MATRICES: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _CONVERTED_VALUES: Final = 1 << 24  # at once: 64 MiB as float32
 _LAYER_PARTS: Final = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",  # of gpt-oss
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -50,6 +51,8 @@ def stored_tensors(
         layer, _, part_in_layer = part.removeprefix("blk.").partition(".")
         if part in _MODEL_PARTS:
             yield f"{_MODEL_PARTS[part]}.{kind}", _dense(tensor, folder)
+        elif part_in_layer == "attn_sinks":
+            yield f"model.layers.{layer}.self_attn.sinks", _dense(tensor, folder)
         elif part_in_layer == "ffn_gate_inp":
             yield f"model.layers.{layer}.{architecture.router}.{kind}", _dense(tensor, folder)
         elif part_in_layer in _LAYER_PARTS:
@@ -61,12 +64,16 @@ def stored_tensors(
                     f"model.layers.{layer}.{architecture.experts}.{expert}.{matrices[part_in_layer]}.{kind}",
                     StoredTensor(str(tensor.file), tensor.offset + expert * nbytes, nbytes, dtype, tensor.shape[1:]),
                 )
+        else:
+            raise UnsupportedModel(
+                tensor.file, name, f"{tensor.file}: hotset does not know what the tensor {name} is for."
+            )
 
 
 def _dtype(tensor: GgufTensor) -> str:
     """As tensors.json has it: of what the kernels do not know, GGML's name."""
     dtype = _DTYPES.get(tensor.kind, tensor.kind.lower())
-    if dtype not in MATRIX_DTYPES and not can_decode_ggml(dtype):
+    if dtype not in EXPERT_DTYPES and not can_decode_ggml(dtype):
         raise UnsupportedModel(
             tensor.file,
             tensor.kind,

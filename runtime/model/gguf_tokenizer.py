@@ -10,9 +10,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from hotset.runtime.model.errors import CorruptCheckpoint, UnsupportedModel
+from hotset.runtime.model.gguf_config import CONTROL
 
-CONTROL: Final = 3  # token types, of llama.cpp
-USER_DEFINED: Final = 4
+USER_DEFINED: Final = 4  # of llama.cpp's token types
 
 _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -125,11 +125,12 @@ class Packer:
         """The tensors of an expert that is packed in `dtype`: what they are, as what they are stored, and their bytes.
 
         An expert that stays as it is keeps the dtype of each of its parts: gpt-oss' have biases beside packed numbers.
+        Biases that have a dtype of their own keep it in any case.
         """
         stays = dtype == self._checkpoint.expert_dtype(layer, expert)
         stored = self._checkpoint.expert(layer, expert).parts
         for part, location in zip(expert_parts(self._config, layer, expert), stored, strict=True):
-            packed_as = location.dtype if stays else dtype
+            packed_as = location.dtype if stays else part.dtype or dtype
             yield part.tensor, packed_as, nbytes_of(packed_as, part.tensor.shape) or 0
 
     def _write_block(self, fd: int, block: _Block) -> int:

@@ -25,14 +25,16 @@ STORED_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 }
 QUANTIZED_DTYPES: Final = ("q8_0", "q4_0")  # GGML's blocks of QUANT_BLOCK values of one row
 MATRIX_DTYPES: Final = ("float32", "float16", "bfloat16", *QUANTIZED_DTYPES)
+EXPERT_DTYPES: Final = (*MATRIX_DTYPES, "mxfp4_ggml")  # what gpt-oss calls mxfp4 is two tensors of uint8
 VECTOR_DTYPES: Final = ("float32", "float16", "bfloat16")
 TENSORS_JSON: Final = "tensors.json"
 _SAFETENSORS_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
+_BLOCK_NBYTES: Final = {dtype: KvFormat(dtype).block_nbytes for dtype in QUANTIZED_DTYPES} | {"mxfp4_ggml": 17}
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors format
 
 
 class TensorLocation(msgspec.Struct, frozen=True):
-    """`nbytes` bytes at `offset` of `file`: `shape` values of `dtype` (of MATRIX_DTYPES, or uint8), row by row."""
+    """`nbytes` bytes at `offset` of `file`: `shape` values of `dtype` (of EXPERT_DTYPES, or uint8), row by row."""
 
     file: Path
     offset: int
@@ -162,11 +164,11 @@ def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
     """Bytes of a tensor; None if that is not for us to know. Raises ValueError if rows would share a block."""
     if dtype in STORED_DTYPES:
         return prod(shape) * STORED_DTYPES[dtype].itemsize
-    if dtype not in QUANTIZED_DTYPES:
+    if dtype not in _BLOCK_NBYTES:
         return None
     if shape[-1] % QUANT_BLOCK:
         raise ValueError(f"rows of {shape[-1]} values have no whole number of blocks of {QUANT_BLOCK}")
-    return prod(shape) // QUANT_BLOCK * KvFormat(dtype).block_nbytes
+    return prod(shape) // QUANT_BLOCK * _BLOCK_NBYTES[dtype]
 
 
 def _checked(name: str, tensor: TensorLocation) -> TensorLocation:

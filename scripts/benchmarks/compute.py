@@ -69,11 +69,14 @@ def medians(candidates: list[Candidate], passes: int) -> list[Result]:
 
 def encode_weights(values: Floats, format: WeightFormat) -> npt.NDArray[Any]:
     """As `_kernels.linear` takes them. MXFP4 gets other values of the same size: nothing here quantises to it."""
-    if format is WeightFormat.MXFP4:
-        outputs, inputs = values.shape
-        numbers = np.random.default_rng(2).integers(0, 256, values.size // 2, np.uint8)
-        scales = np.full(values.size // 32, 127 - 2, np.uint8)
-        return np.concatenate([numbers, scales]).reshape(outputs, inputs // 32 * 17)
+    if format in (WeightFormat.MXFP4, WeightFormat.MXFP4_GGML):
+        numbers = np.random.default_rng(2).integers(0, 256, (values.size // 32, 16), np.uint8)
+        scales = np.full((values.size // 32, 1), 127 - 2, np.uint8)
+        if format is WeightFormat.MXFP4:
+            blocks = np.concatenate([numbers.reshape(-1), scales.reshape(-1)])
+        else:
+            blocks = np.concatenate([scales, numbers], axis=1)
+        return blocks.reshape(len(values), -1)
     data = encode(values, KvFormat[format.name])
     return data.view(SINGLE_VALUE_TYPES.get(format, np.uint8))
 
@@ -205,7 +208,7 @@ def main(argv: list[str]) -> int:
     limits = dict.fromkeys(BLAS_THREADS, str(options.threads))
     if any(os.environ.get(name) != value for name, value in limits.items()):
         # BLAS has counted its threads when numpy was imported.
-        os.execve(sys.executable, [sys.executable, "-P", __file__, *argv], os.environ | limits)
+        os.execve(sys.executable, [sys.executable, __file__, *argv], os.environ | limits)
     load = os.getloadavg()[0]
     _kernels.set_num_threads(options.threads)
     memory = np.empty(options.mebibytes << 20, np.uint8)

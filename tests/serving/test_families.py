@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from family_models import FAMILY_MODELS, make_family_model, prompts
 from gguf_factory import write_gguf
 from in_process_model import InProcessModel
-from model_factory import make_model
+from model_factory import MXFP4, make_model
 
 from hotset.runtime import Backend, NoChatTemplate, SamplingParams
 from hotset.runtime.model.gguf_folder import model_folder
@@ -16,10 +17,17 @@ from hotset.runtime.model.gguf_folder import model_folder
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, routing="off", ignore_eos=True)
 
 
-def test_a_gguf_file_is_served_like_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"family": "qwen3_moe", "dtype": "float32"}, {"family": "gpt_oss", "quantization_config": MXFP4}],
+    ids=["qwen3_moe", "gpt_oss in mxfp4"],
+)
+def test_a_gguf_file_is_served_like_a_folder(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "vocab_size": 260}
-    folder = make_model(tmp_path / "model", family="qwen3_moe", dtype="float32", tokenizer=True, **sizes)
+    folder = make_model(tmp_path / "model", tokenizer=True, **options, **sizes)
     path = write_gguf(folder, tmp_path / "model.gguf", "Q4_0")
     expected = [InProcessModel(model_folder(path)).greedy(ids, GREEDY.max_tokens) for ids in prompts()]
     for workers in (1, 2):

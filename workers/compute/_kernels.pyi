@@ -18,8 +18,10 @@ BFLOAT16: int
 Q8_0: int
 Q4_0: int
 MXFP4: int
+MXFP4_GGML: int
 GATE_UP_DOWN: int
 INTERLEAVED_WITH_BIASES: int
+GATE_UP_DOWN_WITH_BIASES: int
 MAX_THREADS: int
 KV_FLOAT32: int
 KV_FLOAT16: int
@@ -31,8 +33,8 @@ def linear(x: NDArray[np.float32], weight: NDArray[Any], out: NDArray[np.float32
     """out [n, outputs] = x [n, inputs] . weight [outputs, inputs] transposed.
 
     weight is float32, float16, or uint16 with the bits of bfloat16; or uint8 [outputs, bytes of a row] and `format` is
-    Q8_0, Q4_0 or MXFP4 (the numbers of all rows, then their scales), inputs then a multiple of 32. A format that
-    contradicts the element type is refused.
+    Q8_0, Q4_0, MXFP4_GGML or MXFP4 (the numbers of all rows, then their scales), inputs then a multiple of 32. A format
+    that contradicts the element type is refused.
     """
 
 def linear_transposed(
@@ -57,7 +59,8 @@ def experts(
     slots[i] holds its weights in formats[i]; for quantised ones width and intermediate_size are multiples of 32.
     `layout`: GATE_UP_DOWN (if left out): the three matrices one after another; INTERLEAVED_WITH_BIASES (gpt-oss): one
     matrix whose rows are gate and up in turn, its biases, down, its biases; bfloat16 biases where the weights are
-    quantised. `swiglu_limit`: 0 (if left out) is silu(gate) * up; otherwise, as gpt-oss has it, gate is at most the
+    quantised; GATE_UP_DOWN_WITH_BIASES (gpt-oss in GGUF files): the three matrices, each with its biases in float32
+    behind it. `swiglu_limit`: 0 (if left out) is silu(gate) * up; otherwise, as gpt-oss has it, gate is at most the
     limit, up within plus or minus it, and between them is gate * sigmoid(1.702 * gate) * (up + 1).
     """
 

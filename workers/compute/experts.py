@@ -5,15 +5,22 @@ The worker chooses the experts, pins their slots, and calls these in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.config import ExpertLayout, ModelConfig
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
+
+_LAYOUTS: Final[Mapping[ExpertLayout, int]] = {
+    "gate_up_down": _kernels.GATE_UP_DOWN,
+    "interleaved_with_biases": _kernels.INTERLEAVED_WITH_BIASES,
+    "gate_up_down_with_biases": _kernels.GATE_UP_DOWN_WITH_BIASES,
+}
 
 
 def group_by_expert(expert_ids: NDArray[np.int32]) -> dict[int, NDArray[np.int64]]:
@@ -47,8 +54,7 @@ def experts_forward(
     uint8, the expert's parts one after another (runtime/model/expert_parts.py); and the format they are in. Writes
     outputs [n, k, hidden_size] at each assignment's (row, rank) and nothing else.
     """
-    layout = _kernels.INTERLEAVED_WITH_BIASES if config.family.interleaved_experts else _kernels.GATE_UP_DOWN
-    inner, limit = config.intermediate_size, config.swiglu_limit
+    layout, inner, limit = _LAYOUTS[config.expert_layout], config.intermediate_size, config.swiglu_limit
     _kernels.experts(hidden, list(assignments), list(slots), list(formats), inner, outputs, layout, limit)
 
 

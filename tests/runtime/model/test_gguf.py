@@ -8,18 +8,22 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 from family_models import prompts
 from gguf_factory import dequantized, through, tokenizer_metadata, write_gguf
 from in_process_model import InProcessModel
-from model_factory import make_model
+from model_factory import MXFP4, make_model
+from msgspec import structs
 from safetensors.numpy import save_file
 
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.chat_template import ChatTemplate
 from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from hotset.runtime.model.gguf_folder import gguf_folder
 from hotset.runtime.model.gguf_tokenizer import build_tokenizer
+from hotset.runtime.model.tensors import dense_tensors
 from hotset.runtime.model.tokenizer import Tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_kv_heads": 2, "vocab_size": 260, "tokenizer": True}
@@ -28,6 +32,7 @@ MODELS = {
     "qwen2_moe": {"family": "qwen2_moe", **SIZES, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {"family": "qwen3_moe", **SIZES, "head_dim": 16},
     "mixtral": {"family": "mixtral", **SIZES},
+    "gpt_oss": {"family": "gpt_oss", **SIZES, "head_dim": 16, "swiglu_limit": 7.0, "experts_per_token": 3},
 }
 
 
@@ -49,6 +54,83 @@ def test_a_file_computes_what_its_dequantised_weights_compute(name: str, quantiz
     found = InProcessModel(folder_of_file).logits(ids)
     save_file(dequantized(folder, quantization), folder / "model.safetensors")
     np.testing.assert_array_equal(found, InProcessModel(folder).logits(ids))
+
+
+def gpt_oss_in_mxfp4(tmp_path: Path) -> tuple[Path, Path]:
+    """A model folder, and the GGUF file that llama.cpp's converter would make of it."""
+    options = {**MODELS["gpt_oss"], "quantization_config": MXFP4}
+    folder = make_model(tmp_path / "model", dtype="bfloat16", **options)  # type: ignore[arg-type]
+    return folder, write_gguf(folder, tmp_path / "model.gguf", "BF16")
+
+
+def test_mxfp4_experts_compute_what_they_do_in_the_order_of_transformers(tmp_path: Path) -> None:
+    folder, path = gpt_oss_in_mxfp4(tmp_path)
+    found, expected = InProcessModel(gguf_folder(path)), InProcessModel(folder)
+    assert (found.checkpoint.expert_dtype(0, 0), expected.checkpoint.expert_dtype(0, 0)) == ("mxfp4_ggml", "mxfp4")
+    for ids in prompts():
+        np.testing.assert_array_equal(found.logits(ids), expected.logits(ids))
+
+
+def test_mxfp4_experts_of_other_families(tmp_path: Path) -> None:
+    """llama.cpp quantises experts of any model to it, if asked."""
+    folder = folder_of("qwen3_moe", tmp_path)
+    experts = {f"blk.{layer}.ffn_{part}_exps.weight": "MXFP4" for layer in range(2) for part in ("gate", "up", "down")}
+    found = InProcessModel(gguf_folder(write_gguf(folder, tmp_path / "model.gguf", "F32", **experts)))
+    assert found.checkpoint.expert_dtype(1, 3) == "mxfp4_ggml"
+    weights = {name: found.checkpoint.dense(name) for name in dense_tensors(found.config)}
+    of_experts = {name: values for name, values in dequantized(folder, "MXFP4").items() if ".experts." in name}
+    save_file(weights | of_experts, folder / "model.safetensors")
+    np.testing.assert_array_equal(found.logits(prompts()[0]), InProcessModel(folder).logits(prompts()[0]))
+
+
+def test_all_of_gpt_oss_that_is_not_in_the_metadata_is_as_it_was_trained(tmp_path: Path) -> None:
+    folder, path = gpt_oss_in_mxfp4(tmp_path)
+    found, expected = ModelConfig.load(gguf_folder(path)), ModelConfig.load(folder)
+    assert found.rms_norm_eps == pytest.approx(expected.rms_norm_eps, rel=1e-7)  # float32 in the metadata
+    stored = {"mxfp4_experts": False, "expert_layout": "gate_up_down_with_biases", "dtype": found.dtype}
+    assert found == structs.replace(expected, rms_norm_eps=found.rms_norm_eps, **stored)
+    assert found.windows == (20, 0)
+    assert not found.rope.whole_dimensions
+
+
+def test_control_tokens_by_which_gpt_oss_ends_an_answer_end_it(tmp_path: Path) -> None:
+    folder = folder_of("gpt_oss", tmp_path)
+    metadata = tokenizer_metadata(folder)
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    for id, token in ((250, "<|return|>"), (251, "<|message|>"), (252, "<|call|>")):
+        tokens[id], types[id] = token, 3
+    options = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types, "tokenizer.ggml.pre": "gpt-4o"}
+    file = gguf_folder(write_gguf(folder, tmp_path / "model.gguf", "F32", **options))
+    assert ModelConfig.load(file).eos_token_ids == (0, 250, 252)
+    assert Tokenizer(file).encode("a<|call|>").tolist()[-1] == 252
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.attn_factor", 0.5),
+        ("rope.dimension_count", 8),
+        ("expert_weights_scale", 2.5),
+        ("final_logit_softcapping", 30.0),
+    ],
+)
+def test_a_key_that_changes_what_is_computed_is_refused_by_name(key: str, value: float, tmp_path: Path) -> None:
+    path = write_gguf(folder_of("qwen3_moe", tmp_path), tmp_path / "model.gguf", "F32", **{f"qwen3moe.{key}": value})
+    with pytest.raises(UnsupportedModel, match=f"qwen3moe.{key} is {value}; hotset supports only") as refusal:
+        gguf_folder(path)
+    assert refusal.value.option == f"qwen3moe.{key}"
+
+
+def test_a_tensor_that_nothing_is_known_of_is_refused_by_name(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    writer.add_uint32("qwen3moe.expert_count", 8)
+    writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match=r"does not know what the tensor rope_freqs\.weight is for"):
+        gguf_folder(tmp_path / "model.gguf")
 
 
 def test_the_tokenizer_comes_from_the_file(tmp_path: Path) -> None:
@@ -175,6 +257,16 @@ def test_text_is_cut_as_the_models_tokenizer_cuts_it(pre: str, tmp_path: Path) -
     tokenizer = Tokenizer(gguf_folder(path))
     text = "It's 12345 naïve  tests,\n\n\tcamelCase HTTPServer déjà-vu"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gpt_4o_cuts_at_capitals_and_every_three_digits(tmp_path: Path) -> None:
+    options = {"tokenizer.ggml.pre": "gpt-4o"}
+    path = write_gguf(folder_of("olmoe", tmp_path), tmp_path / "model.gguf", "F32", **options)
+    tokenizer = tokenizers.Tokenizer.from_file(str(gguf_folder(path) / "tokenizer.json"))
+    text = "It's 12345 HTTPServer camelCase  a/b//\n\n x"
+    cuts = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    expected = ["It's", " ", "123", "45", " HTTPServer", " camel", "Case", " ", " a", "/b", "//\n\n", " x"]
+    assert cuts == expected
 
 
 def test_an_unknown_way_to_cut_text_is_refused_by_name(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from family_models import prompts
 from gguf_factory import write_gguf
 from in_process_model import InProcessModel
-from model_factory import make_model
+from model_factory import MXFP4, make_model
 from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
@@ -78,6 +78,41 @@ def test_every_expert_is_what_the_library_decodes(quantization: str, format: str
     for layer, expert in ((0, 0), (1, 3)):
         expected = decoded_and_encoded(path, layer, expert, format)
         np.testing.assert_array_equal(expert_bytes(out, layer, expert), expected)
+    assert np.isfinite(InProcessModel(out).logits(prompts()[0])).all()
+
+
+def gpt_oss(tmp_path: Path) -> Path:
+    """Experts in MXFP4, other matrices in Q8_0."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "num_experts": 4}
+    options = {"family": "gpt_oss", "quantization_config": MXFP4, "dtype": "bfloat16", "tokenizer": True}
+    return write_gguf(make_model(tmp_path / "model", **options, **sizes), tmp_path / "model.gguf", "Q8_0")
+
+
+def test_experts_of_gpt_oss_are_packed_as_they_are(tmp_path: Path) -> None:
+    path = gpt_oss(tmp_path)
+    out = packed(path, tmp_path / "packed", None)
+    assert Checkpoint.open(out).expert_dtype(1, 3) == "mxfp4_ggml"
+    expected = InProcessModel(gguf_folder(path)).logits(prompts()[0])
+    np.testing.assert_array_equal(InProcessModel(out).logits(prompts()[0]), expected)
+
+
+@pytest.mark.parametrize("quantization", ["MXFP4", "Q5_0"])
+def test_biases_of_converted_experts_stay_as_they_are(quantization: str, tmp_path: Path) -> None:
+    path = gpt_oss(tmp_path)
+    if quantization != "MXFP4":  # from float32: gguf-py writes nothing from MXFP4
+        options = {"family": "gpt_oss", "dtype": "float32", "tokenizer": True, "hidden_size": 64, "head_dim": 16}
+        model = make_model(tmp_path / "wide", intermediate_size=32, num_experts=4, **options)
+        path = write_gguf(model, tmp_path / "wide.gguf", quantization)
+    out = packed(path, tmp_path / "packed", "q4_0")
+    tensors = GgufFile.read([path]).tensors
+    expected: list[NDArray[np.uint8]] = []
+    for matrix in MATRICES:
+        tensor, bias = tensors[f"blk.1.{matrix}.weight"], tensors[f"blk.1.{matrix}.bias"]
+        assert (tensor.kind, bias.kind) == (quantization, "F32")
+        values = gguf.quants.dequantize(tensor.data[2], gguf.GGMLQuantizationType[quantization])
+        rows = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_0)
+        expected += [rows.reshape(-1), np.ascontiguousarray(bias.data[2]).view(np.uint8)]
+    np.testing.assert_array_equal(expert_bytes(out, 1, 2), np.concatenate(expected))
     assert np.isfinite(InProcessModel(out).logits(prompts()[0])).all()
 
 

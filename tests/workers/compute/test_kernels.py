@@ -176,17 +176,22 @@ def test_every_stored_value_is_taken_as_it_is(dtype: str) -> None:
         np.testing.assert_array_equal(out[0], values[:, 0].astype(np.float32))
 
 
-def test_every_number_and_scale_of_mxfp4_is_taken_as_it_is() -> None:
+@pytest.mark.parametrize("format", [WeightFormat.MXFP4, WeightFormat.MXFP4_GGML], ids=lambda format: format.name)
+def test_every_number_and_scale_of_mxfp4_is_taken_as_it_is(format: WeightFormat) -> None:
     scales = np.array([0, 1, 2, 100, 127, 200, 250], np.uint8)
     numbers = np.arange(256, dtype=np.uint8)[:, None].repeat(16, axis=1)
-    weight = np.concatenate([np.tile(numbers, (len(scales), 1)).reshape(-1), scales.repeat(256)]).reshape(-1, 17)
+    all_numbers, all_scales = np.tile(numbers, (len(scales), 1)), scales.repeat(256)
+    weight = np.concatenate([all_numbers.reshape(-1), all_scales]).reshape(-1, 17)
+    if format == WeightFormat.MXFP4_GGML:
+        weight = np.concatenate([all_scales[:, None], all_numbers], axis=1)
     units = np.exp2(scales.astype(np.float64) - 127).repeat(256).astype(np.float32)
     for place in range(32):
         x = np.zeros((1, 32), np.float32)
         x[0, place] = 1
         out = np.empty((1, len(weight)), np.float32)
-        _kernels.linear(x, weight, out, int(WeightFormat.MXFP4))
-        codes = np.tile(numbers[:, 0], len(scales)) >> 4 * (place % 2) & 15
+        _kernels.linear(x, weight, out, int(format))
+        high = place % 2 if format == WeightFormat.MXFP4 else place // 16
+        codes = all_numbers[:, 0] >> 4 * high & 15
         np.testing.assert_array_equal(out[0], E2M1[codes] * units)
 
 
@@ -232,24 +237,34 @@ def test_expert_fills_the_assigned_places_and_no_others(format: WeightFormat, wi
 @EACH_FORMAT
 @pytest.mark.parametrize(("width", "inner"), [(128, 64), (20, 33)])
 @pytest.mark.parametrize("limit", [7.0, 0.5, 0.0])
-def test_expert_of_gpt_oss(format: WeightFormat, width: int, inner: int, limit: float) -> None:
-    """Rows of gate and up in turn, biases, and its own activation."""
+@pytest.mark.parametrize("layout", ["INTERLEAVED_WITH_BIASES", "GATE_UP_DOWN_WITH_BIASES"])
+def test_expert_of_gpt_oss(layout: str, format: WeightFormat, width: int, inner: int, limit: float) -> None:
+    """Rows of gate and up in turn, or matrices of their own as in GGUF files; biases, and its own activation."""
     width, inner = width_in(format, width), width_in(format, inner)
     hidden = normal(3, width) * 2
-    bias_format = format if format in SINGLE_VALUES else WeightFormat.BFLOAT16
+    if layout == "INTERLEAVED_WITH_BIASES":
+        matrices, bias_format = 1, format if format in SINGLE_VALUES else WeightFormat.BFLOAT16
+    else:
+        matrices, bias_format = 2, WeightFormat.FLOAT32
+    shapes = [(2 * inner // matrices, width)] * matrices + [(width, inner)]
     parts = [
-        StoredWeights.of(normal(2 * inner, width) / 4, format),
-        StoredWeights.of(normal(1, 2 * inner), bias_format),
-        StoredWeights.of(normal(width, inner) / 4, format),
-        StoredWeights.of(normal(1, width), bias_format),
+        part
+        for outputs, inputs in shapes
+        for part in (
+            StoredWeights.of(normal(outputs, inputs) / 4, format),
+            StoredWeights.of(normal(1, outputs), bias_format),
+        )
     ]
     slot = np.concatenate([part.bytes for part in parts])
-    gate_up, gate_up_bias, down, down_bias = (part.values.astype(np.float64) for part in parts)
+    values = [part.values.astype(np.float64) for part in parts]
     outputs = np.full((3, 1, width), np.nan, np.float32)
-    layout = _kernels.INTERLEAVED_WITH_BIASES
-    _kernels.experts(hidden, [np.arange(3)], [slot], [int(format)], inner, outputs, layout, limit)
-    both = hidden.astype(np.float64) @ gate_up.T + gate_up_bias
-    gate, up = both[:, 0::2], both[:, 1::2]
+    number = getattr(_kernels, layout)
+    _kernels.experts(hidden, [np.arange(3)], [slot], [int(format)], inner, outputs, number, limit)
+    *before, down, down_bias = values
+    products = [
+        hidden.astype(np.float64) @ weight.T + bias for weight, bias in zip(before[::2], before[1::2], strict=True)
+    ]
+    gate, up = products if matrices == 2 else (products[0][:, 0::2], products[0][:, 1::2])
     if limit:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
         middle = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
@@ -388,8 +403,8 @@ def test_lists_of_experts_that_do_not_match_are_refused() -> None:
 def test_wrong_expert_options_are_refused() -> None:
     x, slot, outputs = normal(1, 32), np.zeros(10000, np.uint8), np.empty((1, 1, 32), np.float32)
     row = np.zeros(1, np.int64)
-    with pytest.raises(ValueError, match="unknown expert layout 2"):
-        _kernels.experts(x, [row], [slot], [0], 4, outputs, 2)
+    with pytest.raises(ValueError, match="unknown expert layout 3"):
+        _kernels.experts(x, [row], [slot], [0], 4, outputs, 3)
     with pytest.raises(ValueError, match=r"swiglu_limit is -1.0, expected a number of at least 0"):
         _kernels.experts(x, [row], [slot], [0], 4, outputs, 0, -1.0)
     with pytest.raises(ValueError, match=r"swiglu_limit is nan, expected a number of at least 0"):
@@ -400,6 +415,9 @@ def test_wrong_expert_options_are_refused() -> None:
     nbytes = 3 * 32 * 17 + (64 + 32) * 2
     with pytest.raises(ValueError, match=f"slot has {nbytes - 1} bytes, expected at least {nbytes}"):
         _kernels.experts(x, [row], [slot[: nbytes - 1]], [int(WeightFormat.MXFP4)], 32, outputs, 1)
+    nbytes = 3 * 32 * 17 + (64 + 32) * 4
+    with pytest.raises(ValueError, match=f"slot has {nbytes - 1} bytes, expected at least {nbytes}"):
+        _kernels.experts(x, [row], [slot[: nbytes - 1]], [int(WeightFormat.MXFP4_GGML)], 32, outputs, 2)
 
 
 def test_formats_are_numbered_as_in_the_arena() -> None:

@@ -86,46 +86,61 @@ static int are_assignments(const int64_t *assignments, size_t count, Py_ssize_t 
     return 1;
 }
 
-/* Biases are single values: those of the weights' format, or bfloat16 beside quantised ones, as in gpt-oss. */
-static enum weight_format bias_format(enum weight_format format) {
-    return format_values_per_block(format) == 1 ? format : FORMAT_BFLOAT16;
-}
+/* A value for each output of a matrix, `stride` bytes from one to the next. */
+struct biases {
+    const uint8_t *first; /* NULL: there are none */
+    size_t stride;
+    enum weight_format format; /* of single values */
+};
 
 /* Where the parts of an expert lie in its slot, and how many bytes they are in all. */
 struct parts {
     struct matrix gate, up, down;
-    const uint8_t *gate_up_bias, *down_bias; /* NULL: none; gate and up alternate */
+    struct biases gate_bias, up_bias, down_bias;
     size_t nbytes;
 };
 
-static struct parts parts_of(enum expert_layout layout, enum weight_format format, const uint8_t *slot, size_t width,
-                             size_t inner) {
-    size_t matrix = matrix_nbytes(format, inner, width);
-    if (layout == EXPERT_GATE_UP_DOWN)
-        return (struct parts){
-            .gate = matrix_at(format, slot, inner, width),
-            .up = matrix_at(format, slot + matrix, inner, width),
-            .down = matrix_at(format, slot + 2 * matrix, width, inner),
-            .nbytes = 3 * matrix,
-        };
-    size_t bias = matrix_nbytes(bias_format(format), 1, 1);
+static struct parts interleaved_parts(enum weight_format format, const uint8_t *slot, size_t width, size_t inner) {
+    /* Biases are in the weights' format, or in bfloat16 beside quantised ones. */
+    enum weight_format bias_format = format_values_per_block(format) == 1 ? format : FORMAT_BFLOAT16;
+    size_t matrix = matrix_nbytes(format, inner, width), bias = matrix_nbytes(bias_format, 1, 1);
     struct matrix gate_up = matrix_at(format, slot, 2 * inner, width);
     const uint8_t *gate_up_bias = slot + 2 * matrix, *down = gate_up_bias + 2 * inner * bias;
     return (struct parts){
         .gate = matrix_every_other_row(gate_up),
         .up = matrix_every_other_row(matrix_from_row(gate_up, 1)),
         .down = matrix_at(format, down, width, inner),
-        .gate_up_bias = gate_up_bias,
-        .down_bias = down + matrix,
+        .gate_bias = {gate_up_bias, 2 * bias, bias_format},
+        .up_bias = {gate_up_bias + bias, 2 * bias, bias_format},
+        .down_bias = {down + matrix, bias, bias_format},
         .nbytes = 3 * matrix + (2 * inner + width) * bias,
     };
 }
 
-/* Every `step`th of the biases from `first` on; NULL if there are none. */
-static const float *read_biases(const uint8_t *biases, enum weight_format format, size_t first, size_t step,
-                                size_t count, float *out) {
-    if (!biases) return NULL;
-    for (size_t i = 0; i < count; i++) out[i] = single_value(bias_format(format), biases, first + i * step);
+static struct parts parts_of(enum expert_layout layout, enum weight_format format, const uint8_t *slot, size_t width,
+                             size_t inner) {
+    if (layout == EXPERT_INTERLEAVED_WITH_BIASES) return interleaved_parts(format, slot, width, inner);
+    size_t matrix = matrix_nbytes(format, inner, width);
+    size_t bias = layout == EXPERT_GATE_UP_DOWN_WITH_BIASES ? matrix_nbytes(FORMAT_FLOAT32, 1, 1) : 0;
+    const uint8_t *up = slot + matrix + inner * bias, *down = up + matrix + inner * bias;
+    struct parts parts = {
+        .gate = matrix_at(format, slot, inner, width),
+        .up = matrix_at(format, up, inner, width),
+        .down = matrix_at(format, down, width, inner),
+        .nbytes = 3 * matrix + (2 * inner + width) * bias,
+    };
+    if (bias) {
+        parts.gate_bias = (struct biases){slot + matrix, bias, FORMAT_FLOAT32};
+        parts.up_bias = (struct biases){up + matrix, bias, FORMAT_FLOAT32};
+        parts.down_bias = (struct biases){down + matrix, bias, FORMAT_FLOAT32};
+    }
+    return parts;
+}
+
+/* The first `count` of them in `out`; NULL if there are none. */
+static const float *read_biases(struct biases biases, size_t count, float *out) {
+    if (!biases.first) return NULL;
+    for (size_t i = 0; i < count; i++) out[i] = single_value(biases.format, biases.first + i * biases.stride, 0);
     return out;
 }
 
@@ -150,7 +165,6 @@ static size_t scratch_floats(const struct job *job, size_t rows) { return (rows 
 /* The expert's step with its rows of hidden gathered in `memory`. */
 static struct expert prepare(const struct job *job, const struct selection *selection, float *memory) {
     const struct parts *parts = &selection->parts;
-    enum weight_format format = parts->gate.format;
     size_t width = job->width, inner = job->inner, rows = selection->rows;
     float *x = memory, *gate = x + rows * width, *up = gate + rows * inner, *result = up + rows * inner;
     float *gate_bias = result + rows * width, *up_bias = gate_bias + inner, *down_bias = up_bias + inner;
@@ -159,10 +173,10 @@ static struct expert prepare(const struct job *job, const struct selection *sele
     return (struct expert){
         .gate = {x, parts->gate, gate, rows, width, inner},
         .up = {x, parts->up, up, rows, width, inner},
-        .gated = {gate, up, rows, inner, read_biases(parts->gate_up_bias, format, 0, 2, inner, gate_bias),
-                  read_biases(parts->gate_up_bias, format, 1, 2, inner, up_bias), job->swiglu_limit},
+        .gated = {gate, up, rows, inner, read_biases(parts->gate_bias, inner, gate_bias),
+                  read_biases(parts->up_bias, inner, up_bias), job->swiglu_limit},
         .down = {gate, parts->down, result, rows, inner, width},
-        .down_bias = read_biases(parts->down_bias, format, 0, 1, width, down_bias),
+        .down_bias = read_biases(parts->down_bias, width, down_bias),
     };
 }
 
@@ -264,7 +278,7 @@ PyObject *py_experts(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     if (PyErr_Occurred()) return NULL;
     if (intermediate_size < 1)
         return PyErr_Format(PyExc_ValueError, "intermediate_size is %zd, expected at least 1", intermediate_size);
-    if (layout != EXPERT_GATE_UP_DOWN && layout != EXPERT_INTERLEAVED_WITH_BIASES)
+    if (layout < 0 || layout >= EXPERT_LAYOUTS)
         return PyErr_Format(PyExc_ValueError, "unknown expert layout %ld", layout);
     if (!(swiglu_limit >= 0 && swiglu_limit <= FLT_MAX)) {
         PyErr_Format(PyExc_ValueError, "swiglu_limit is %R, expected a number of at least 0", args[7]);

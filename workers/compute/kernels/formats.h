@@ -13,7 +13,8 @@
  * Q8_0 and Q4_0 are GGML's: blocks of 32 values, a float16 scale and then 32 int8, or 16 bytes of which the low halves
  * are values 0 ... 15 and the high halves 16 ... 31. MXFP4 is as in gpt-oss' checkpoints: blocks of 32 values too, 16
  * bytes of which each holds two neighbours, the first in the low half; behind all rows of a matrix follow the scales, a
- * byte for each block, powers of two (OCP Microscaling Formats: E2M1 with E8M0). */
+ * byte for each block, powers of two (OCP Microscaling Formats: E2M1 with E8M0). MXFP4_GGML has the same numbers and
+ * scales in GGML's order: the scale before each block, and halves as in Q4_0. */
 enum weight_format {
     FORMAT_FLOAT32,
     FORMAT_FLOAT16,
@@ -21,13 +22,16 @@ enum weight_format {
     FORMAT_Q8_0,
     FORMAT_Q4_0,
     FORMAT_MXFP4,
+    FORMAT_MXFP4_GGML,
     FORMAT_COUNT
 };
 
-static const char *const FORMAT_NAMES[FORMAT_COUNT] = {"float32", "float16", "bfloat16", "Q8_0", "Q4_0", "MXFP4"};
+static const char *const FORMAT_NAMES[FORMAT_COUNT] = {"float32", "float16", "bfloat16",  "Q8_0",
+                                                       "Q4_0",    "MXFP4",   "MXFP4_GGML"};
 
 #define BLOCK_VALUES 32
-#define BLOCK_SCALE_NBYTES 2 /* of GGML's blocks */
+#define BLOCK_SCALE_NBYTES 2 /* of Q8_0 and Q4_0 */
+#define MXFP4_SCALE_NBYTES 1
 #define MAX_VALUE_NBYTES 4
 
 /* What a 4-bit number stands for, in units of its block's scale; for MXFP4 in halves of it, so that they are integers. */
@@ -45,6 +49,7 @@ static inline size_t format_block_nbytes(enum weight_format format) {
     case FORMAT_Q8_0: return BLOCK_SCALE_NBYTES + 32;
     case FORMAT_Q4_0: return BLOCK_SCALE_NBYTES + 16;
     case FORMAT_MXFP4: return 16;
+    case FORMAT_MXFP4_GGML: return MXFP4_SCALE_NBYTES + 16;
     default: return 2;
     }
 }
@@ -60,7 +65,7 @@ struct matrix { /* rows of stored values, row_stride bytes from one to the next 
 /* `width` is a multiple of the values per block. */
 static inline size_t matrix_nbytes(enum weight_format format, size_t rows, size_t width) {
     size_t blocks = rows * (width / format_values_per_block(format));
-    return blocks * (format_block_nbytes(format) + (format == FORMAT_MXFP4));
+    return blocks * (format_block_nbytes(format) + (format == FORMAT_MXFP4 ? MXFP4_SCALE_NBYTES : 0));
 }
 
 static inline struct matrix matrix_at(enum weight_format format, const uint8_t *bytes, size_t rows, size_t width) {

@@ -65,7 +65,9 @@ struct gated { /* gate[rows][width] becomes silu(gate) * up or what gpt-oss has 
 /* What lies one after another in an expert's slot. */
 enum expert_layout {
     EXPERT_GATE_UP_DOWN,
-    EXPERT_INTERLEAVED_WITH_BIASES /* as gpt-oss: rows of gate and up in turn, their biases, down, its biases */
+    EXPERT_INTERLEAVED_WITH_BIASES,  /* as gpt-oss: rows of gate and up in turn, their biases, down, its biases */
+    EXPERT_GATE_UP_DOWN_WITH_BIASES, /* as llama.cpp has gpt-oss: behind each matrix its biases, in float32 */
+    EXPERT_LAYOUTS
 };
 
 /* The first position that a row sees. */

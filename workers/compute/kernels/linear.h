@@ -103,6 +103,7 @@ LINEAR_FUNCTION(FORMAT_BFLOAT16)
 LINEAR_FUNCTION(FORMAT_Q8_0)
 LINEAR_FUNCTION(FORMAT_Q4_0)
 LINEAR_FUNCTION(FORMAT_MXFP4)
+LINEAR_FUNCTION(FORMAT_MXFP4_GGML)
 #undef LINEAR_FUNCTION
 
 static void V(linear)(const struct linear *op, size_t begin, size_t end) {
@@ -113,6 +114,7 @@ static void V(linear)(const struct linear *op, size_t begin, size_t end) {
     case FORMAT_Q8_0: V(linear_FORMAT_Q8_0)(op, begin, end); break;
     case FORMAT_Q4_0: V(linear_FORMAT_Q4_0)(op, begin, end); break;
     case FORMAT_MXFP4: V(linear_FORMAT_MXFP4)(op, begin, end); break;
+    case FORMAT_MXFP4_GGML: V(linear_FORMAT_MXFP4_GGML)(op, begin, end); break;
     case FORMAT_COUNT: break;
     }
 }

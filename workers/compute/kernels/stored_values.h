@@ -70,13 +70,18 @@ INLINE V(vec) V(look_up)(const int8_t values[16], V(vec) scale, V(nibbles) nibbl
 
 #define BLOCK_PARTS (BLOCK_VALUES / VEC_LANES)
 
+INLINE TARGET V(vec) V(scale_mxfp4)(uint8_t scale) {
+    return V(scale_values)(MXFP4_VALUES, 0.5f, V(splat)(float_from_bits(E8M0_BITS[scale])));
+}
+
 /* What load_part has to know of a block of 32 values of a row besides the values; nothing for single values. */
 INLINE TARGET V(vec) V(load_scale)(enum weight_format format, const uint8_t *row, const uint8_t *scales, size_t block) {
     const uint8_t *at = row + block * format_block_nbytes(format);
     switch (format) {
     case FORMAT_Q8_0: return V(splat_f16)(at);
     case FORMAT_Q4_0: return V(scale_values)(Q4_0_VALUES, 1, V(splat_f16)(at));
-    case FORMAT_MXFP4: return V(scale_values)(MXFP4_VALUES, 0.5f, V(splat)(float_from_bits(E8M0_BITS[scales[block]])));
+    case FORMAT_MXFP4: return V(scale_mxfp4)(scales[block]);
+    case FORMAT_MXFP4_GGML: return V(scale_mxfp4)(*at);
     default: return V(zero)();
     }
 }
@@ -92,6 +97,7 @@ INLINE TARGET V(vec) V(load_part)(enum weight_format format, const uint8_t *row,
     case FORMAT_Q8_0: return V(mul)(V(load_int8)((const int8_t *)values + part * VEC_LANES), scale);
     case FORMAT_Q4_0: return V(look_up)(Q4_0_VALUES, scale, V(load_nibbles)(values, part));
     case FORMAT_MXFP4: return V(look_up)(MXFP4_VALUES, scale, V(load_paired_nibbles)(at, part));
+    case FORMAT_MXFP4_GGML: return V(look_up)(MXFP4_VALUES, scale, V(load_nibbles)(at + MXFP4_SCALE_NBYTES, part));
     default: return V(load)((const float *)row + i);
     }
 }
