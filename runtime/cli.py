@@ -305,7 +305,8 @@ def _regret_text(regret: dict[str, Any] | None) -> str:
     if regret is None:
         return "not known yet"
     rates = f"LRU {regret['lru_hit_rate']:.1%}, Belady's MIN {regret['min_hit_rate']:.1%}"
-    return f"{rates}, on {regret['demands']} layer steps with {regret['crowd']:.2f} of a layer's slots in use each"
+    crowd = f"{regret['crowd']:.2f} of a layer's slots"
+    return f"{rates} with exact routing, on {regret['demands']} layer steps that want {crowd} each"
 
 
 def _tier_text(tier: dict[str, Any]) -> str:

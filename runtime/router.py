@@ -220,6 +220,14 @@ class MemoryAwareRouter:
         """
         return self._core.bind(logits, experts, weights, layer, self._policy(policy), strength, _epochs(epochs))
 
+    def true_top_k(self, logits: Float32) -> Int32:
+        """What the gate alone chooses, whatever is in memory: int32 [tokens, top_k], each row best first, of logits
+        float32 [tokens, num_experts]. Counts nothing.
+        """
+        experts = np.empty((np.shape(logits)[0] if np.ndim(logits) == 2 else 0, self.config.top_k), np.int32)
+        self._core.top_k(logits, experts)
+        return experts
+
     def apply_cache_bonus(self, scores: Float32, layer: int = 0) -> Float32:
         """A copy of `scores` [num_experts], the cache bonus added to resident experts if `memory_aware`."""
         adjusted = self._vector(scores, "scores").copy()

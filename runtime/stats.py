@@ -19,8 +19,8 @@ from hotset.shm.segment import Segment
 
 
 class Regret(msgspec.Struct, frozen=True):
-    """What other policies would have hit on the latest decode steps, with as many slots, from an empty cache: whether
-    it is the memory, the policy or the routing that is worth changing.
+    """What other policies would have hit on the latest decode steps with exact routing, with as many slots, from an
+    empty cache: whether it is the memory, the policy or the routing that is worth changing.
 
     Attributes:
         demands: steps of a layer that were replayed.

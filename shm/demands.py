@@ -1,4 +1,4 @@
-"""Demand records: which experts one step of one layer used. shm/core/demands.h has the format."""
+"""Demand records: which experts one step of one layer wanted. shm/core/demands.h has the format."""
 
 from __future__ import annotations
 

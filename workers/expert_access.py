@@ -57,7 +57,7 @@ class ExpertAccess:
         self._miss_counter = Counter.PREFILL_EXPERT_MISSES if prefill else Counter.DECODE_EXPERT_MISSES
 
     def note_demand(self, layer: int, experts: Int32, streams: Int32 | None = None) -> None:
-        """Tells whoever keeps the cache what this step of the layer uses, before it asks for any of it.
+        """Tells whoever keeps the cache what this step of the layer wants, before it asks for any of it.
 
         `experts` [rows, n] with the `streams` [rows] whose tokens they are for; without them, sets of no stream.
         """

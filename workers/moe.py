@@ -95,10 +95,13 @@ class MixtureOfExperts:
         routed = self._route(layer, gate_logits, residual)
         selections = group_by_expert(routed.experts)
         outputs = np.empty((*routed.experts.shape, hidden.shape[1]), np.float32)
-        if self._streams is None:  # a prefill uses most experts, in no order that says what comes next
-            self._access.note_demand(layer, np.fromiter(selections, np.int32)[np.newaxis])
+        # The demand is what the gate chose, not what was taken instead because it is in memory: that would look useful
+        # for ever, and what is displaced useless.
+        wanted = self._router.true_top_k(gate_logits) if routed.changed else routed.experts
+        if self._streams is None:  # a prefill wants most experts, in no order that says what comes next
+            self._access.note_demand(layer, np.unique(wanted)[np.newaxis])
         else:
-            self._access.note_demand(layer, routed.experts, self._streams)
+            self._access.note_demand(layer, wanted, self._streams)
         look_ahead = None
         if self._prefetcher is not None and self._streams is not None:
             step = LayerStep(layer, routed.experts, gate_logits, residual)

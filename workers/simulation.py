@@ -96,14 +96,14 @@ class SimulatedCache:
             self._cache = Cache(policy, setting.slots)
         self.mask = np.zeros((config.num_layers, -(-config.num_experts // 64)), np.uint64)
         self._record = demands_of_steps(np.zeros((1, setting.batch, 1, config.experts_per_token), np.int64))
-        self._selected = self._record[HEADER_WORDS:].reshape(setting.batch, -1)[:, 1:]
+        self._wanted = self._record[HEADER_WORDS:].reshape(setting.batch, -1)[:, 1:]
         self.hits = self.misses = 0
 
-    def use(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
-        """A step of the layer selects `experts` [batch, top_k]."""
+    def use(self, layer: int, experts: npt.NDArray[np.int32], wanted: npt.NDArray[np.integer]) -> None:
+        """A step of the layer uses `experts` [batch, top_k]. The policy learns `wanted`, what the gate chose."""
         self._record[1] = layer
-        self._selected[:] = experts
-        hits, misses = self._cache.use(self._record, self.mask)
+        self._wanted[:] = wanted
+        hits, misses = self._cache.step(self._record, experts, self.mask)
         self.hits += hits
         self.misses += misses
 
@@ -129,7 +129,7 @@ class SimulatedInstance:
         routed = self._router.route_batch(
             gate_logits, layer, strength=self._setting.strength, epochs=1, residual_ratio=ratio
         )
-        self.cache.use(layer, routed.experts)
+        self.cache.use(layer, routed.experts, self._router.true_top_k(gate_logits))
         self._resident[:, : self.cache.mask.shape[1]] = self.cache.mask
         return routed.experts, routed.weights
 
@@ -255,9 +255,10 @@ class Simulation:
         for first in range(0, count, setting.batch):
             cache = SimulatedCache(self.config, setting)
             for window in range(windows):
-                for step in self.exact_ids[window, :, first : first + setting.batch]:
+                for step in self.exact_ids[window, :, first : first + setting.batch].astype(np.int32):
                     for layer in layers_with_experts(self.config):
-                        cache.use(layer, step[:, layer])
+                        experts = np.ascontiguousarray(step[:, layer])
+                        cache.use(layer, experts, experts)
                 hits[first, window], misses[first, window] = cache.hits, cache.misses
                 cache.hits = cache.misses = 0
         return hits, misses

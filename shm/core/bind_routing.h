@@ -4,6 +4,8 @@
 
 #include "bind_route_bound.h"
 
+#define TOP_K_ROWS 64 /* of Router.top_k() at a time: it has to put their weights somewhere */
+
 /* ---- the residency mask of a private arena ---- */
 
 static PyObject *router_set_resident(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -44,6 +46,31 @@ static PyObject *router_select(PyObject *self, PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+static PyObject *router_top_k(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    const struct route_rule *rule = &((RouterObject *)self)->rule;
+    const struct route_call call = {.policy = POLICY_OFF};
+    const struct route_boosts uncounted = {.keep = UINT64_MAX};
+    struct route_snapshot nothing_resident = {0};
+    struct route_tally tally = {0};
+    Py_buffer logits, ids;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    if (!take_array(args[0], "logits", &FLOAT32, 0, 2, (Py_ssize_t[]){ANY_LENGTH, rule->num_experts}, &logits)) return NULL;
+    Py_ssize_t rows = logits.shape[0], shape[2] = {rows, rule->top_k};
+    if (!take_array(args[1], "ids", &INT32, 1, 2, shape, &ids)) {
+        PyBuffer_Release(&logits);
+        return NULL;
+    }
+    for (Py_ssize_t first = 0, part; first < rows; first += part) {
+        float weights[TOP_K_ROWS * ROUTE_MAX_TOP_K];
+        part = rows - first < TOP_K_ROWS ? rows - first : TOP_K_ROWS;
+        route_kernel->rows(rule, &call, &nothing_resident, &uncounted, (const float *)logits.buf + first * rule->num_experts,
+                           (uint32_t)part, (int32_t *)ids.buf + first * rule->top_k, weights, &tally);
+    }
+    PyBuffer_Release(&logits);
+    PyBuffer_Release(&ids);
+    Py_RETURN_NONE;
+}
+
 /* ---- the type ---- */
 
 static PyMethodDef router_methods[] = {
@@ -53,6 +80,8 @@ static PyMethodDef router_methods[] = {
     {"bind", FASTCALL(router_bind), "bind(logits, experts, weights, layer, policy, strength, epochs): a callable."},
     {"set_resident", FASTCALL(router_set_resident), "set_resident(layer, expert, resident)"},
     {"resident", router_resident, METH_O, "resident(layer): the ids whose bit is set."},
+    {"top_k", FASTCALL(router_top_k),
+     "top_k(logits f32[n, experts], ids i32[n, top_k]): the true top k, best first. Reads and counts nothing."},
     {"select", FASTCALL(router_select), "select(scores f32[experts], ids i32[top_k]): the top k, best first."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,4 +1,5 @@
-/* A demand: which experts one step of one layer used. What eviction learns from and what replays are made of.
+/* A demand: which experts one step of one layer wanted, by the gate alone. What eviction learns from and what replays are
+ * made of. What the step then used, where routing prefers experts in memory, would teach that these are the useful ones.
  *
  * A record is a run of 16-bit words: the header below, then `rows` times [stream, expert, expert, ...], one row per
  * token. The stream is whose token it was (a sequence's row in the arena, or a position in a replayed batch);

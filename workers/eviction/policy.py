@@ -69,7 +69,7 @@ class Eviction:
         self.learned = LearnedKeeper(model or Path(), self._policy, enabled=model is not None)
 
     def learn(self) -> None:
-        """Takes in what the workers have used since the last call."""
+        """Takes in what the workers have wanted since the last call."""
         for records, lost in self._demands.read():
             if lost:
                 self._policy.forget_streams()

@@ -63,6 +63,15 @@ class TestSelection:
         assert result.changed == 0 and result.lost_mass == 0
 
     @SETTINGS
+    @given(cases())
+    def test_the_gates_choice_whatever_is_preferred(self, case: tuple[np.ndarray, int, list[int]]) -> None:
+        rows, k, resident = case
+        assume(has_finite(rows))
+        made = router(rows, k, resident, cache_bonus=1.0)
+        assert made.true_top_k(rows).tolist() == [ranking(row)[:k] for row in rows]
+        assert made.metrics.summary().routing_decisions == made.metrics.summary().nan_logits == 0
+
+    @SETTINGS
     @given(cases(), st.floats(0, 1, width=32))
     def test_a_constant_bonus(self, case: tuple[np.ndarray, int, list[int]], bonus: float) -> None:
         rows, k, resident = case

@@ -203,8 +203,43 @@ def test_a_cache_used_step_by_step_hits_what_a_replay_hits_and_says_what_is_resi
         for step in steps:
             for layer, experts in enumerate(step):
                 before = {e for e in range(70) if int(mask[layer, e // 64]) >> e % 64 & 1}
-                found, missed = cache.use(demand_of_set(layer, experts), mask)
+                found, missed = cache.step(demand_of_set(layer, experts), np.array([experts], np.int32), mask)
                 assert (found, missed) == (len(before & set(experts)), len(set(experts) - before))
                 hits += found
         assert hits == whole.hits
         assert sum(int(word).bit_count() for word in mask.ravel()) == 18
+
+
+def test_a_policy_learns_what_the_gate_chose_while_the_cache_holds_what_was_used() -> None:
+    steps = random_steps(12, steps=300, layers=1, experts=20, largest=4)
+    random = np.random.default_rng(13)
+    options = {"num_layers": 1, "num_experts": 20, "num_streams": 1, "slots_per_layer": 5}
+    policy, taught = (make_policy(parse_eviction("td"), **options) for _ in range(2))
+    cache, mask = Cache(policy, 5), np.zeros((1, 1), np.uint64)
+    for (wanted,) in steps:
+        used = random.choice(20, (2, 3)).astype(np.int32)  # of two rows, and some more than once
+        before = {e for e in range(20) if int(mask[0, 0]) >> e & 1}
+        distinct = set(used.ravel().tolist())
+        assert cache.step(demand_of_set(0, wanted), used, mask) == (len(distinct & before), len(distinct - before))
+        after = {e for e in range(20) if int(mask[0, 0]) >> e & 1}
+        assert after <= before | distinct  # what is wanted and not used is not loaded
+        taught.observe(demand_of_set(0, wanted))
+    values, expected = np.zeros((1, 20)), np.zeros((1, 20))
+    policy.values(values)
+    taught.values(expected)
+    assert np.array_equal(values, expected)
+
+
+@pytest.mark.parametrize(
+    ("records", "used", "problem"),
+    [
+        (np.tile(demand_of_set(0, [1]), 2), [[1]], "expected one record"),
+        (np.zeros(0, np.uint16), [[1]], "expected one record"),
+        (demand_of_set(0, [1]), [[4]], "an expert id is 4, expected 0 <= id < 4"),
+        (demand_of_set(0, [1]), [[-1]], "an expert id is -1"),
+    ],
+)
+def test_a_step_that_makes_no_sense_is_refused(records: Records, used: list[list[int]], problem: str) -> None:
+    policy = make_policy(parse_eviction("lru"), num_layers=1, num_experts=4, num_streams=1, slots_per_layer=2)
+    with pytest.raises(ValueError, match=problem):
+        Cache(policy, 2).step(records, np.array(used, np.int32), np.zeros((1, 1), np.uint64))

@@ -54,33 +54,60 @@ static void cache_mask(const struct replay_pools *pools, const struct policy *po
         words[e / 64] = (e % 64 ? words[e / 64] : 0) | (uint64_t)(place[e] != 0) << (e % 64);
 }
 
-static PyObject *cache_type_use(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+/* Copies the distinct ones of `count` ids to `experts`. Returns how many, or -1 with an exception. */
+static int distinct_experts(const int32_t *ids, Py_ssize_t count, uint32_t num_experts, uint16_t *experts) {
+    uint64_t seen[TD_MAX_EXPERTS / 64] = {0};
+    int distinct = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || (uint32_t)ids[i] >= num_experts) {
+            PyErr_Format(PyExc_ValueError, "an expert id is %d, expected 0 <= id < %u", ids[i], num_experts);
+            return -1;
+        }
+        uint64_t bit = UINT64_C(1) << (ids[i] % 64);
+        if (!(seen[ids[i] / 64] & bit)) experts[distinct++] = (uint16_t)ids[i];
+        seen[ids[i] / 64] |= bit;
+    }
+    return distinct;
+}
+
+static PyObject *cache_type_step(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     CacheObject *cache = (CacheObject *)self;
-    Py_buffer records, mask;
-    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    Py_buffer record = {0}, used = {0}, mask = {0};
+    uint16_t experts[TD_MAX_EXPERTS];
+    PyObject *answer = NULL;
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
     struct policy *policy = cache->policy ? policy_of(cache->policy) : NULL;
     if (!policy) {
         PyErr_SetString(PyExc_ValueError, "__init__ has not been called");
         return NULL;
     }
     Py_ssize_t shape[2] = {policy->num_layers, (policy->num_experts + 63) / 64};
-    if (!take_array(args[1], "mask", &UINT64, 1, 2, shape, &mask)) return NULL;
-    if (!take_records(args[0], policy, &records)) {
-        PyBuffer_Release(&mask);
-        return NULL;
+    if (!take_records(args[0], policy, &record)) return NULL;
+    if (!take_array(args[1], "used", &INT32, 0, 2, (Py_ssize_t[]){ANY_LENGTH, ANY_LENGTH}, &used)) goto done;
+    if (!take_array(args[2], "mask", &UINT64, 1, 2, shape, &mask)) goto done;
+    const uint16_t *words = record.buf;
+    if (!record.shape[0] || words[DEMAND_LENGTH] != record.shape[0]) {
+        PyErr_SetString(PyExc_ValueError, "expected one record");
+        goto done;
     }
+    int distinct = distinct_experts(used.buf, used.shape[0] * used.shape[1], policy->num_experts, experts);
+    if (distinct < 0) goto done;
     struct replay_result result = {0};
-    replay_policy(policy, records.buf, (size_t)records.shape[0], &cache->pools, &result);
+    replay_record(policy, words, &(struct used_set){experts, (uint32_t)distinct}, &cache->pools, &result);
     for (uint32_t layer = 0; layer < policy->num_layers; layer++)
         cache_mask(&cache->pools, policy, layer, (uint64_t *)mask.buf + layer * shape[1]);
-    PyBuffer_Release(&records);
-    PyBuffer_Release(&mask);
-    return Py_BuildValue("KK", (unsigned long long)result.hits, (unsigned long long)result.misses);
+    answer = Py_BuildValue("KK", (unsigned long long)result.hits, (unsigned long long)result.misses);
+done:
+    if (mask.obj) PyBuffer_Release(&mask);
+    if (used.obj) PyBuffer_Release(&used);
+    PyBuffer_Release(&record);
+    return answer;
 }
 
 static PyMethodDef cache_methods[] = {
-    {"use", (PyCFunction)(void (*)(void))cache_type_use, METH_FASTCALL,
-     "use(records u16[n], mask u64[layers, words]) -> (hits, misses); the mask then says what is resident."},
+    {"step", (PyCFunction)(void (*)(void))cache_type_step, METH_FASTCALL,
+     "step(record u16[n], used i32[rows, k], mask u64[layers, words]) -> (hits, misses) of what was used.\n\n"
+     "The policy learns from the record, what the gate chose; the mask then says what is resident."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -36,35 +36,53 @@ static inline void replay_pools_free(struct replay_pools *all) {
 
 static inline int replay_is_shared(const struct replay_pools *all) { return all->pools->num_layers > 1; }
 
-/* Counts the latest demand's hits and misses, then lets its experts in. A set of no stream is a prefill's: it moves the
- * cache, but is not counted. */
+/* What a step used, distinct. */
+struct used_set {
+    const uint16_t *experts;
+    uint32_t count;
+};
+
+static inline struct used_set policy_used(const struct policy *policy) {
+    return (struct used_set){policy->experts, policy->count};
+}
+
+/* Counts the hits and misses of what the step of the latest demand used, then lets it in. A set of no stream is a
+ * prefill's: it moves the cache, but is not counted. */
 static inline void replay_step(struct replay_pools *all, const struct policy *policy, const uint16_t *record,
-                               const double *value, const uint8_t *kept, struct replay_result *result) {
+                               struct used_set used, const double *value, const uint8_t *kept,
+                               struct replay_result *result) {
     int global = replay_is_shared(all);
     struct pool *pool = &all->pools[all->count > 1 ? policy->layer : 0];
     uint32_t layer = global ? policy->layer : 0;
     size_t first = global ? 0 : (size_t)policy->layer * policy->num_experts;
-    uint32_t hits = pool_hits(pool, layer, policy->experts, policy->count);
-    if (policy->count && record[DEMAND_HEADER_WORDS] != DEMAND_NO_STREAM) {
+    uint32_t hits = pool_hits(pool, layer, used.experts, used.count);
+    if (used.count && record[DEMAND_HEADER_WORDS] != DEMAND_NO_STREAM) {
         result->events++;
         result->hits += hits;
-        result->misses += policy->count - hits;
+        result->misses += used.count - hits;
     }
-    pool_admit(pool, layer, policy->experts, policy->count, value + first, policy->last_used + first, kept);
+    pool_admit(pool, layer, used.experts, used.count, value + first, policy->last_used + first, kept);
+}
+
+/* The policy learns from one record, by which the latest demand is what the gate chose. `used`: what the step then used
+ * in its place, or NULL where nobody preferred anything. */
+static inline void replay_record(struct policy *policy, const uint16_t *record, const struct used_set *used,
+                                 struct replay_pools *pools, struct replay_result *result) {
+    policy_observe(policy, record);
+    const double *value = policy->value; /* which are comparable within a layer */
+    if (replay_is_shared(pools)) {
+        policy_worth(policy, pools->worth);
+        pools->pools->floor = policy_floor(policy);
+        value = pools->worth;
+    }
+    replay_step(pools, policy, record, used ? *used : policy_used(policy), value,
+                policy_kept(policy, policy_td_leads(policy)), result);
 }
 
 static inline void replay_policy(struct policy *policy, const uint16_t *records, size_t words,
                                  struct replay_pools *pools, struct replay_result *result) {
-    for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH]) {
-        policy_observe(policy, records + at);
-        const double *value = policy->value; /* which are comparable within a layer */
-        if (replay_is_shared(pools)) {
-            policy_worth(policy, pools->worth);
-            pools->pools->floor = policy_floor(policy);
-            value = pools->worth;
-        }
-        replay_step(pools, policy, records + at, value, policy_kept(policy, policy_td_leads(policy)), result);
-    }
+    for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH])
+        replay_record(policy, records + at, NULL, pools, result);
 }
 
 /* Belady's MIN: who is needed last goes first, and who is needed later than every resident one does not come in.
@@ -94,7 +112,7 @@ static inline int replay_min(struct policy *policy, const uint16_t *records, siz
             policy_collect(policy, records + starts[record]);
             for (uint32_t i = 0; i < policy->count; i++)
                 value[(size_t)policy->layer * policy->num_experts + policy->experts[i]] = next[use++];
-            replay_step(pools, policy, records + starts[record], value, NULL, result);
+            replay_step(pools, policy, records + starts[record], policy_used(policy), value, NULL, result);
         }
     }
     int done = starts && next && value;
