@@ -56,6 +56,7 @@ static TARGET void V(linear_transposed)(const struct linear_transposed *op, size
     case FORMAT_Q8_0: V(transposed_in)(FORMAT_Q8_0, op, begin, end); break;
     case FORMAT_Q4_0: V(transposed_in)(FORMAT_Q4_0, op, begin, end); break;
     case FORMAT_MXFP4: V(transposed_in)(FORMAT_MXFP4, op, begin, end); break;
+    case FORMAT_MXFP4_GGML: V(transposed_in)(FORMAT_MXFP4_GGML, op, begin, end); break;
     case FORMAT_COUNT: break;
     }
 }
