@@ -114,14 +114,18 @@ static inline block block_count_on(block a) {
 static inline block block_tagged(block scores, block tags, block kept) {
     return _mm256_or_ps(_mm256_and_ps(scores, kept), tags);
 }
-static inline void block_store_tags(int32_t *to, block tagged, block kept) {
-    _mm256_storeu_ps((float *)to, _mm256_andnot_ps(kept, tagged));
-}
+static inline block block_tags(block tagged, block kept) { return _mm256_andnot_ps(kept, tagged); }
 /* Lane i of column ids[i], for every lane. */
 static inline block column_gather(const float *columns, const int32_t *ids) {
     __m256i lanes = _mm256_castps_si256(block_count());
     __m256i at = _mm256_or_si256(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)ids), 3), lanes);
     return _mm256_i32gather_ps(columns, at, sizeof *columns);
+}
+
+/* Of rows of eight floats, one to a lane, those at `ids`. */
+static inline block rows_gather(const float *rows, block ids) {
+    __m256i firsts = _mm256_slli_epi32(_mm256_castps_si256(block_count()), 3);
+    return _mm256_i32gather_ps(rows, _mm256_or_si256(firsts, _mm256_castps_si256(ids)), sizeof *rows);
 }
 
 /* Eight floats each of eight rows that are `stride` apart, as a block for each of the eight. */

@@ -121,14 +121,18 @@ static inline block block_tagged(block scores, block tags, block kept) {
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(scores), _mm512_castps_si512(kept),
                                                          _mm512_castps_si512(tags), kept_or_tag));
 }
-static inline void block_store_tags(int32_t *to, block tagged, block kept) {
-    _mm512_storeu_si512(to, _mm512_andnot_si512(_mm512_castps_si512(kept), _mm512_castps_si512(tagged)));
-}
+static inline block block_tags(block tagged, block kept) { return _mm512_andnot_ps(kept, tagged); }
 /* Lane i of column ids[i], for every lane. */
 static inline block column_gather(const float *columns, const int32_t *ids) {
     __m512i lanes = _mm512_castps_si512(block_count());
     __m512i at = _mm512_or_si512(_mm512_slli_epi32(_mm512_loadu_si512(ids), 4), lanes);
     return _mm512_i32gather_ps(at, columns, sizeof *columns);
+}
+
+/* Of rows of eight floats, one to a lane, those at `ids`. */
+static inline block rows_gather(const float *rows, block ids) {
+    __m512i firsts = _mm512_slli_epi32(_mm512_castps_si512(block_count()), 3);
+    return _mm512_i32gather_ps(_mm512_or_si512(firsts, _mm512_castps_si512(ids)), rows, sizeof *rows);
 }
 
 /* Eight floats each of sixteen rows that are `stride` apart, as a block for each of the eight. */

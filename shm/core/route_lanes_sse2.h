@@ -139,12 +139,19 @@ static inline __m128 half_count_on(__m128 a) {
 static inline block block_count_on(block a) { return (block){half_count_on(a.low), half_count_on(a.high)}; }
 /* The scores, of whose bits `kept` stays and `tags` take the others' place. */
 static inline block block_tagged(block scores, block tags, block kept) { return block_or(block_and(scores, kept), tags); }
-static inline void block_store_tags(int32_t *to, block tagged, block kept) {
-    block_store((float *)to, BLOCK_EACH(_mm_andnot_ps, kept, tagged));
-}
+static inline block block_tags(block tagged, block kept) { return BLOCK_EACH(_mm_andnot_ps, kept, tagged); }
 /* Lane i of column ids[i], for every lane. */
 static inline block column_gather(const float *columns, const int32_t *ids) {
 #define LANE(i) columns[(uint32_t)ids[i] * BLOCK_LANES + (i)]
+    return (block){_mm_setr_ps(LANE(0), LANE(1), LANE(2), LANE(3)), _mm_setr_ps(LANE(4), LANE(5), LANE(6), LANE(7))};
+#undef LANE
+}
+
+/* Of rows of eight floats, one to a lane, those at `ids`. */
+static inline block rows_gather(const float *rows, block ids) {
+    int32_t at[BLOCK_LANES];
+    block_store((float *)at, ids);
+#define LANE(i) rows[(i) * 8 + (uint32_t)at[i]]
     return (block){_mm_setr_ps(LANE(0), LANE(1), LANE(2), LANE(3)), _mm_setr_ps(LANE(4), LANE(5), LANE(6), LANE(7))};
 #undef LANE
 }

@@ -85,7 +85,8 @@ static inline uint32_t ranking_unsure(const struct route_tile *tile, const struc
 static inline void ranking_ids(const struct route_tile *tile, const struct column_ranking *ranking, uint32_t unsure,
                                const float *columns, const float *amounts, int32_t (*chosen)[BLOCK_LANES]) {
     uint32_t k = tile->rule->top_k, experts = tile->rule->num_experts;
-    for (uint32_t i = 0; i < k; i++) block_store_tags(chosen[i], ranking->best[i], block_all(tile->columns.kept));
+    for (uint32_t i = 0; i < k; i++)
+        block_store((float *)chosen[i], block_tags(ranking->best[i], block_all(tile->columns.kept)));
     for (; unsure; unsure &= unsure - 1) {
         uint32_t r = (uint32_t)__builtin_ctz(unsure);
         _Alignas(64) float scores[COLUMN_EXPERTS + NETWORK_KEYS];

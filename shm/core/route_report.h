@@ -9,7 +9,7 @@ static inline float report_exchange(struct route_tile *tile, struct route_row *r
                                     struct route_tally *tally) {
     float scale = row_scale(tile, row);
     tally->changed++;
-    if (!bit_test(tile->snapshot->preferred, out)) bit_set(tally->displaced, out);
+    tally->displaced[out / 64] |= ~tile->snapshot->preferred[out / 64] & UINT64_C(1) << (out % 64);
     return (row_share(row, (int32_t)out) - row_share(row, (int32_t)in)) * scale;
 }
 
@@ -64,16 +64,33 @@ static inline float report_scores(struct route_tile *tile, struct route_row *row
 }
 
 #if ROUTE_VECTOR
+/* The one expert outside of the selection that reaches its least logit. Without branches: which one of the selection is
+ * the worst would often be mispredicted. */
+static inline float report_outsider(struct route_tile *tile, struct route_row *row, float least, int32_t outsider,
+                                   struct route_tally *tally) {
+    int32_t worst = 0;
+    for (uint32_t i = 0; i < tile->rule->top_k; i++) {
+        int32_t id = row->ids[i] & -(int32_t)(row_logit(row, row->ids[i]) == least); /* of equal ones the last */
+        worst = id > worst ? id : worst;
+    }
+    if ((outsider > worst) & (row_logit(row, outsider) == least)) return 0;
+    return report_exchange(tile, row, (uint32_t)outsider, (uint32_t)worst, tally);
+}
+
 /* Only experts that reach the selection's least logit may belong in it. */
 static inline float report_vector(struct route_tile *tile, struct route_row *row, float least, struct route_tally *tally) {
-    uint32_t experts = tile->rule->num_experts, count = 0;
+    uint32_t experts = tile->rule->num_experts, count = 0, last = 0;
     uint64_t bits[ROUTE_WORDS];
-    int32_t outsiders[ROUTE_MAX_EXPERTS];
     vector_reaching(row->given, experts, least, bits);
-    uint64_t any = 0;
     for (uint32_t i = 0; i < tile->rule->top_k; i++) bits[row->ids[i] / 64] &= ~(UINT64_C(1) << (row->ids[i] % 64));
-    for (uint32_t word = 0; word * 64 < experts; word++) any |= bits[word];
-    if (!any) return 0;
+    for (uint32_t word = 0; word * 64 < experts; word++) {
+        count += (uint32_t)__builtin_popcountll(bits[word]);
+        last = bits[word] ? word : last;
+    }
+    if (count == 0) return 0;
+    if (count == 1) return report_outsider(tile, row, least, (int32_t)(last * 64) + __builtin_ctzll(bits[last]), tally);
+    int32_t outsiders[ROUTE_MAX_EXPERTS];
+    count = 0;
     for (uint32_t word = 0; word * 64 < experts; word++)
         for (uint64_t left = bits[word]; left; left &= left - 1)
             outsiders[count++] = (int32_t)(word * 64 + (uint32_t)__builtin_ctzll(left));

@@ -8,6 +8,7 @@
 #include "route_weights.h"
 #if ROUTE_VECTOR
 #include "route_alone.h"
+#include "route_eight.h"
 #endif
 
 static inline void row_prefetch(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
@@ -72,18 +73,25 @@ static inline void rows_route(struct route_tile *tile, const struct route_call *
         if (tile->row[r].statistics.finite) row_prefetch(tile, &tile->row[r], tally);
 }
 
-/* Adds `rows` rows up, `by_age`[0] being what the last of them is worth. */
-static inline void tally_selections(const struct route_boosts *boosts, const uint64_t *by_age, uint32_t rows, uint32_t k,
-                                    const int32_t *ids, struct route_tally *tally) {
+/* Adds up what the rows selected. Inlined, because callers know common `k` as constants. */
+static inline __attribute__((always_inline)) void tally_rows(const struct route_boosts *boosts, uint32_t rows, uint32_t k,
+                                                             const int32_t *ids, struct route_tally *tally) {
     for (uint32_t r = rows; r-- > 0; ids += k) {
-        uint64_t worth = (by_age ? by_age[r] << ROUTE_COUNT_BITS : 0) + 1;
-        if (boosts->keep == UINT64_MAX)
-#pragma GCC unroll 2
-            for (uint32_t i = 0; i < k; i++) tally->selections[ids[i]] += worth;
-        else
-            for (uint32_t i = 0; i < k; i++)
-                tally->selections[ids[i]] = (tally->selections[ids[i]] & boosts->keep) + worth;
+        uint64_t worth = (boosts->by_age ? boosts->by_age[r] << ROUTE_COUNT_BITS : 0) + 1;
+        for (uint32_t i = 0; i < k; i++) tally->selections[ids[i]] += worth;
     }
+}
+
+static inline void tally_selections(const struct route_boosts *boosts, uint32_t rows, uint32_t k, const int32_t *ids,
+                                    struct route_tally *tally) {
+    if (boosts->keep != UINT64_MAX) {
+        for (uint32_t r = rows; r-- > 0; ids += k)
+            for (uint32_t i = 0; i < k; i++)
+                tally->selections[ids[i]] =
+                    (tally->selections[ids[i]] & boosts->keep) + (boosts->by_age[r] << ROUTE_COUNT_BITS) + 1;
+    } else if (k == 2) tally_rows(boosts, rows, 2, ids, tally);
+    else if (k == 8) tally_rows(boosts, rows, 8, ids, tally);
+    else tally_rows(boosts, rows, k, ids, tally);
 }
 
 static __attribute__((noinline)) void route_tiles(const struct route_rule *rule, const struct route_call *call,
@@ -95,26 +103,32 @@ static __attribute__((noinline)) void route_tiles(const struct route_rule *rule,
     _Alignas(64) float strengths[TILE_ROWS];
     for (uint32_t r = 0; r < TILE_ROWS; r++) strengths[r] = call->policy == POLICY_OFF ? 0 : call->strength;
 #if ROUTE_VECTOR
+    int eight = eight_applies(rule, call);
     if (columns_apply(rule, call, rows)) columns_prepare(&tile);
 #endif
-    for (uint32_t first = 0; first < rows; first += tile.rows) {
+    for (uint32_t first = 0, done; first < rows; first += done) {
+        const float *given = logits + (size_t)first * rule->num_experts;
         uint32_t left = rows - first;
-        tile.rows = left < room ? left : room;
+        int32_t *row_ids = ids + (size_t)first * k;
+        float *row_weights = weights + (size_t)first * k;
+#if ROUTE_VECTOR
+        done = !eight ? 0 : eight_route(&tile, call, by_row ? by_row + first : NULL, given, left, row_ids, row_weights, tally);
+        if (done) continue;
+#endif
+        done = tile.rows = left < room ? left : room;
         for (uint32_t r = 0; r < tile.rows && by_row; r++) strengths[r] = by_row[first + r];
-        tile_load(&tile, call, logits + (size_t)first * rule->num_experts, ids);
+        tile_load(&tile, call, given, row_ids);
 #if ROUTE_VECTOR
         if (tile.transposed) {
             columns_route(&tile, call->policy, strengths, tally);
-            columns_finish(&tile, (left - tile.rows) * k < NETWORK_ROWS, ids, weights);
-        } else
+            columns_finish(&tile, (left - tile.rows) * k < NETWORK_ROWS, row_ids, row_weights);
+            continue;
+        }
 #endif
-            rows_route(&tile, call, strengths, weights, tally);
-        if (rows == 1) return;
-        left -= tile.rows;
-        tally_selections(boosts, boosts->by_age ? boosts->by_age + left : NULL, tile.rows, k, ids, tally);
-        ids += (size_t)tile.rows * k;
-        weights += (size_t)tile.rows * k;
+        rows_route(&tile, call, strengths, row_weights, tally);
     }
+    /* After all tiles: a tile's loads and stores of single words would keep the next tile waiting in the processor. */
+    if (rows > 1) tally_selections(boosts, rows, k, ids, tally);
 }
 
 /* A single row's ids are its tally. */

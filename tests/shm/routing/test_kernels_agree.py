@@ -40,7 +40,7 @@ def routed(
     rows: np.ndarray,
     resident: list[int],
     kernel: str,
-    strength: float | None = None,
+    strength: float | np.ndarray | None = None,
     *,
     prefetch: bool = False,
 ) -> tuple[BatchRouteResult, list[int]]:
@@ -126,6 +126,31 @@ def test_kernels_agree_where_the_preference_exceeds_all_floats() -> None:
     results = [routed(config, rows, list(range(0, 24, 2)), kernel, 3e38)[0] for kernel in KERNELS]
     for result in results:
         assert_same(result, results[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kinds=st.lists(st.sampled_from(["ordinary", "tied", "odd", "huge"]), min_size=1, max_size=10),
+    policy=st.sampled_from(["off", "bonus"]),
+    strength=st.sampled_from([None, 0.0, 1.5, "by row"]),
+    count=st.integers(1, 180),
+)
+def test_kernels_agree_on_two_of_eight_experts(
+    seed: int, kinds: list[str], policy: str, strength: float | str | None, count: int
+) -> None:
+    """Whole tiles of ordinary rows have a kernel of their own, and the rest lies between them."""
+    parts = [logits(seed + i, 1 + 31 * (kind == "ordinary"), 8, kind) for i, kind in enumerate(kinds)]
+    rows = np.resize(np.concatenate(parts), (count, 8))
+    rng = np.random.default_rng(seed)
+    resident = np.flatnonzero(rng.random(8) < 0.5).tolist()
+    given = rng.random(count).astype(np.float32) if strength == "by row" else strength
+    config = RouterConfig(8, 2, policy=policy, gating="top_k_softmax", weight_scale=1.5)  # type: ignore[arg-type]
+    plain, scores = routed(config, rows, resident, "plain", given)  # type: ignore[arg-type]
+    for kernel in KERNELS:
+        result, its_scores = routed(config, rows, resident, kernel, given)  # type: ignore[arg-type]
+        assert_same(result, plain)
+        assert its_scores == scores, kernel
 
 
 @pytest.mark.usefixtures("kernel")
