@@ -72,6 +72,12 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe with llama3 rope": {"family": "qwen3_moe", "rope_scaling": LLAMA3},
 }
 
+# One of each family, and MXFP4: those whose logits are recorded in bfloat16 too.
+BF16_MODELS = ("olmoe with biases", "gpt_oss", "gpt_oss in mxfp4", "mixtral", "qwen2_moe", "qwen3_moe")
+# Rounded to 8 bits, logits of the gate differ by up to about a 32nd of the largest from ours; choices are compared that
+# are clearer than twice that.
+CLEAR_SHARE = 1 / 16
+
 
 def make_family_model(folder: Path, name: str, dtype: str = "float32") -> Path:
     return make_model(folder, vocab_size=VOCAB_SIZE, tokenizer=True, **{"dtype": dtype, **FAMILY_MODELS[name]})

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from family_models import prompts, short_prompts
+from family_models import CLEAR_SHARE, prompts, short_prompts
 from in_process_model import InProcessModel
 
 from hotset.runtime.model.checkpoint import Checkpoint
@@ -109,12 +109,11 @@ def test_logits_computed_in_bfloat16(model_type: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_logits_computed_in_bfloat16_behind_choices_that_are_not_close(model_type: str, tmp_path: Path) -> None:
-    """A real top-k. Rounded to 8 bits, logits of the gate differ by up to about a 32nd of the largest from ours; where
-    the choices up to a position are clearer than twice that, they have to be the same and the rest has to agree."""
+    """A real top-k. Where the choices up to a position are clear, they have to be the same, and the rest to agree."""
     folder = make_checkpoint(tmp_path / "model", model_type, torch.bfloat16)
     expected = logits_of(folder, torch.bfloat16, short_prompts())
     model = InProcessModel(folder)
-    logits, clear = map(np.stack, zip(*[model.clear_choices(ids, 1 / 16) for ids in short_prompts()], strict=True))
+    logits, clear = map(np.stack, zip(*[model.clear_choices(ids, CLEAR_SHARE) for ids in short_prompts()], strict=True))
     assert clear.sum() >= 100, "hardly any position is compared"
     assert clear[:, 1:].sum() >= 30, "hardly any position with others before it is compared"
     difference = np.linalg.norm(logits - expected, axis=2) / np.linalg.norm(expected, axis=2)
