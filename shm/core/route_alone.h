@@ -36,9 +36,10 @@ static inline int route_alone(struct route_tile *tile, const struct route_rule *
     row->scores = row->logits;
     vector_prefer(row->logits, snapshot->preferred, call->policy == POLICY_OFF ? 0 : strength, tile->stride, tile->adjusted);
     vector_select(tile->adjusted, experts, k, ids);
-    if (rule->renormalize) vector_softmax(row->logits, ids, k, rule->weight_scale, weights);
+    block selected = vector_selected(row->logits, ids, k);
+    if (rule->renormalize) vector_softmax(selected, k, rule->weight_scale, weights);
     else row_weights(tile, row, weights);
-    if (call->policy == POLICY_BONUS) tally->lost_mass += report_vector(tile, row, least_logit(row, k), tally);
+    if (call->policy == POLICY_BONUS) tally->lost_mass += report_vector(tile, row, eight_fold_min(selected), tally);
     return 1;
 }
 

@@ -10,7 +10,7 @@
 #include "route_report.h"
 
 static inline int eight_applies(const struct route_rule *rule, const struct route_call *call) {
-    return rule->num_experts == 8 && rule->top_k == 2 && rule->renormalize && rule->gating != GATING_SIGMOID &&
+    return rule->num_experts == 8 && rule->top_k == 2 && rule->renormalize && !route_is_plain(rule) &&
            call->policy <= POLICY_BONUS && !call->want_prefetch;
 }
 
@@ -55,7 +55,7 @@ static inline float eight_lost(struct route_tile *tile, const float *logits, int
     block z = block_load_padded(logits, 8, -INFINITY);
     float least = logits[ids[0]] < logits[ids[1]] ? logits[ids[0]] : logits[ids[1]];
     uint32_t outsiders = mask_bits(block_at_least(z, block_all(least))) & ~(1u << ids[0] | 1u << ids[1]);
-    row->given = row->logits = logits;
+    row->given = row->logits = row->scores = logits;
     row->step = 1;
     row->ids = ids;
     row->scale = tile->scale;

@@ -67,6 +67,22 @@ static inline float block_fold_sum(block a) { BLOCK_FOLD(a, _mm_add_ps) }
 static inline float block_fold_max(block a) { BLOCK_FOLD(a, _mm_max_ps) }
 static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
 
+/* The eight floats of `from` at `ids`. Not a gather, which takes longer. */
+static inline block block_eight(const float *from, const int32_t *ids) {
+    __m128 low = _mm_setr_ps(from[ids[0]], from[ids[1]], from[ids[2]], from[ids[3]]);
+    __m128 high = _mm_setr_ps(from[ids[4]], from[ids[5]], from[ids[6]], from[ids[7]]);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+}
+/* Of the first eight lanes: here, of all. */
+static inline float eight_fold_sum(block a) { return block_fold_sum(a); }
+static inline float eight_fold_max(block a) { return block_fold_max(a); }
+static inline float eight_fold_min(block a) { return block_fold_min(a); }
+/* The first `count` lanes. */
+static inline void block_store_first(float *to, block a, uint32_t count) {
+    __m256i given = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    _mm256_maskstore_ps(to, given, a);
+}
+
 static inline keys keys_max(keys a, keys b) { return _mm256_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm256_min_pd(a, b); }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(_mm256_castpd256_pd128(a))); }

@@ -67,6 +67,25 @@ static inline float block_fold_sum(block a) { BLOCK_FOLD(a, ADD) }
 static inline float block_fold_max(block a) { BLOCK_FOLD(a, MAX) }
 static inline float block_fold_min(block a) { BLOCK_FOLD(a, MIN) }
 
+/* The eight floats of `from` at `ids`; the other lanes hold zeros. Not a gather, which takes longer. */
+static inline block block_eight(const float *from, const int32_t *ids) {
+    __m128 low = _mm_setr_ps(from[ids[0]], from[ids[1]], from[ids[2]], from[ids[3]]);
+    __m128 high = _mm_setr_ps(from[ids[4]], from[ids[5]], from[ids[6]], from[ids[7]]);
+    return _mm512_zextps256_ps512(_mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1));
+}
+#define EIGHT_FOLD(a, op)                                                                   \
+    __m128 four = op##128_(_mm512_castps512_ps128(a), _mm512_extractf32x4_ps(a, 1));        \
+    four = op##128_(four, _mm_movehl_ps(four, four));                                       \
+    return _mm_cvtss_f32(op##128_(four, _mm_shuffle_ps(four, four, 1)));
+/* Of the first eight lanes; the sum of the same bits as if zeros followed. */
+static inline float eight_fold_sum(block a) { EIGHT_FOLD(a, ADD) }
+static inline float eight_fold_max(block a) { EIGHT_FOLD(a, MAX) }
+static inline float eight_fold_min(block a) { EIGHT_FOLD(a, MIN) }
+/* The first `count` lanes. */
+static inline void block_store_first(float *to, block a, uint32_t count) {
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), a);
+}
+
 static inline keys keys_max(keys a, keys b) { return _mm512_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm512_min_pd(a, b); }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(_mm512_castpd512_pd128(a))); }

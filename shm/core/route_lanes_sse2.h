@@ -80,6 +80,22 @@ static inline float block_fold_sum(block a) { BLOCK_FOLD(a, _mm_add_ps) }
 static inline float block_fold_max(block a) { BLOCK_FOLD(a, _mm_max_ps) }
 static inline float block_fold_min(block a) { BLOCK_FOLD(a, _mm_min_ps) }
 
+/* The eight floats of `from` at `ids`. */
+static inline block block_eight(const float *from, const int32_t *ids) {
+    return (block){_mm_setr_ps(from[ids[0]], from[ids[1]], from[ids[2]], from[ids[3]]),
+                   _mm_setr_ps(from[ids[4]], from[ids[5]], from[ids[6]], from[ids[7]])};
+}
+/* Of the first eight lanes: here, of all. */
+static inline float eight_fold_sum(block a) { return block_fold_sum(a); }
+static inline float eight_fold_max(block a) { return block_fold_max(a); }
+static inline float eight_fold_min(block a) { return block_fold_min(a); }
+/* The first `count` lanes. */
+static inline void block_store_first(float *to, block a, uint32_t count) {
+    float all[BLOCK_LANES];
+    block_store(all, a);
+    memcpy(to, all, count * sizeof *to);
+}
+
 static inline keys keys_max(keys a, keys b) { return _mm_max_pd(a, b); }
 static inline keys keys_min(keys a, keys b) { return _mm_min_pd(a, b); }
 static inline uint64_t keys_first(keys a) { return (uint64_t)_mm_cvtsi128_si64(_mm_castpd_si128(a)); }

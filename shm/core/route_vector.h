@@ -113,14 +113,18 @@ static inline void vector_select(const float *scores, uint32_t count, uint32_t k
         network_select(scores, count, k, ids);
 }
 
-/* softmax over the logits of `k` experts, at most a block, times `factor`. */
-static inline void vector_softmax(const float *logits, const int32_t *ids, uint32_t k, float factor, float *weights) {
-    _Alignas(64) float selected[BLOCK_LANES];
-    lane_mask used = mask_from_bits((1u << k) - 1); /* the others would make denormals, which are slow */
-    for (uint32_t i = 0; i < BLOCK_LANES; i++) selected[i] = logits[ids[i < k ? i : 0]];
-    block z = block_load(selected), p = block_where(used, block_exp(block_sub(z, block_all(block_fold_max(z)))));
-    block_store(selected, block_mul(p, block_all(1.0f / block_fold_sum(p) * factor)));
-    memcpy(weights, selected, k * sizeof *weights);
+/* The logits of `k` <= 8 experts; the first one stands for those missing of eight. */
+static inline block vector_selected(const float *logits, const int32_t *ids, uint32_t k) {
+    int32_t eight[8];
+    for (uint32_t i = 0; i < 8; i++) eight[i] = ids[i < k ? i : 0];
+    return block_eight(logits, eight);
+}
+
+/* softmax over the first `k` <= 8 of such logits, times `factor`. */
+static inline void vector_softmax(block selected, uint32_t k, float factor, float *weights) {
+    lane_mask used = mask_from_bits((1u << k) - 1);
+    block p = block_where(used, block_exp(block_sub(selected, block_all(eight_fold_max(selected)))));
+    block_store_first(weights, block_mul(p, block_all(1.0f / eight_fold_sum(p) * factor)), k);
 }
 
 /* A float of all ones where `mask` has a bit, of zeros elsewhere. */

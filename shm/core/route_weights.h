@@ -51,8 +51,8 @@ static inline void tile_weights(struct route_tile *tile, float *weights, struct 
             continue;
         }
 #if ROUTE_VECTOR
-        if (row->vector && rule->renormalize && k <= BLOCK_LANES) {
-            vector_softmax(row->logits, row->ids, k, rule->weight_scale, weights);
+        if (row->vector && rule->renormalize && k <= 8) {
+            vector_softmax(vector_selected(row->logits, row->ids, k), k, rule->weight_scale, weights);
             continue;
         }
 #endif
