@@ -43,7 +43,7 @@ def generate(
     memory: Annotated[str | None, typer.Option(help="For everything: 4GiB ...; as many experts as fit.")] = None,
     expert_budget: Annotated[str | None, typer.Option(help="For experts alone: 50%, 500MB ...; default 50%.")] = None,
     routing: Annotated[
-        str | None, typer.Option(help="off (the model's own choice), bonus, range, mass or resnorm.")
+        str | None, typer.Option(help="off (the model's own choice), bonus, range, mass, resnorm or substitute.")
     ] = None,
     eviction: Annotated[
         str | None,
@@ -211,7 +211,7 @@ def calibrate(
     ] = None,
     tokens: Annotated[int, typer.Option(help="How much of it.", min=1)] = DEFAULT_TOKENS,
     expert_budget: Annotated[str, typer.Option(help="Share of the experts for which the limit holds.")] = "25%",
-    routing: Annotated[str, typer.Option(help="bonus, range, mass or resnorm.")] = "resnorm",
+    routing: Annotated[str, typer.Option(help="bonus, range, mass, resnorm or substitute.")] = "resnorm",
     eviction: Annotated[str, typer.Option(help="See generate.")] = "td",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:

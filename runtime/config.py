@@ -13,13 +13,16 @@ from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import parse_prefetch
 from hotset.shm.layout import PrefetchSource
 
-RoutingPolicy = Literal["off", "bonus", "range", "mass", "resnorm"]  # in the order of enum route_policy
+RoutingPolicy = Literal[  # in the order of enum route_policy
+    "off", "bonus", "range", "mass", "resnorm", "substitute"
+]
 ReadMode = Literal["auto", "buffered", "direct"]
 STRENGTH_OPTIONS: dict[RoutingPolicy, str] = {
     "bonus": "cache_bonus",
     "range": "range_strength",
     "mass": "mass_budget",
     "resnorm": "resnorm_strength",
+    "substitute": "substitute_limit",
 }
 KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
@@ -68,9 +71,12 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             are in memory: "bonus" adds `cache_bonus` to their logits; "range" adds `range_strength` times the running
             mean of a layer's max - min; "mass" replaces others by them while the gate probability given up by a token
             stays within `mass_budget`; "resnorm" adds `resnorm_strength` times the token's largest probability to
-            theirs, the more the less experts add to the token's state. See `RouterConfig`.
-        cache_bonus, range_strength, mass_budget, resnorm_strength: the strength of the policy whose it is; refused with
-            another. None is what `hotset calibrate` found for the model, or else a cautious default.
+            theirs, the more the less experts add to the token's state; "substitute" replaces others by them while each
+            exchange changes the token's state by less than a share `substitute_limit` of what it is. See
+            `RouterConfig`.
+        cache_bonus, range_strength, mass_budget, resnorm_strength, substitute_limit: the strength of the policy whose
+            it is; refused with another. None is what `hotset calibrate` found for the model, or else a cautious
+            default.
         prefetch: which sources name experts to read before they are needed: "gate-ahead" (the next layer's gate on
             the current hidden state), "gate-ahead-2" (the layer's after it), "transitions" (what followed the current
             experts in the next layer), "runners-up" (what the gate almost wanted; see `prefetch_threshold`),
@@ -112,6 +118,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     range_strength: float | None = None
     mass_budget: float | None = None
     resnorm_strength: float | None = None
+    substitute_limit: float | None = None
     prefetch: str = "off"
     prefetch_threshold: float | None = None
     eviction: str = "td"

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
+from hotset.runtime.config import STRENGTH_OPTIONS
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.metrics import MoeMetrics
 from hotset.runtime.paging_request import PagingRequest
-from hotset.runtime.router_config import GATINGS, POLICIES, Policy, RouterConfig, check_policy
+from hotset.runtime.router_config import GATINGS, POLICIES, RESIDUAL_POLICIES, Policy, RouterConfig, check_policy
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
@@ -127,6 +128,7 @@ class MemoryAwareRouter:
             config.range_strength,
             config.mass_budget,
             config.resnorm_strength,
+            config.substitute_limit,
             config.keep_top,
             config.prefetch_threshold,
             config.prefer_loading,
@@ -179,13 +181,14 @@ class MemoryAwareRouter:
             logits: C-contiguous.
             layer: index.
             policy: replaces the configured one.
-            strength: replaces the configured cache_bonus, range_strength, mass_budget or resnorm_strength; float32
+            strength: replaces the configured one of the policy (cache_bonus, range_strength and so on); float32
                 [tokens] gives each token its own, and 0 is "off" for that token.
             epochs: None advances the layer's affinity by one epoch per token, as the same single calls would. 1
                 advances it by one in all and boosts each selected expert once: a step of a serving loop. 0 does the
                 same within the current epoch: a further batch of the same step.
             prefetch: fill `prefetches`.
-            residual_ratio: float32 [tokens], what policy "resnorm" multiplies its strength by: see `RouterConfig`.
+            residual_ratio: float32 [tokens], what "resnorm" and "substitute" multiply their strength by: see
+                `RouterConfig`.
                 Refused with other policies.
         """
         if residual_ratio is not None:
@@ -220,12 +223,12 @@ class MemoryAwareRouter:
         """
         return self._core.bind(logits, experts, weights, layer, self._policy(policy), strength, _epochs(epochs))
 
-    def true_top_k(self, logits: Float32) -> Int32:
+    def true_top_k(self, logits: Float32, layer: int = 0) -> Int32:
         """What the gate alone chooses, whatever is in memory: int32 [tokens, top_k], each row best first, of logits
         float32 [tokens, num_experts]. Counts nothing.
         """
         experts = np.empty((np.shape(logits)[0] if np.ndim(logits) == 2 else 0, self.config.top_k), np.int32)
-        self._core.top_k(logits, experts)
+        self._core.top_k(logits, experts, layer)
         return experts
 
     def apply_cache_bonus(self, scores: Float32, layer: int = 0) -> Float32:
@@ -290,13 +293,14 @@ class MemoryAwareRouter:
     def _residual_strength(
         self, policy: Policy | None, strength: float | Float32 | None, residual_ratio: Float32
     ) -> Float32:
-        if (policy or self.config.policy) != "resnorm":
+        chosen = policy or self.config.policy
+        if chosen not in RESIDUAL_POLICIES:
             raise ValueError(
-                f"residual_ratio is given with policy {policy or self.config.policy!r}, expected policy 'resnorm'"
+                f"residual_ratio is given with policy {chosen!r}, expected one of {', '.join(RESIDUAL_POLICIES)}"
             )
         if strength is None:
-            configured = self.config.policy == "resnorm" and self.config.memory_aware
-            strength = self.strength if configured else self.config.resnorm_strength
+            configured = self.config.policy == chosen and self.config.memory_aware
+            strength = self.strength if configured else cast("float", getattr(self.config, STRENGTH_OPTIONS[chosen]))
         return np.asarray(strength * residual_ratio, np.float32)
 
     def _policy(self, policy: Policy | None) -> int | None:

@@ -17,6 +17,8 @@ Policy = RoutingPolicy
 Gating = Literal["softmax_top_k", "top_k_softmax", "sigmoid"]  # in the order of enum route_gating
 GATINGS: tuple[Gating, ...] = get_args(Gating)
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+RESIDUAL_POLICIES: tuple[Policy, ...] = ("resnorm", "substitute")
+"""Their strengths are multiplied by how large the residual is beside the layer's expert outputs."""
 
 
 class RouterConfig(msgspec.Struct, frozen=True):
@@ -37,6 +39,10 @@ class RouterConfig(msgspec.Struct, frozen=True):
             p_1 * |x| / n to their probability: p_1 is the token's largest, |x| the norm of the residual that enters
             the layer and n the mean norm of the layer's expert outputs, for where |x| is large beside n a wrong
             expert does little harm. `route_batch` takes |x| / n as `residual_ratio`; without it, it is 1.
+            "substitute" replaces experts that are not resident, least probable first, by the most probable ones that
+            are, while each exchange changes the residual by less than a share `substitute_limit`: the outputs of two
+            experts are nearly orthogonal and about n long, so that exchanging weights p and q changes it by
+            sqrt(p^2 + q^2) * n / |x|.
             With gating "sigmoid", for which it has not been measured, it adds `resnorm_strength` * the token's largest
             sigmoid * |x| / n to the scores that the gate selects by.
         gating: "softmax_top_k" (OLMoE, Qwen) takes probabilities over all experts, "top_k_softmax" (Mixtral,
@@ -63,6 +69,7 @@ class RouterConfig(msgspec.Struct, frozen=True):
     keep_top: int = 1
     mass_budget: float = 0.004
     resnorm_strength: float = 0.1
+    substitute_limit: float = 0.05
     gating: Gating = "softmax_top_k"
     renormalize: bool = False
     weight_scale: float = 1.0
@@ -96,6 +103,7 @@ class RouterConfig(msgspec.Struct, frozen=True):
             "range_strength",
             "mass_budget",
             "resnorm_strength",
+            "substitute_limit",
             "weight_scale",
             "max_lost_mass",
             "max_strength",

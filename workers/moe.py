@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
-from hotset.runtime.router_config import RouterConfig
+from hotset.runtime.router_config import RESIDUAL_POLICIES, RouterConfig
 from hotset.shm import _core
 from hotset.shm.layout import Section
 from hotset.shm.segment import Segment
@@ -26,9 +26,9 @@ from hotset.workers.prefetch.source import LayerStep
 Float32 = npt.NDArray[np.float32]
 
 MAX_RESIDUAL_RATIO = 2.0
-"""The most that "resnorm" takes a residual to be worth beside the layer's expert outputs. 99 of 100 tokens of the
-model that the rule was measured on are below it. In a model of many layers residuals can be 20 times as large as what
-one layer adds: there the bare rule would never ask for an expert that is not in memory, in any layer."""
+"""The most that a residual counts as beside the layer's expert outputs. 99 of 100 tokens of the model that the
+policies were measured on are below it. In a model of many layers residuals can be 20 times as large as what one layer
+adds: there the bare rules would never ask for an expert that is not in memory, in any layer."""
 
 
 def router_config(model: ModelConfig, **policy: Any) -> RouterConfig:
@@ -68,7 +68,7 @@ class MixtureOfExperts:
         self._router = router
         self._prefetcher = prefetcher
         self._config = config
-        self._measures_norms = router.config.policy == "resnorm"
+        self._measures_norms = router.config.policy in RESIDUAL_POLICIES
         self._exact: npt.NDArray[np.bool_] | bool = False  # per row, or of all rows
         self._streams: npt.NDArray[np.int32] | None = None
 
@@ -97,7 +97,7 @@ class MixtureOfExperts:
         outputs = np.empty((*routed.experts.shape, hidden.shape[1]), np.float32)
         # The demand is what the gate chose, not what was taken instead because it is in memory: that would look useful
         # for ever, and what is displaced useless.
-        wanted = self._router.true_top_k(gate_logits) if routed.changed else routed.experts
+        wanted = self._router.true_top_k(gate_logits, layer) if routed.changed else routed.experts
         if self._streams is None:  # a prefill wants most experts, in no order that says what comes next
             self._access.note_demand(layer, np.unique(wanted)[np.newaxis])
         else:

@@ -22,7 +22,7 @@ from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.router import MemoryAwareRouter
-from hotset.runtime.router_config import Policy
+from hotset.runtime.router_config import RESIDUAL_POLICIES, Policy
 from hotset.shm.demands import HEADER_WORDS, demands_of_steps
 from hotset.shm.geometry import Geometry
 from hotset.shm.kv_page_format import Bytes, KvFormat
@@ -122,14 +122,14 @@ class SimulatedInstance:
             segment=self._segment,
         )
         self.cache = SimulatedCache(config, setting)
-        self.measures_norms = setting.routing == "resnorm"
+        self.measures_norms = setting.routing in RESIDUAL_POLICIES
 
     def route(self, layer: int, gate_logits: Floats, residual_norms: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
         ratio = residual_ratio(self._segment.arena, layer, residual_norms) if self.measures_norms else None
         routed = self._router.route_batch(
             gate_logits, layer, strength=self._setting.strength, epochs=1, residual_ratio=ratio
         )
-        self.cache.use(layer, routed.experts, self._router.true_top_k(gate_logits))
+        self.cache.use(layer, routed.experts, self._router.true_top_k(gate_logits, layer))
         self._resident[:, : self.cache.mask.shape[1]] = self.cache.mask
         return routed.experts, routed.weights
 
@@ -217,7 +217,7 @@ class Simulation:
         experts_forward(hidden, list(selections.values()), slots, formats, self.config, outputs)
         output_norms = row_norms(outputs).mean(axis=1)
         for setting, instances in zip(self._settings, self._instances, strict=True):
-            for first, instance in instances if setting.routing == "resnorm" else ():
+            for first, instance in instances if setting.routing in RESIDUAL_POLICIES else ():
                 instance.note_norms(layer, output_norms[first : first + setting.batch])
         return combine_in_rank_order(outputs, weights)
 

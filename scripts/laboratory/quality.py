@@ -40,10 +40,11 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "range": (0.025, 0.05, 0.1, 0.15),
     "mass": (0.004, 0.01, 0.02, 0.04),
     "resnorm": (0.04, 0.08, 0.12, 0.16, 0.2, 0.26, 0.32, 0.4),
+    "substitute": (0.03, 0.045, 0.06, 0.075, 0.09, 0.11),
 }
 POLICIES = "affinity,td"
 ROUTING = ",".join(("off", *STRENGTHS))
-COLORS = {"bonus": "#888888", "range": "#1f77b4", "mass": "#2ca02c", "resnorm": "#d62728"}
+COLORS = {"bonus": "#888888", "range": "#1f77b4", "mass": "#2ca02c", "resnorm": "#d62728", "substitute": "#9467bd"}
 ALLOWED = (0.25, 0.5, 1.0)
 """Percent of perplexity that a preference may cost."""
 RESAMPLES = 2000

@@ -47,7 +47,7 @@ SINGLES_PER_STEP = 4
 CHECKED_SINGLES = 4  # one single call of so many is judged; every batch is
 DWELL_SHARE = 0.05  # of the uses, during which the worker sleeps a little with the expert pinned
 MAX_REPORTS = 20  # of violations in words; all are counted
-POLICIES: tuple[Policy, ...] = ("off", "bonus", "range", "mass", "resnorm")
+POLICIES: tuple[Policy, ...] = ("off", "bonus", "range", "mass", "resnorm", "substitute")
 SCOREBOARD = "scoreboard"
 
 Float32 = npt.NDArray[np.float32]

@@ -45,18 +45,18 @@ static const float *router_selection_bias(const RouterObject *router, uint32_t l
 static int router_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     RouterObject *router = (RouterObject *)self;
     static char *names[] = {"arena", "affinity", "process", "top_k", "gating", "renormalize", "weight_scale",
-                            "num_groups", "top_groups", "policy", "bonus", "range", "mass", "resnorm", "keep_top",
-                            "prefetch_threshold", "prefer_loading", "timing", "adaptive", "target_hit_rate",
+                            "num_groups", "top_groups", "policy", "bonus", "range", "mass", "resnorm", "substitute",
+                            "keep_top", "prefetch_threshold", "prefer_loading", "timing", "adaptive", "target_hit_rate",
                             "max_lost_mass", "max_strength", "selection_bias", NULL};
     PyObject *owner, *affinity, *bias = Py_None;
     unsigned process, top_k, gating, num_groups, top_groups, policy, keep_top;
     int renormalize, prefer_loading, timing, adaptive;
-    float weight_scale, bonus, range, mass, resnorm, prefetch_threshold, max_strength;
+    float weight_scale, bonus, range, mass, resnorm, substitute, prefetch_threshold, max_strength;
     double target_hit_rate, max_lost_mass;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!IIIpfIIIffffIfpppddf|O", names, core_types.arena, &owner,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!IIIpfIIIfffffIfpppddf|O", names, core_types.arena, &owner,
                                      core_types.affinity, &affinity, &process, &top_k, &gating, &renormalize,
                                      &weight_scale, &num_groups, &top_groups, &policy, &bonus, &range, &mass, &resnorm,
-                                     &keep_top, &prefetch_threshold, &prefer_loading, &timing, &adaptive, &target_hit_rate,
+                                     &substitute, &keep_top, &prefetch_threshold, &prefer_loading, &timing, &adaptive, &target_hit_rate,
                                      &max_lost_mass, &max_strength, &bias))
         return -1;
     const struct arena *arena = arena_of(owner);
@@ -86,6 +86,7 @@ static int router_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     router->strength[POLICY_RANGE] = range;
     router->strength[POLICY_MASS] = mass;
     router->strength[POLICY_RESNORM] = resnorm;
+    router->strength[POLICY_SUBSTITUTE] = substitute;
     router->process = process;
     router->policy = policy;
     router->prefer_loading = prefer_loading;

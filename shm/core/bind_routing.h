@@ -48,12 +48,17 @@ static PyObject *router_select(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *router_top_k(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     const struct route_rule *rule = &((RouterObject *)self)->rule;
-    const struct route_call call = {.policy = POLICY_OFF};
+    const struct arena *arena = owner_arena(((RouterObject *)self)->arena);
+    struct route_call call = {.policy = POLICY_OFF};
     const struct route_boosts uncounted = {.keep = UINT64_MAX};
     struct route_snapshot nothing_resident = {0};
     struct route_tally tally = {0};
+    uint64_t layer;
     Py_buffer logits, ids;
-    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    if (!arena) return NULL;
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
+    if (!parse_indices(args + 2, 1, 1, (const char *[]){"layer"}, (uint64_t[]){arena->num_layers}, &layer)) return NULL;
+    call.selection_bias = router_selection_bias((RouterObject *)self, (uint32_t)layer);
     if (!take_array(args[0], "logits", &FLOAT32, 0, 2, (Py_ssize_t[]){ANY_LENGTH, rule->num_experts}, &logits)) return NULL;
     Py_ssize_t rows = logits.shape[0], shape[2] = {rows, rule->top_k};
     if (!take_array(args[1], "ids", &INT32, 1, 2, shape, &ids)) {
@@ -81,7 +86,7 @@ static PyMethodDef router_methods[] = {
     {"set_resident", FASTCALL(router_set_resident), "set_resident(layer, expert, resident)"},
     {"resident", router_resident, METH_O, "resident(layer): the ids whose bit is set."},
     {"top_k", FASTCALL(router_top_k),
-     "top_k(logits f32[n, experts], ids i32[n, top_k]): the true top k, best first. Reads and counts nothing."},
+     "top_k(logits f32[n, experts], ids i32[n, top_k], layer): the true top k, best first. Reads and counts nothing."},
     {"select", FASTCALL(router_select), "select(scores f32[experts], ids i32[top_k]): the top k, best first."},
     {NULL, NULL, 0, NULL},
 };

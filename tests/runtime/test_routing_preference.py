@@ -44,7 +44,7 @@ def test_then_what_the_calibration_found_for_that_policy(model: Path) -> None:
 
 
 def test_then_a_default_that_says_so(model: Path) -> None:
-    for policy in ("bonus", "range", "mass", "resnorm"):
+    for policy in ("bonus", "range", "mass", "resnorm", "substitute"):
         found = preference(model, routing=policy)
         assert (found.strength, found.source) == (DEFAULT_STRENGTHS[policy], "default")
         assert "not calibrated" in str(found)

@@ -23,7 +23,7 @@ def run(batches: int = 200, **options: object) -> MemoryAwareRouter:
 
 
 def test_it_is_raised_until_the_target_is_met() -> None:
-    policies: tuple[Policy, ...] = ("bonus", "range", "mass", "resnorm")
+    policies: tuple[Policy, ...] = ("bonus", "range", "mass", "resnorm", "substitute")
     for policy in policies:
         router = run(
             policy=policy,
@@ -32,6 +32,8 @@ def test_it_is_raised_until_the_target_is_met() -> None:
             cache_bonus=0.0,
             mass_budget=0.0,
             resnorm_strength=0.0,
+            substitute_limit=0.0,
+            max_strength=0.25 if policy == "substitute" else 1.0,  # in 64 steps, the finer the more one changes
         )
         assert 0.49 <= router.hit_rate() <= 0.57, policy
 

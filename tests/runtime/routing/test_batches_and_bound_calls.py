@@ -23,7 +23,7 @@ def rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 32)).astype(np.float32)
 
 
-@pytest.mark.parametrize("policy", ["off", "bonus", "range", "mass", "resnorm"])
+@pytest.mark.parametrize("policy", ["off", "bonus", "range", "mass", "resnorm", "substitute"])
 @pytest.mark.parametrize("tokens", [1, 2, 37, 1500])
 def test_a_batch_equals_the_sequence_of_single_calls(policy: Policy, tokens: int) -> None:
     logits = rows(tokens)
@@ -90,7 +90,7 @@ class TestEpochs:
 
 
 class TestPerTokenStrength:
-    @pytest.mark.parametrize("policy", ["bonus", "range", "mass", "resnorm"])
+    @pytest.mark.parametrize("policy", ["bonus", "range", "mass", "resnorm", "substitute"])
     def test_zero_is_off_for_that_token(self, policy: Policy) -> None:
         logits = rows(40)
         strength = np.where(np.arange(40) % 2 == 0, 0, 0.8).astype(np.float32)

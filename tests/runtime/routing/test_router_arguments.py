@@ -46,7 +46,7 @@ CALLS: list[tuple[Callable[[MemoryAwareRouter], Any], type[Exception], str]] = [
     (
         lambda r: r.route_batch(float32(4, 8), residual_ratio=float32(4)),
         ValueError,
-        "residual_ratio is given with policy 'bonus', expected policy 'resnorm'",
+        "residual_ratio is given with policy 'bonus', expected one of resnorm, substitute",
     ),
     (
         lambda r: r.route_batch(float32(4, 8), policy="resnorm", residual_ratio=float32(3)),

@@ -45,7 +45,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("policy", ["off", "bonus", "range", "mass", "resnorm"])
+@pytest.mark.parametrize("policy", ["off", "bonus", "range", "mass", "resnorm", "substitute"])
 def test_a_token_more_is_no_allocation_more(shim: Path, policy: str) -> None:
     environment = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONMALLOC": "malloc"}
     output = subprocess.run(

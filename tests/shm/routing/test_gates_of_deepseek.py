@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from routing_reference import exchange_within_mass, group_limited, ranking
+from routing_reference import exchange_within_change, exchange_within_mass, group_limited, ranking
 
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import RouterConfig
@@ -101,7 +101,25 @@ class TestSelection:
             assert experts == expected
 
     @SETTINGS
-    @given(gates, st.sampled_from(["bonus", "range", "mass", "resnorm"]))
+    @given(gates, st.sampled_from([0.0, 0.1, 0.4, 10.0]), st.booleans())
+    def test_exchanges_that_change_the_output_little(self, gate: Gate, limit: float, renormalize: bool) -> None:
+        made = gate.router(policy="substitute", substitute_limit=limit, renormalize=renormalize)
+        for row, experts in zip(gate.rows, made.route_batch(gate.rows, 1).experts.tolist(), strict=True):
+            scores, weights = gate.scores(row), gate.weights(row)
+            truth = ranking(scores)[:K]
+            weights = weights / weights[truth].sum() if renormalize else weights
+            expected, changes = exchange_within_change(scores, truth, gate.mask, limit, weights)
+            assume(all(abs(change - limit) > 1e-5 for change in changes))
+            assert experts == expected
+
+    @SETTINGS
+    @given(gates)
+    def test_the_gates_own_choice(self, gate: Gate) -> None:
+        chosen = gate.router(policy="bonus", cache_bonus=1.0).true_top_k(gate.rows, 1)
+        assert chosen.tolist() == [ranking(gate.scores(row))[:K] for row in gate.rows]
+
+    @SETTINGS
+    @given(gates, st.sampled_from(["bonus", "range", "mass", "resnorm", "substitute"]))
     def test_the_reported_cost_of_the_preference(self, gate: Gate, policy: str) -> None:
         result = gate.router(policy=policy).route_batch(gate.rows, 1, strength=0.5)
         lost, changed, displaced = 0.0, 0, set[int]()

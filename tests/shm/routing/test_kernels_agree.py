@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hotset.runtime.config import RoutingPolicy
 from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
 from hotset.runtime.router_config import RouterConfig
 from hotset.shm import _core
 
 KERNELS = _core.route_kernels()  # the plain one last: the oracle
-POLICIES = ["off", "bonus", "range", "mass", "resnorm"]
+POLICIES = get_args(RoutingPolicy)
 
 
 def bits(array: np.ndarray) -> list[int]:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from routing_reference import exchange_within_mass, next_mean_range, probabilities, ranking, select, shares_of_largest
+from routing_reference import (
+    exchange_within_change,
+    exchange_within_mass,
+    next_mean_range,
+    probabilities,
+    ranking,
+    select,
+    shares_of_largest,
+)
 
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import RouterConfig
@@ -109,6 +117,28 @@ class TestSelection:
         assert result.lost_mass <= budget * len(rows) + 1e-5
 
     @SETTINGS
+    @given(cases(), st.sampled_from([0.0, 0.02, 0.1, 0.3, 2.0]), st.booleans())
+    def test_exchanges_that_change_the_output_little(
+        self, case: tuple[np.ndarray, int, list[int]], limit: float, renormalize: bool
+    ) -> None:
+        rows, k, resident = case
+        assume(has_finite(rows))
+        mask = np.isin(np.arange(rows.shape[1]), resident)
+        expected: list[list[int]] = []
+        for row in rows:
+            truth, weights = ranking(row)[:k], probabilities(row)
+            assume(weights[truth].sum() > 0)
+            weights = weights / weights[truth].sum() if renormalize else weights
+            experts, changes = exchange_within_change(row, truth, mask, limit, weights)
+            if limit == 0:
+                experts = truth
+            else:
+                assume(all(abs(change - limit) > 1e-6 for change in changes))
+            expected.append(experts)
+        made = router(rows, k, resident, policy="substitute", substitute_limit=limit, renormalize=renormalize)
+        assert made.route_batch(rows).experts.tolist() == expected
+
+    @SETTINGS
     @given(cases(), st.sampled_from([0.0, 0.01, 0.1, 0.5, 2.0]))
     def test_an_amount_in_units_of_the_largest_probability(
         self, case: tuple[np.ndarray, int, list[int]], strength: float
@@ -154,7 +184,7 @@ class TestSelection:
             np.testing.assert_allclose(weights, 2.5 * probabilities(row[experts]), rtol=0, atol=2.5e-6)
 
     @SETTINGS
-    @given(cases(), st.sampled_from(["bonus", "range", "mass", "resnorm"]))
+    @given(cases(), st.sampled_from(["bonus", "range", "mass", "resnorm", "substitute"]))
     def test_the_reported_cost_of_the_preference(self, case: tuple[np.ndarray, int, list[int]], policy: str) -> None:
         rows, k, resident = case
         assume(has_finite(rows))
