@@ -99,7 +99,9 @@ class Backend:
         self._chat_template: ChatTemplate | None = None  # loaded with the first conversation
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the coordinator
         # First the process: its interpreter starts while we look at the model.
-        self._coordinator: Child[ToClient] = Child(COORDINATOR_MODULE, ToClient, own_session=True, stderr=self._stderr)
+        self._coordinator: Child[ToClient] = Child(
+            COORDINATOR_MODULE, ToClient, dies_with_us=False, own_session=True, stderr=self._stderr
+        )
         try:
             model_config = ModelConfig.load(self.config.model)
             checkpoint = Checkpoint.open(self.config.model, model_config)
@@ -325,9 +327,16 @@ class Backend:
             self._closing = True
         try:
             self._send(Shutdown())
-        except BackendError:
-            pass
-        self._reap(STOP_SECONDS)
+            self._reap(STOP_SECONDS)
+        except BaseException:  # a second Ctrl-C, say: whoever interrupts this wants it to end now
+            self._coordinator.kill()
+            self._reap(STOP_SECONDS)
+            raise
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Ends every request and what this process has of the instance, whose processes have ended."""
         self._die(BackendError("the backend is closed"))
         reader = getattr(self, "_reader", None)
         if reader is not None and reader is not threading.current_thread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -28,6 +29,14 @@ class Child(Generic[Received]):
 
     `pidfd` becomes readable when the child dies. Until `reap` it is a zombie, so its pid cannot be used again: whoever
     cleans up after it does so before reaping.
+
+    Args:
+        module: to run; it calls `run_child` or `enter_child`.
+        received: the union of message types that the child sends.
+        dies_with_us: the kernel kills it when this *thread* ends, also while it is still importing. So False for those
+            who may start children from any thread; such a child takes the end of file on its channel for our death.
+        own_session: away from the terminal's Ctrl-C.
+        threads: of its math libraries.
     """
 
     def __init__(
@@ -35,6 +44,7 @@ class Child(Generic[Received]):
         module: str,
         received: Any,
         *,
+        dies_with_us: bool = True,
         own_session: bool = False,
         stderr: IO[bytes] | None = None,
         threads: int = 1,
@@ -45,13 +55,14 @@ class Child(Generic[Received]):
         with theirs:
             # -P: the working directory is the user's, and must not shadow our imports or theirs.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 pass_fds=(theirs.fileno(),),
-                start_new_session=own_session,  # away from the terminal's Ctrl-C
+                start_new_session=own_session,
                 env=environment,
+                preexec_fn=functools.partial(_die_with, os.getpid()) if dies_with_us else None,
             )
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
@@ -79,15 +90,14 @@ def describe_exit(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def enter_child(arguments: list[str], received: Any, *, dies_with_parent: bool = True) -> Channel[Any]:
-    """What every child does first: binds its life to its parent's, and opens its end of the channel.
+def _die_with(parent: int) -> None:
+    if not _core.die_with_parent(parent):
+        os._exit(1)  # it is dead already
 
-    `PR_SET_PDEATHSIG` is tied to the thread that started the child, so only a parent that starts children from its
-    main thread may be left to it.
-    """
-    fd, parent = int(arguments[0]), int(arguments[1])
-    if dies_with_parent and not _core.die_with_parent(parent):
-        raise SystemExit(0)
+
+def enter_child(arguments: list[str], received: Any) -> Channel[Any]:
+    """What every child does first: opens its end of the channel."""
+    fd = int(arguments[0])
     os.set_inheritable(fd, False)
     return Channel[Any](socket.socket(fileno=fd), received)
 

@@ -57,6 +57,18 @@ def processes_of(pids: list[int]) -> list[int]:
     return running
 
 
+def processes_with(name: str, value: str) -> list[int]:
+    """Those that inherited an environment variable, zombies not counted."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{name}={value}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from instances import abandoned, wait_until
+from instances import abandoned, processes_with, wait_until
 
 COMMAND = [sys.executable, "-P", "-m", "hotset.runtime.cli", "generate", "--prompt", "def fibonacci(n):"]
 
@@ -72,11 +74,68 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(how: signal.Signals)
     process.send_signal(how)
     _, errors = process.communicate(timeout=10)
     assert time.monotonic() - began < 5
-    assert process.returncode != 0
-    if how is signal.SIGINT:
-        assert errors.strip().splitlines()[-1] == "hotset: interrupted"
-    assert "Traceback" not in errors
+    assert (process.returncode, errors) == {
+        signal.SIGINT: (130, "hotset: interrupted\n"),
+        signal.SIGTERM: (143, "hotset: terminated\n"),
+        signal.SIGKILL: (-signal.SIGKILL, ""),
+    }[how]
     assert wait_until(lambda: not abandoned())
+
+
+def hears(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_Ctrl_C_at_any_moment_of_the_start_is_one_line_and_leaves_no_process(times: int) -> None:
+    for number, delay in enumerate((0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6)):
+        mark = f"{os.getpid()}-{times}-{number}"
+        process = subprocess.Popen(
+            [*COMMAND, "--max-tokens", "900", "--ignore-eos"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HOTSET_TEST": mark},
+        )
+        # Before that it is Python that is starting, and not yet hotset.
+        assert wait_until(lambda process=process: hears(process, signal.SIGTERM))
+        time.sleep(delay)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.03)
+        _, errors = process.communicate(timeout=10)
+        assert (process.returncode, errors) == (130, "hotset: interrupted\n"), f"after {delay} s"
+        assert wait_until(lambda mark=mark: not processes_with("HOTSET_TEST", mark)), f"after {delay} s"
+        assert not abandoned()
+
+
+def test_an_answer_that_the_context_cuts_is_announced() -> None:
+    done = run("--max-tokens", "100", "--max-model-len", "40", "--ignore-eos", "--json")
+    report = json.loads(done.stdout)
+    assert report["finish_reason"] == "length"
+    [line] = done.stderr.splitlines()
+    assert line == (
+        f"hotset: --max-tokens is 100, but the answer ends after at most {report['tokens']} tokens: the context holds "
+        f"40, and the prompt takes {40 - report['tokens']}"
+    )
+
+
+def test_help_shows_whole_sentences() -> None:
+    commands = ["generate", "inspect", "pack", "calibrate"]
+    for command in ([], *([name] for name in commands)):
+        done = subprocess.run([*COMMAND[:4], *command, "--help"], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stderr == ""
+        assert (
+            "and..." not in done.stdout
+            and "or..." not in done.stdout
+            and "<str>" not in done.stdout.split("Options")[1]
+        )
+        if not command:
+            rows = [line.split() for line in done.stdout.partition("Commands:")[2].strip().splitlines()]
+            assert [row[0] for row in rows] == commands
+            assert all(row[-1].endswith(".") and not row[-1].endswith("..") for row in rows)
 
 
 @pytest.mark.parametrize(

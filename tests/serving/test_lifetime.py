@@ -7,11 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from instances import PROMPTS, processes_of, queue_exists, segment_exists, wait_until
+from instances import PROMPTS, processes_of, processes_with, queue_exists, segment_exists, wait_until
 
-from hotset.runtime import Backend, BackendError, SamplingParams
+from hotset.runtime import Backend, BackendConfig, BackendError, SamplingParams
+from hotset.runtime.backend import COORDINATOR_MODULE
+from hotset.runtime.messages import StartInstance, ToClient
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.plan import plan_instance
+from hotset.runtime.supervision import Child
+from hotset.shm.segment import new_instance_name, remove_stale_instances
 
 LONG = SamplingParams(temperature=0, max_tokens=300, routing="off", ignore_eos=True)
 
@@ -98,6 +106,47 @@ def test_a_killed_coordinator_ends_every_request_with_a_clear_error() -> None:
     backend.close()
     with Backend() as again:
         assert again.generate(PROMPTS[0], SamplingParams(max_tokens=2)).token_ids
+
+
+def test_children_that_are_still_importing_go_with_their_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its death must reach them before they have code of their own that could notice it."""
+    mark = f"{os.getpid()}-importing"
+    monkeypatch.setenv("HOTSET_TEST", mark)
+    coordinator: Child[ToClient] = Child(COORDINATOR_MODULE, ToClient, dies_with_us=False, own_session=True)
+    monkeypatch.delenv("HOTSET_TEST")
+    config = BackendConfig(workers=2)
+    model = ModelConfig.load(config.model)
+    plan = plan_instance(config, model, Checkpoint.open(config.model, model))
+    coordinator.channel.send(StartInstance(new_instance_name(), config, plan))
+
+    def workers() -> list[int]:
+        pids = processes_with("HOTSET_TEST", mark)
+        return [pid for pid in pids if b"hotset.workers." in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    assert wait_until(lambda: len(workers()) == 3)  # with the pager
+    for pid in workers():
+        os.kill(pid, signal.SIGSTOP)  # so that they get no further
+    coordinator.kill()
+    coordinator.reap()
+    assert wait_until(lambda: not processes_with("HOTSET_TEST", mark))
+    remove_stale_instances()
+
+
+def test_a_close_that_is_interrupted_kills_what_is_left() -> None:
+    backend = Backend(workers=1)
+    pids = all_pids(backend)
+    os.kill(backend.coordinator_pid, signal.SIGSTOP)  # it would not close in time
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            backend.close()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert wait_until(lambda: processes_of(pids) == [], 0.5)
+    assert not segment_exists(backend.instance) and not queue_exists(backend.instance)
+    with pytest.raises(BackendError, match="closed"):
+        backend.stats()
 
 
 HOST = """

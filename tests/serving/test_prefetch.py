@@ -14,7 +14,7 @@ import pytest
 from instances import PROMPTS
 
 from hotset.runtime import Backend, SamplingParams
-from hotset.runtime.cli import app
+from hotset.runtime.commands import app
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.model_cache import model_cache
 from hotset.runtime.prefetch import LEAST_PRECISION

@@ -1,0 +1,64 @@
+"""`hotset pack`: writes a model as the pager reads it best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hotset.runtime.stop_signals import stop_signals
+
+
+def pack(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or GGUF file.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Folder for the packed model: new, or of a pack that was interrupted."),
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Of the experts: bf16, q8_0, q4_0, or mixed, by how often each was used; default: as they are.",
+        ),
+    ] = None,
+    heat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACK",
+            help="For mixed: take the record of use of this other pack of the model; default: the model's own.",
+        ),
+    ] = None,
+    hot: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="For mixed: from this percentile of use on, the finest format; default: 0.9."),
+    ] = None,
+    cold: Annotated[
+        float | None, typer.Option(metavar="X", help="For mixed: below this percentile of use, q4_0; default: 0.3.")
+    ] = None,
+) -> None:
+    """Write a model with each expert in one aligned, checksummed block, which is what the pager reads best."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hotset.runtime.config import format_nbytes
+    from hotset.runtime.model.expert_formats import PrecisionTiers
+    from hotset.runtime.model.gguf_folder import model_folder
+    from hotset.runtime.model.pack import Packer
+
+    given = {name: value for name, value in (("hot", hot), ("cold", cold)) if value is not None}
+    with stop_signals:
+        packer = Packer(
+            model_folder(Path(model)),
+            out,
+            format,
+            heat_of=model_folder(Path(heat)) if heat else None,
+            tiers=PrecisionTiers(**given) if given else None,
+        )
+        packer.prepare_folder()  # what is wrong with it is said without a bar
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("packing experts", total=packer.count)
+            packer.run(lambda finished: bar.update(task, completed=finished))
+    formats = ", ".join(f"{count} in {dtype}" for dtype, count in packer.formats.most_common())
+    print(f"{packer.count} experts are in {out}, {format_nbytes(packer.nbytes)}: {formats}")
