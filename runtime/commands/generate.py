@@ -50,7 +50,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="POLICY",
-            help="How experts in memory are preferred: off (exact), bonus, range, mass, resnorm or substitute; default: resnorm.",
+            help="How experts in memory are preferred: off (exact), bonus, range, mass, resnorm or substitute; "
+            "default: resnorm.",
         ),
     ] = None,
     eviction: Annotated[
