@@ -39,10 +39,10 @@ class RouterConfig(msgspec.Struct, frozen=True):
             p_1 * |x| / n to their probability: p_1 is the token's largest, |x| the norm of the residual that enters
             the layer and n the mean norm of the layer's expert outputs, for where |x| is large beside n a wrong
             expert does little harm. `route_batch` takes |x| / n as `residual_ratio`; without it, it is 1.
-            "substitute" replaces experts that are not resident, least probable first, by the most probable ones that
-            are, while each exchange changes the residual by less than a share `substitute_limit`: the outputs of two
-            experts are nearly orthogonal and about n long, so that exchanging weights p and q changes it by
-            sqrt(p^2 + q^2) * n / |x|.
+            "substitute" replaces experts that are not resident, those of least weight first, by the resident ones of
+            least weight, while each time the residual changes by less than a share `substitute_limit`: the outputs of
+            two experts are nearly orthogonal and about n long, so that weight q in place of p changes it by
+            sqrt(p^2 + q^2) * n / |x|. What is missing and matters little is so all but left out.
             With gating "sigmoid", for which it has not been measured, it adds `resnorm_strength` * the token's largest
             sigmoid * |x| / n to the scores that the gate selects by.
         gating: "softmax_top_k" (OLMoE, Qwen) takes probabilities over all experts, "top_k_softmax" (Mixtral,

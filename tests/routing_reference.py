@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -75,35 +75,8 @@ def select(
     if policy == "mass":
         return exchange_within_mass(logits, truth, mask, strength)[0]
     if policy == "substitute":
-        return exchange_within_change(logits, truth, mask, strength, probabilities(logits))[0]
+        return substitute(logits, truth, mask, strength, probabilities(logits))[0]
     return truth
-
-
-def exchange(
-    scores: npt.NDArray[np.floating],
-    truth: list[int],
-    mask: npt.NDArray[np.bool_],
-    cost: Callable[[int, int], float],
-    limit: float,
-) -> tuple[list[int], list[float]]:
-    """The best preferred experts take the places of those of the true top k that are not preferred, worst first, while
-    `cost` of (who goes, who comes) is at most `limit`: the selection, and the costs that were compared with it.
-    """
-    substitutes = [e for e in ranking(scores) if mask[e] and e not in truth and scores[e] > -np.inf]
-    removed: list[int] = []
-    taken: list[int] = []
-    costs: list[float] = []
-    for expert in reversed(truth):
-        if mask[expert]:
-            continue
-        if not substitutes:
-            break
-        costs.append(cost(expert, substitutes[0]))
-        if costs[-1] > limit:
-            break
-        removed.append(expert)
-        taken.append(substitutes.pop(0))
-    return [e for e in truth if e not in removed] + taken, costs
 
 
 def exchange_within_mass(
@@ -117,26 +90,37 @@ def exchange_within_mass(
 
     With `share`, experts are ranked by `logits` but these are their probabilities.
     """
-    probability = probabilities(logits) if share is None else share
-    lost = 0.0
+    share = probabilities(logits) if share is None else share
+    substitutes = [e for e in ranking(logits) if mask[e] and e not in truth and logits[e] > -np.inf]
+    removed: list[int] = []
+    taken: list[int] = []
+    lost: list[float] = []
+    for expert in reversed(truth):
+        if mask[expert]:
+            continue
+        if not substitutes:
+            break
+        lost.append((lost[-1] if lost else 0.0) + share[expert] - share[substitutes[0]])
+        if lost[-1] > budget:
+            break
+        removed.append(expert)
+        taken.append(substitutes.pop(0))
+    return [e for e in truth if e not in removed] + taken, lost
 
-    def mass(out: int, into: int) -> float:
-        nonlocal lost
-        lost += probability[out] - probability[into]
-        return lost
 
-    return exchange(logits, truth, mask, mass, budget)
-
-
-def exchange_within_change(
+def substitute(
     scores: npt.NDArray[np.floating],
     truth: list[int],
     mask: npt.NDArray[np.bool_],
     limit: float,
     weights: npt.NDArray[np.float64],
 ) -> tuple[list[int], list[float]]:
-    """The selection of policy "substitute", and how much each exchange that was considered changes the output."""
-    return exchange(scores, truth, mask, lambda out, into: float(np.hypot(weights[out], weights[into])), limit)
+    """The selection of policy "substitute", and how much each replacement that was considered changes the output."""
+    out = [e for e in reversed(truth) if not mask[e]]
+    into = [e for e in reversed(ranking(scores)) if mask[e] and e not in truth and scores[e] > -np.inf]
+    changes = [float(np.hypot(weights[p], weights[q])) for p, q in zip(out, into, strict=False)]
+    count = next((i for i, change in enumerate(changes) if not change < limit), len(changes))
+    return [e for e in truth if e not in out[:count]] + into[:count][::-1], changes[: count + 1]
 
 
 def next_mean_range(mean: np.float32, logits: Float32) -> np.float32:

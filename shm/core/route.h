@@ -33,7 +33,7 @@ enum route_policy {
     POLICY_RANGE = 2, /* Cache-Prior: they, and the token's own top J, get strength * running mean of max - min */
     POLICY_MASS = 3,  /* they replace others while the probability mass lost stays <= strength */
     POLICY_RESNORM = 4, /* strength * the row's largest probability is added to their probability */
-    POLICY_SUBSTITUTE = 5, /* they replace others while each exchange changes the layer's output by less than strength */
+    POLICY_SUBSTITUTE = 5, /* others are replaced while that changes the layer's output by less than strength */
     ROUTE_POLICIES
 };
 

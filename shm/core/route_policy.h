@@ -3,6 +3,7 @@
 #define HOTSET_ROUTE_POLICY_H
 
 #include "route_resnorm.h"
+#include "route_substitute.h"
 
 /* Moves the running mean of max - min by one row. The first row seeds it. */
 static inline void range_update(struct route_tally *tally, const struct row_statistics *statistics) {
@@ -25,40 +26,22 @@ static inline void row_keep_top(const struct route_tile *tile, struct route_row 
     }
 }
 
-/* Mixing weights are shares times this, and weight_scale; where they are made to sum to one, those of the true top k. */
-static inline float row_weight_scale(struct route_tile *tile, struct route_row *row) {
-    float scale = row_scale(tile, row), shares[ROUTE_MAX_TOP_K];
-    if (!tile->rule->renormalize) return tile->rule->gating == GATING_SIGMOID ? 1 : scale;
-    for (uint32_t i = 0; i < tile->rule->top_k; i++) shares[i] = row_share(row, row->truth[i]);
-    return 1.0f / canonical_sum(shares, tile->rule->top_k);
-}
-
-/* Whether an expert of weight `in` may take the place of one of weight `out`. POLICY_MASS: while the mass lost in all
- * stays within the limit. POLICY_SUBSTITUTE: while this one exchange changes the layer's output by less than the limit, in
- * units of an expert's output: what experts give is nearly orthogonal, so the change out * f - in * g has the norm
- * sqrt(out^2 + in^2). */
-static inline int exchange_is_allowed(uint32_t policy, float out, float in, float limit, float *lost) {
-    if (policy == POLICY_SUBSTITUTE) return out * out + in * in < limit * limit;
-    *lost += out - in;
-    return *lost <= limit;
-}
-
-/* POLICY_MASS and POLICY_SUBSTITUTE, one row, whose best preferred experts are in `ids`: best first they take the places
- * of those in the true top k that are not preferred, worst first, while that is allowed. No other exchange of as many
- * experts loses less. Those that stay keep their order and the others follow, for none of them ranks higher. */
-static inline void row_exchange(struct route_tile *tile, struct route_row *row, uint32_t policy, float limit) {
+/* POLICY_MASS, one row, whose best preferred experts are in `ids`: best first they take the places of those in the true
+ * top k that are not preferred, worst first, while the mass lost in all stays within `budget`. No other exchange of as
+ * many experts loses less. Those that stay keep their order and the others follow, for none of them ranks higher. */
+static inline void row_exchange_within_mass(struct route_tile *tile, struct route_row *row, float budget) {
     const uint64_t *preferred = tile->snapshot->preferred;
     uint32_t k = tile->rule->top_k, count = 0, next = 0, kept = 0, removed = 0 /* bits of positions in truth */;
     int32_t substitutes[ROUTE_MAX_TOP_K], taken[ROUTE_MAX_TOP_K];
-    float scale = policy == POLICY_MASS ? row_scale(tile, row) : row_weight_scale(tile, row), lost = 0;
+    float scale = row_scale(tile, row), lost = 0;
     memcpy(substitutes, row->ids, k * sizeof *substitutes);
     for (uint32_t i = k; i-- > 0;) {
         if (bit_test(preferred, (uint32_t)row->truth[i])) continue;
         while (next < k && contains(row->truth, k, substitutes[next])) next++;
         if (next == k || !bit_test(preferred, (uint32_t)substitutes[next])) break;
         if (!(row->adjusted[(uint32_t)substitutes[next] * row->step] > -INFINITY)) break; /* NaN, masked out, or in a group left out */
-        float out = row_share(row, row->truth[i]) * scale, in = row_share(row, substitutes[next]) * scale;
-        if (!exchange_is_allowed(policy, out, in, limit, &lost)) break;
+        lost += (row_share(row, row->truth[i]) - row_share(row, substitutes[next])) * scale;
+        if (!(lost <= budget)) break;
         taken[count++] = substitutes[next++];
         removed |= UINT32_C(1) << i;
     }
@@ -89,13 +72,18 @@ static inline void tile_apply_policy(struct route_tile *tile, uint32_t policy, c
         tile_select(tile, 0);
         break;
     case POLICY_MASS:
-    case POLICY_SUBSTITUTE:
         tile_adjust(tile, none);
         tile_select(tile, 1);
         tile_restrict(tile);
         tile_select(tile, 0);
         for (uint32_t r = 0; r < tile->rows; r++)
-            if (tile->row[r].statistics.finite) row_exchange(tile, &tile->row[r], policy, strengths[r]);
+            if (tile->row[r].statistics.finite) row_exchange_within_mass(tile, &tile->row[r], strengths[r]);
+        break;
+    case POLICY_SUBSTITUTE:
+        tile_adjust(tile, none);
+        tile_select(tile, 1);
+        for (uint32_t r = 0; r < tile->rows; r++)
+            if (tile->row[r].statistics.finite) row_substitute(tile, &tile->row[r], strengths[r]);
         break;
     case POLICY_RESNORM:
         tile_resnorm(tile, strengths);

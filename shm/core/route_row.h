@@ -100,7 +100,7 @@ static inline uint32_t tile_begin(struct route_tile *tile, const struct route_ru
 #if ROUTE_VECTOR
     tile->stride = tile_stride(experts);
     vector_lanes(snapshot->preferred, tile->stride, tile->preferred);
-    if (call->policy >= POLICY_MASS) {
+    if (call->policy == POLICY_MASS || call->policy == POLICY_RESNORM) {
         uint64_t others[ROUTE_WORDS];
         for (uint32_t word = 0; word * 64 < experts; word++) others[word] = ~snapshot->preferred[word];
         vector_lanes(others, tile->stride, tile->others);

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from routing_reference import exchange_within_change, exchange_within_mass, group_limited, ranking
+from routing_reference import exchange_within_mass, group_limited, ranking, substitute
 
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import RouterConfig
@@ -102,13 +102,13 @@ class TestSelection:
 
     @SETTINGS
     @given(gates, st.sampled_from([0.0, 0.1, 0.4, 10.0]), st.booleans())
-    def test_exchanges_that_change_the_output_little(self, gate: Gate, limit: float, renormalize: bool) -> None:
+    def test_replacements_that_change_the_output_little(self, gate: Gate, limit: float, renormalize: bool) -> None:
         made = gate.router(policy="substitute", substitute_limit=limit, renormalize=renormalize)
         for row, experts in zip(gate.rows, made.route_batch(gate.rows, 1).experts.tolist(), strict=True):
             scores, weights = gate.scores(row), gate.weights(row)
             truth = ranking(scores)[:K]
             weights = weights / weights[truth].sum() if renormalize else weights
-            expected, changes = exchange_within_change(scores, truth, gate.mask, limit, weights)
+            expected, changes = substitute(scores, truth, gate.mask, limit, weights)
             assume(all(abs(change - limit) > 1e-5 for change in changes))
             assert experts == expected
 
