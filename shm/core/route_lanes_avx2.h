@@ -29,6 +29,7 @@ static inline block block_max(block a, block b) { return _mm256_max_ps(a, b); }
 static inline block block_min(block a, block b) { return _mm256_min_ps(a, b); }
 static inline block block_and(block a, block b) { return _mm256_and_ps(a, b); }
 static inline block block_or(block a, block b) { return _mm256_or_ps(a, b); }
+static inline block block_xor(block a, block b) { return _mm256_xor_ps(a, b); }
 static inline int block_is_zero(block a) { return _mm256_testz_si256(_mm256_castps_si256(a), _mm256_castps_si256(a)); }
 
 static inline lane_mask block_at_least(block a, block b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
@@ -44,6 +45,8 @@ static inline lane_mask mask_from_bits(uint32_t bits) {
 }
 /* `a` where the mask is set, zero elsewhere. */
 static inline block block_where(lane_mask mask, block a) { return block_and(mask, a); }
+/* `a` where the mask is set, else `b`. */
+static inline block block_choose(lane_mask mask, block a, block b) { return _mm256_blendv_ps(b, a, mask); }
 /* All ones where the mask is set, zero elsewhere. */
 static inline block block_from_mask(lane_mask mask) { return mask; }
 

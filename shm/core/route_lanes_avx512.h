@@ -28,6 +28,7 @@ static inline block block_max(block a, block b) { return _mm512_max_ps(a, b); }
 static inline block block_min(block a, block b) { return _mm512_min_ps(a, b); }
 static inline block block_and(block a, block b) { return _mm512_and_ps(a, b); }
 static inline block block_or(block a, block b) { return _mm512_or_ps(a, b); }
+static inline block block_xor(block a, block b) { return _mm512_xor_ps(a, b); }
 static inline int block_is_zero(block a) { return !_mm512_test_epi32_mask(_mm512_castps_si512(a), _mm512_castps_si512(a)); }
 
 static inline lane_mask block_at_least(block a, block b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
@@ -40,6 +41,8 @@ static inline uint32_t mask_bits(lane_mask mask) { return mask; }
 static inline lane_mask mask_from_bits(uint32_t bits) { return (lane_mask)bits; }
 /* `a` where the mask is set, zero elsewhere. */
 static inline block block_where(lane_mask mask, block a) { return _mm512_maskz_mov_ps(mask, a); }
+/* `a` where the mask is set, else `b`. */
+static inline block block_choose(lane_mask mask, block a, block b) { return _mm512_mask_mov_ps(b, mask, a); }
 /* All ones where the mask is set, zero elsewhere. */
 static inline block block_from_mask(lane_mask mask) { return _mm512_castsi512_ps(_mm512_movm_epi32(mask)); }
 

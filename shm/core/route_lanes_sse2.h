@@ -35,6 +35,7 @@ static inline block block_max(block a, block b) { return BLOCK_EACH(_mm_max_ps, 
 static inline block block_min(block a, block b) { return BLOCK_EACH(_mm_min_ps, a, b); }
 static inline block block_and(block a, block b) { return BLOCK_EACH(_mm_and_ps, a, b); }
 static inline block block_or(block a, block b) { return BLOCK_EACH(_mm_or_ps, a, b); }
+static inline block block_xor(block a, block b) { return BLOCK_EACH(_mm_xor_ps, a, b); }
 static inline int block_is_zero(block a) {
     __m128i any = _mm_castps_si128(_mm_or_ps(a.low, a.high));
     return _mm_movemask_epi8(_mm_cmpeq_epi32(any, _mm_setzero_si128())) == 0xFFFF;
@@ -57,6 +58,10 @@ static inline lane_mask mask_from_bits(uint32_t bits) {
 }
 /* `a` where the mask is set, zero elsewhere. */
 static inline block block_where(lane_mask mask, block a) { return block_and(mask, a); }
+/* `a` where the mask is set, else `b`. */
+static inline block block_choose(lane_mask mask, block a, block b) {
+    return block_or(block_and(mask, a), BLOCK_EACH(_mm_andnot_ps, mask, b));
+}
 /* All ones where the mask is set, zero elsewhere. */
 static inline block block_from_mask(lane_mask mask) { return mask; }
 

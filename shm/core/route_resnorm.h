@@ -32,16 +32,6 @@ static inline void tile_rank_kind(struct route_tile *tile, int bit, struct ranki
 #if ROUTE_VECTOR
     /* Here all logits are finite: -inf puts the other kind last. */
     const float *excluded = bit ? tile->others : tile->preferred;
-    if (tile->transposed) {
-        int32_t(*chosen)[BLOCK_LANES] = tile->columns.chosen;
-        columns_adjust(tile, excluded, block_all(-INFINITY));
-        columns_select(tile, tile->adjusted, chosen);
-        for (uint32_t r = 0; r < tile->rows; r++) {
-            for (uint32_t i = 0; i < k; i++) rankings[r].ids[i] = chosen[i][r];
-            rankings[r].count = count_of_kind(rankings[r].ids, k, preferred, bit);
-        }
-        return;
-    }
 #endif
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];

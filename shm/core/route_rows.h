@@ -9,6 +9,7 @@
 #if ROUTE_VECTOR
 #include "route_alone.h"
 #include "route_eight.h"
+#include "route_exchange.h"
 #endif
 
 static inline void row_prefetch(struct route_tile *tile, struct route_row *row, struct route_tally *tally) {
@@ -52,12 +53,17 @@ static inline void columns_collect(struct route_tile *tile) {
 
 /* All steps of a tile of columns but the last. */
 static inline void columns_route(struct route_tile *tile, uint32_t policy, const float *strengths, struct route_tally *tally) {
-    if (policy > POLICY_BONUS) {
+    const float none[TILE_ROWS] = {0};
+    int mixed = tile->columns.num_preferred > 0 && tile->columns.num_preferred < tile->columns.num_all;
+    if (policy == POLICY_RANGE) {
         tile_apply_policy(tile, policy, strengths, tally);
         columns_collect(tile);
         tile_report(tile, policy, tally);
+    } else if (exchange_applies(policy) && mixed) {
+        columns_exchange(tile, policy, strengths);
+        columns_report(tile, tally);
     } else {
-        columns_prefer(tile, strengths);
+        columns_prefer(tile, policy == POLICY_BONUS ? strengths : none);
         if (policy == POLICY_BONUS) columns_report(tile, tally);
     }
 }

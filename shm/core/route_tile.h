@@ -12,7 +12,7 @@ static inline void tile_load(struct route_tile *tile, const struct route_call *c
     tile->transposed = 0;
 #if ROUTE_VECTOR
     tile->transposed = columns_apply(tile->rule, call, tile->rows) && columns_begin(tile, logits, call->policy == POLICY_RANGE);
-    if (tile->transposed && call->policy > POLICY_BONUS) columns_rows(tile, ids);
+    if (tile->transposed && call->policy == POLICY_RANGE) columns_rows(tile, ids);
 #else
     (void)call;
 #endif
@@ -43,14 +43,8 @@ static inline void tile_adjust(struct route_tile *tile, const float *amounts) {
     }
 }
 
-/* Fills row->adjusted with the scores of the preferred experts, and -inf. */
+/* Fills row->adjusted with the scores of the preferred experts, and -inf. Not for columns: see route_exchange.h. */
 static inline void tile_restrict(struct route_tile *tile) {
-#if ROUTE_VECTOR
-    if (tile->transposed) {
-        columns_adjust(tile, tile->others, block_all(-INFINITY));
-        return;
-    }
-#endif
     for (uint32_t r = 0; r < tile->rows; r++) {
         struct route_row *row = &tile->row[r];
 #if ROUTE_VECTOR
