@@ -12,6 +12,9 @@ static inline int columns_apply(const struct route_rule *rule, const struct rout
            rule->num_experts <= COLUMN_EXPERTS && !call->want_prefetch;
 }
 
+/* Policies that choose row by row among what columns have ranked. */
+static inline int columns_go_by_row(uint32_t policy) { return policy == POLICY_RANGE || policy == POLICY_SUBSTITUTE; }
+
 /* A bit for each row of the tile. */
 static inline uint32_t tile_all_rows(const struct route_tile *tile) { return (uint32_t)((UINT64_C(1) << tile->rows) - 1); }
 

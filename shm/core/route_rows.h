@@ -55,7 +55,7 @@ static inline void columns_collect(struct route_tile *tile) {
 static inline void columns_route(struct route_tile *tile, uint32_t policy, const float *strengths, struct route_tally *tally) {
     const float none[TILE_ROWS] = {0};
     int mixed = tile->columns.num_preferred > 0 && tile->columns.num_preferred < tile->columns.num_all;
-    if (policy == POLICY_RANGE) {
+    if (columns_go_by_row(policy)) {
         tile_apply_policy(tile, policy, strengths, tally);
         columns_collect(tile);
         tile_report(tile, policy, tally);
