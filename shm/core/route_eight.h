@@ -100,6 +100,7 @@ static inline uint32_t eight_route(struct route_tile *tile, const struct route_c
                                    struct route_tally *tally) {
     uint64_t contested = 0, of_tile;
     uint32_t done = 0;
+    tile->transposed = 0; /* the contested rows are looked at one by one */
     for (; done < 64 && done + BLOCK_LANES <= rows; done += BLOCK_LANES) {
         block bonus = call->policy == POLICY_OFF ? block_all(0)
                       : strengths                ? block_load(strengths + done)
