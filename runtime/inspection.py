@@ -126,7 +126,9 @@ def _expert_formats(checkpoint: Checkpoint) -> Iterator[StoredExperts]:
 
 def _fit(memory: str, config: ModelConfig, checkpoint: Checkpoint) -> Fit:
     try:
-        plan = plan_instance(BackendConfig(model=str(checkpoint.folder), memory=memory), config, checkpoint)
+        # What fits does not depend on routing: with "off" no calibration is read, which may be damaged.
+        wanted = BackendConfig(model=str(checkpoint.folder), memory=memory, routing="off")
+        plan = plan_instance(wanted, config, checkpoint)
     except MemoryTooSmall as error:
         return Fit(memory, 0, 0.0, 0, error.needed)
     geometry = plan.geometry

@@ -68,6 +68,8 @@ def heldout_windows(tokenizer: Tokenizer, end_of_text: int, tokens: int, length:
     """Windows of `length` + 1 tokens, at least `tokens` predictions in all, spread evenly over the held-out files."""
     stream = heldout_stream(tokenizer.encode, end_of_text)
     count = -(-tokens // length)
+    if count < 2:
+        raise ValueError(f"{tokens} tokens are asked for, expected more than the {length} of one window")
     if count * length >= len(stream):
         raise ValueError(f"{tokens} tokens are asked for, the held-out files have {len(stream)}")
     starts = np.linspace(0, len(stream) - length - 1, count).astype(np.int64)

@@ -28,8 +28,7 @@ class BackgroundWriter:
         return self._thread is None and not self._gave_up
 
     def begin(self, write: Callable[[], None]) -> None:
-        """Calls `write` in the thread, if it `is_free`. After an `OSError` or `RuntimeError` (of `model_cache`: this
-        user has no home) nothing is written any more."""
+        """Calls `write` in the thread, if it `is_free`. After an `OSError` nothing is written any more."""
         self._thread = threading.Thread(target=self._run, args=(write,), daemon=True)
         self._thread.start()
 
@@ -40,7 +39,7 @@ class BackgroundWriter:
         self._thread.join()
         self._thread = None
         error, self._error = self._error, None
-        if isinstance(error, (OSError, RuntimeError)):
+        if isinstance(error, OSError):
             self._gave_up = True
             self._problem = f"{self._subject} cannot be written: {error}"
         elif error is not None:

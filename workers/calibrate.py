@@ -65,13 +65,14 @@ def windows_within_memory(model: ModelConfig, kinds: int, available: int) -> tup
     return texts, window
 
 
-def cut(stream: npt.NDArray[np.int32], tokens: int, texts: int, window: int) -> npt.NDArray[np.int32]:
-    """The text as `windows_of` gives it, `tokens` counted ones or as many as there are. Raises `CalibrationFailed`."""
+def cut(stream: npt.NDArray[np.int32], tokens: int, texts: int, window: int, name: str) -> npt.NDArray[np.int32]:
+    """The text as `windows_of` gives it, `tokens` counted ones or as many as there are. Raises `CalibrationFailed`, by
+    the text's name."""
     span = (len(stream) - 1) // texts
     window = min(window, span // (WARM_UP + 1))
     if window < SHORTEST_WINDOW:
         least = texts * SHORTEST_WINDOW * (WARM_UP + 1) + 1
-        raise CalibrationFailed(f"the text has {len(stream):,} tokens, expected at least {least:,}")
+        raise CalibrationFailed(f"{name} has {len(stream):,} tokens, expected at least {least:,}")
     windows = min(WARM_UP + -(-tokens // (texts * window)), span // window)
     return windows_of(stream, texts=texts, windows=windows, length=window)
 
@@ -136,9 +137,10 @@ class Calibrator:
             except UnicodeDecodeError as error:
                 raise CalibrationFailed(f"{start.text} is not text in UTF-8: {error}") from None
         stream = Tokenizer(start.model).encode(text)
+        self._text_name = start.text or "Python sources of the installation"
         kinds = max(len(LADDERS[start.routing]), len(BUDGETS)) + 1
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._texts = cut(stream, start.tokens, *windows_within_memory(self._model, kinds, available))
+        self._texts = cut(stream, start.tokens, *windows_within_memory(self._model, kinds, available), self._text_name)
         self._window = self._texts.shape[2] - 1
 
     def run(self) -> None:
@@ -173,7 +175,7 @@ class Calibrator:
                     routing=start.routing,
                     strength=round(strength, 5),
                     limit=f"{start.limit_text} with {start.budget:.3%} of the experts in memory".replace(".000%", "%"),
-                    text=start.text or "Python sources of the installation",
+                    text=self._text_name,
                     tokens=int(self._texts[:, WARM_UP:, 1:].size),
                     eviction=start.eviction,
                     expectations=expectations,

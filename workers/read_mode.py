@@ -106,7 +106,7 @@ def _direct_problem(checkpoint: Checkpoint) -> str | None:
 def _remembered(checkpoint: Checkpoint) -> ReadRates | None:
     try:
         rates = msgspec.json.decode((model_cache(checkpoint.folder) / RATES_FILE).read_bytes(), type=ReadRates)
-    except (OSError, RuntimeError, msgspec.DecodeError):  # RuntimeError: this user has no home
+    except (OSError, msgspec.DecodeError):
         return None
     return rates if rates.device == _device(checkpoint) else None
 
@@ -125,7 +125,7 @@ def _measured(checkpoint: Checkpoint, lanes: int) -> ReadRates:
         buffered=_rate(checkpoint, sample[::2], lanes, largest, direct=False),
         direct=_rate(checkpoint, sample[1::2], lanes, largest, direct=True),
     )
-    with contextlib.suppress(OSError, RuntimeError):  # then it is measured again next time
+    with contextlib.suppress(OSError):  # then it is measured again next time
         replace_file(model_cache(checkpoint.folder) / RATES_FILE, msgspec.json.encode(rates))
     return rates
 

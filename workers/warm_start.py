@@ -51,7 +51,7 @@ class WarmStart:
             return
         try:
             heat = Heat.load(model, shape)
-        except (UnusableHeat, OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        except (UnusableHeat, OSError) as error:
             self._problem = str(error)
             return
         if heat is None:

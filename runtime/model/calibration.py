@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from hotset.runtime.errors import HotsetError
-from hotset.runtime.model.model_cache import model_cache, replace_file
+from hotset.runtime.model.model_cache import NoCacheFolder, model_cache, replace_file
 
 
 class UnusableCalibration(HotsetError):
@@ -63,14 +63,17 @@ class Calibration(msgspec.Struct, frozen=True):
     @classmethod
     def load(cls, model: Path, routing: str) -> Calibration | None:
         """Of the model folder or file; None if it has not been calibrated. Raises `UnusableCalibration`."""
-        path = cls.path(model, routing)
+        try:
+            path = cls.path(model, routing)
+        except NoCacheFolder:
+            return None
         try:
             found = msgspec.json.decode(path.read_bytes(), type=cls)
         except (FileNotFoundError, NotADirectoryError):  # the latter where the cache folder cannot be
             return None
         except (OSError, msgspec.DecodeError) as error:
             raise UnusableCalibration(path, str(error)) from None
-        if found.routing != routing or not 0 <= found.strength < float("inf"):
+        if found.routing != routing or not 0 <= found.strength <= 1:  # as what the user gives
             raise UnusableCalibration(path, f"it is for {found.routing} with strength {found.strength}")
         return found
 

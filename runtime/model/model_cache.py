@@ -12,18 +12,43 @@ from pathlib import Path
 
 import xxhash
 
+from hotset.runtime.errors import HotsetError
+
 _WEIGHTS = (".safetensors", ".gguf", ".bin")
 _CONFIG = "config.json"  # other settings route the same weights in another way
 
 
+class NoCacheFolder(HotsetError, OSError):
+    """This user has no home folder, nor an XDG_CACHE_HOME."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no folder to keep anything in: this user has no home, and XDG_CACHE_HOME is not set")
+
+
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/hotset`, or `~/.cache/hotset`; a path that is not absolute does not count, as XDG has it."""
+    """`$XDG_CACHE_HOME/hotset`, or `~/.cache/hotset`; a path that is not absolute does not count, as XDG has it.
+
+    Raises `NoCacheFolder`.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (root if root.is_absolute() else Path.home() / ".cache") / "hotset"
+    if root.is_absolute():
+        return root / "hotset"
+    try:
+        return Path.home() / ".cache" / "hotset"
+    except RuntimeError:
+        raise NoCacheFolder from None
 
 
 def model_cache(model: Path) -> Path:
-    """The cache folder of a model folder or file. It need not exist; other weights or settings have another."""
+    """The cache folder of a model folder or file. It need not exist; other weights or settings have another.
+
+    Raises `NoCacheFolder`, or another `OSError` for what is not there.
+    """
+    return cache_root() / "models" / model_identity(model)
+
+
+def model_identity(model: Path) -> str:
+    """A name for the weights and settings at a path: others there have another. Raises `OSError`."""
     model = model.resolve()
     identity = [str(model)]
     if model.is_file():
@@ -33,7 +58,7 @@ def model_cache(model: Path) -> Path:
     for file in files:
         state = file.stat()
         identity.append(f"{file.name} {state.st_size} {state.st_mtime_ns}")
-    return cache_root() / "models" / f"{model.stem}-{xxhash.xxh3_64_hexdigest(chr(10).join(identity).encode())}"
+    return f"{model.stem}-{xxhash.xxh3_64_hexdigest(chr(10).join(identity).encode())}"
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -29,6 +29,7 @@ from rich.table import Table
 from training_corpus import heldout_stream
 
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.model_cache import model_identity
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.workers.compute import _kernels
 from hotset.workers.simulation import Setting, windows_of
@@ -301,7 +302,7 @@ def run(options: argparse.Namespace) -> None:
     settings = settings_of(options, config.num_experts)
     length = min(config.max_position_embeddings, options.window)
     windows = options.warm_up + -(-options.tokens // (options.texts * length))
-    text = Text(options.model.name, options.texts, windows, length, options.warm_up)
+    text = Text(model_identity(options.model), options.texts, windows, length, options.warm_up)
     stream = heldout_stream(Tokenizer(options.model).encode, config.eos_token_ids[0])
     tokens = windows_of(stream, texts=options.texts, windows=windows, length=length)
     _kernels.set_num_threads(options.threads)

@@ -18,7 +18,8 @@ SETTINGS_AT_ONCE = 8  # each takes KV pages and its share of every step
 
 
 class Text(msgspec.Struct, frozen=True):
-    """What is decoded: [texts, windows, tokens] of a stream, the first `warm_up` windows of each text uncounted."""
+    """What is decoded: [texts, windows, tokens] of a stream, the first `warm_up` windows of each text uncounted; by the
+    model of that `model_identity`."""
 
     model: str
     texts: int

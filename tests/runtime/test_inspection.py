@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from model_factory import make_model
 
 from hotset.runtime import Backend
+from hotset.runtime.config import RoutingPolicy
 from hotset.runtime.inspection import inspect_model
+from hotset.runtime.model.calibration import Calibration
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +42,16 @@ def test_one_screen_of_facts_and_what_fits(folder: Path) -> None:
         "needs",
     ):
         assert text in done.stdout
+
+
+def test_a_damaged_calibration_is_no_business_of_it(folder: Path) -> None:
+    (expected,) = inspect_model(folder, ["512MiB"]).fits
+    for routing in get_args(RoutingPolicy):
+        path = Calibration.path(folder, routing)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+    (fit,) = inspect_model(folder, ["512MiB"]).fits
+    assert fit == expected
 
 
 def test_what_fits_is_what_a_backend_plans(folder: Path) -> None:

@@ -67,6 +67,7 @@ def test_a_calibration_is_read_as_it_was_saved(model: Path) -> None:
     [
         (b"{", "cannot be used"),
         (msgspec.json.encode({**msgspec.to_builtins(FOUND), "strength": -1.0}), "it is for resnorm with strength -1"),
+        (msgspec.json.encode({**msgspec.to_builtins(FOUND), "strength": 1.5}), "it is for resnorm with strength 1.5"),
         (msgspec.json.encode({**msgspec.to_builtins(FOUND), "routing": "range"}), "it is for range"),
     ],
 )

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from hotset.runtime.model.model_cache import NoCacheFolder
 from hotset.workers.background_writer import BackgroundWriter
 
 
@@ -29,7 +30,7 @@ def test_a_write_holds_up_the_next_one_and_not_its_owner() -> None:
     assert writer.take_problem() is None
 
 
-@pytest.mark.parametrize("error", [OSError("the disk is full"), RuntimeError("no home")])
+@pytest.mark.parametrize("error", [OSError("the disk is full"), NoCacheFolder()])
 def test_what_cannot_be_written_is_said_once_and_not_tried_again(error: Exception) -> None:
     writer = BackgroundWriter("the file")
     writer.begin(lambda: fail(error))

@@ -38,12 +38,12 @@ def test_a_strength_below_all_that_were_measured_can_be_found() -> None:
 
 
 def test_a_text_is_cut_into_as_many_tokens_as_it_has() -> None:
-    texts = cut(np.arange(100_000, dtype=np.int32), 8_000, 4, 1000)
+    texts = cut(np.arange(100_000, dtype=np.int32), 8_000, 4, 1000, "notes.txt")
     assert texts.shape == (4, WARM_UP + 2, 1001)
-    assert cut(np.arange(20_001, dtype=np.int32), 10**6, 4, 1000).shape == (4, 5, 1001)
-    assert cut(np.arange(801, dtype=np.int32), 10**6, 4, 1000).shape == (4, 2, 101)
-    with pytest.raises(CalibrationFailed, match="the text has 500 tokens, expected at least 513"):
-        cut(np.arange(500, dtype=np.int32), 10**6, 4, 1000)
+    assert cut(np.arange(20_001, dtype=np.int32), 10**6, 4, 1000, "notes.txt").shape == (4, 5, 1001)
+    assert cut(np.arange(801, dtype=np.int32), 10**6, 4, 1000, "notes.txt").shape == (4, 2, 101)
+    with pytest.raises(CalibrationFailed, match=r"notes\.txt has 500 tokens, expected at least 513"):
+        cut(np.arange(500, dtype=np.int32), 10**6, 4, 1000, "notes.txt")
 
 
 def test_windows_take_what_memory_allows() -> None:

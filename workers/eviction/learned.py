@@ -117,7 +117,7 @@ class LearnedKeeper:
             return
         try:
             learned = Learned.load(model, policy)
-        except (UnusableLearned, OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        except (UnusableLearned, OSError) as error:
             self.refused, self._problem = True, str(error)
             return
         if learned is not None:

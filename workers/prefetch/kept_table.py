@@ -30,7 +30,7 @@ class KeptTable:
         self._writer = BackgroundWriter(f"what transitions learned of {model}")
         try:
             self._file: Path | None = model_cache(model) / "transitions"
-        except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        except OSError:
             self._file = None
         else:
             table.load(self._file)

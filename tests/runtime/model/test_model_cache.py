@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hotset.runtime.model.model_cache import cache_root, model_cache, replace_file
+from hotset.runtime.model.calibration import Calibration
+from hotset.runtime.model.model_cache import NoCacheFolder, cache_root, model_cache, replace_file
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,17 @@ def test_a_model_has_one_folder_of_the_users_cache(model: Path, cache: Path):
 def test_a_cache_folder_that_is_not_absolute_does_not_count(monkeypatch: pytest.MonkeyPatch, value: str):
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     assert cache_root() == Path.home() / ".cache" / "hotset"
+
+
+def test_a_user_without_a_home_has_no_cache_folder(model: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(NoCacheFolder, match="this user has no home, and XDG_CACHE_HOME is not set"):
+        model_cache(model)
+    assert Calibration.load(model, "resnorm") is None
 
 
 def test_other_weights_at_the_same_path_have_another_folder(model: Path):

@@ -270,6 +270,9 @@ static inline void policy_learn(struct policy *policy, const uint16_t *record) {
     const uint16_t *row = record + DEMAND_HEADER_WORDS;
     for (uint32_t i = 0; i < record[DEMAND_ROWS]; i++, row += count + 1u) {
         if (row[0] >= policy->num_streams || count > TD_MAX_TOP_K) continue; /* a set, not one token's choice */
+        if (i + 1 == record[DEMAND_ROWS]) td_prefetch(&policy->td, row[0], (layer + 1) % policy->num_layers, NULL, 0);
+        else if (row[count + 1u] < policy->num_streams)
+            td_prefetch(&policy->td, row[count + 1u], layer, row + count + 2u, count);
         policy->stream_seen[(size_t)row[0] * policy->num_layers + layer] = policy->layer_steps[layer];
         policy->batch = record[DEMAND_ROWS];
         policy->td.run.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);

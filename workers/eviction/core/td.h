@@ -24,6 +24,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define TD_SETS 6u
 #define TD_TRAITS 6u
@@ -34,6 +35,8 @@
 #define TD_MAX_EXPERTS 1024u
 #define TD_LANES 32u          /* rows are padded to whole vectors of 64 bytes; padding stays zero */
 #define TD_FLOATS 16u
+#define TD_HUGE_PAGE (2u << 20)
+#define TD_LINE 64u
 #define TD_UNIT (1 / 4096.f)  /* of the set weights, whose 16 bits so hold -8 to 8 */
 #define TD_MAX_STEP 0.005f    /* eta */
 #define TD_STABLE_STEP 0.5f   /* eta * tokens per step * |features|^2: it diverges from about 1 on */
@@ -73,11 +76,14 @@ struct td {
     struct td_kernels run; /* for this processor */
 };
 
-/* Zeros; `nbytes` are whole vectors, because rows are padded. */
+/* Zeros; `nbytes` are whole vectors, because rows are padded. What is large lies in huge pages, where there are any: a
+ * token touches a few rows here and there in it, most of which would be on a page that the processor has to look up. */
 static inline void *td_array(size_t nbytes) {
-    void *array = aligned_alloc(sizeof(td_lanes), nbytes);
-    if (array) memset(array, 0, nbytes);
-    return array;
+    int huge = nbytes >= TD_HUGE_PAGE;
+    void *array = aligned_alloc(huge ? TD_HUGE_PAGE : sizeof(td_lanes), nbytes);
+    if (!array) return NULL;
+    if (huge) madvise(array, nbytes, MADV_HUGEPAGE); /* before the first touch; advice that may be ignored */
+    return memset(array, 0, nbytes);
 }
 
 static inline float *td_float_array(size_t count) { return td_array(count * sizeof(float)); }
@@ -155,6 +161,18 @@ static inline uint32_t td_active_rows(const struct td *td, uint32_t stream, uint
     for (uint32_t i = 0; i < 3; i++)
         n = td_append(td, first + (layer + layers - before[i] % layers) % layers, 2 + i, most, rows, n);
     return td_append(td, first + (layer + 1) % layers, 5, most, rows, n);
+}
+
+/* Asks for the rows that will be active when the token's `experts` of a layer are observed, or for as many as are known
+ * before they are. They are in no cache of a core when a model is large: each is another page, and nothing else waits. */
+static inline void td_prefetch(const struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
+                               uint32_t count) {
+    uint16_t rows[TD_SETS * TD_MAX_TOP_K];
+    uint32_t num_rows = td_active_rows(td, stream, layer, experts, count, rows);
+    const char *weights = (const char *)(td->set_weights + (size_t)layer * TD_SETS * td->num_experts * td->stride);
+    const size_t nbytes = td->stride * sizeof *td->set_weights;
+    for (uint32_t i = 0; i < num_rows; i++)
+        for (size_t line = 0; line < nbytes; line += TD_LINE) __builtin_prefetch(weights + rows[i] * nbytes + line, 1);
 }
 
 static inline void td_reset_layer(struct td *td, uint32_t layer) {
