@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ class Slots:
         self._eviction = eviction
         self._class_of_expert = class_of_expert
         self._class_of_slot = np.array(geometry.classes_of_slots, np.int64)
+        self._slots_of_class = [self._class_of_slot == index for index in range(len(geometry.slot_classes))]
         self._expert_in_slot = np.full(geometry.num_slots, -1, np.int64)
         self._empty: list[list[int]] = [[] for _ in geometry.slot_classes]
         for slot in range(geometry.num_slots - 1, -1, -1):
@@ -112,15 +113,13 @@ class Slots:
             self.free(slot)
             self._arena.count(self._process, Counter.PAGE_OUTS, 1)
 
-    def _victims(self, expert: int) -> list[int]:
+    def _victims(self, expert: int) -> Iterator[int]:
         """Slots whose experts may go for `expert`, in that order. Not those of experts that the user has pinned: trying
         to evict them would hide them for a moment."""
-        slots = np.flatnonzero(self._expert_in_slot >= 0)
+        may_go = self._slots_of_class[self._class_of_expert[expert]]
         if pinned := self._arena.user_pins():
-            slots = slots[~np.isin(self._expert_in_slot[slots], pinned)]
-        of_its_class = self._class_of_slot[slots] == self._class_of_expert[expert]
-        order = self._eviction.order(self._expert_in_slot[slots], expert, of_its_class)
-        return slots[list(order)].tolist()
+            may_go = may_go & ~np.isin(self._expert_in_slot, pinned)
+        return self._eviction.order(self._expert_in_slot, expert, may_go)
 
     def _evict(self, slot: int) -> bool:
         if not self._arena.evict_begin(slot):

@@ -20,6 +20,8 @@ from hotset.shm.segment import Segment
 from hotset.workers.eviction.learned import LearnedKeeper
 from hotset.workers.eviction.replay import make_policy
 
+MOSTLY_ENOUGH = 8  # victims to look for at first: further ones are needed only when these are pinned
+
 
 class Eviction:
     """Orders resident experts from the one to evict first to the one to keep longest.
@@ -61,7 +63,6 @@ class Eviction:
         self._protected: set[int] = set()
         self._demands = DemandReader(segment)
         self._values = np.zeros((geometry.num_layers, geometry.num_experts))
-        self._last_used = np.zeros(self._values.shape, np.uint64)
         if affinity is None:
             shared = ExpertAffinity(AffinityConfig(geometry.num_experts), segment=segment, process=process)
             affinity, _ = shared.snapshot()
@@ -81,22 +82,17 @@ class Eviction:
         newcomer: int | None = None,
         among: npt.NDArray[np.bool_] | None = None,
     ) -> Iterator[int]:
-        """Indices into `experts`, which are resident; the first victim first. `newcomer` is who needs the slot, and
-        will be one of its layer's. `among`: which of them have a slot that it fits."""
+        """Indices into `experts`, which are resident (or -1: none); the first victim first. `newcomer` is who needs the
+        slot, and will be one of its layer's. `among`: which of them have a slot that it fits."""
         self.learn()
-        self._policy.values(self._values)
-        self._policy.last_used(self._last_used)
-        residents = np.bincount(experts // self._num_experts, minlength=len(self._values))
-        if newcomer is not None:
-            residents[newcomer // self._num_experts] += 1
-        # Those that go last of all: the latest step's, if they are admitted, and those of layers at their floor.
-        protected = (
-            np.isin(experts, self._policy.kept()) | (residents <= self._policy.floor)[experts // self._num_experts]
-        )
-        self._protected = {*experts[protected].tolist()}
-        values, last_used = self._values.ravel()[experts], self._last_used.ravel()[experts]
-        order = np.lexsort((experts, last_used, values, protected))
-        yield from (order if among is None else order[among[order]]).tolist()
+        given = 0
+        for most in (MOSTLY_ENOUGH, len(experts)):
+            order, unprotected = self._policy.victims(experts, among, newcomer, most)
+            self._protected = {*experts[order[unprotected:]].tolist()}
+            yield from order[given:]
+            if len(order) < most:
+                return
+            given = len(order)
 
     def yields(self, victim: int) -> bool:
         """Whether a resident expert, of those last ordered, is worth less than one that its layer's next step uses with
@@ -106,4 +102,7 @@ class Eviction:
         """
         if victim in self._protected:
             return False
-        return not self._has_probabilities or bool(self._values.ravel()[victim] < LEAST_PRECISION)
+        if not self._has_probabilities:
+            return True
+        self._policy.values(self._values)
+        return bool(self._values.ravel()[victim] < LEAST_PRECISION)

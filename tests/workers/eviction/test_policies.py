@@ -87,3 +87,41 @@ def test_names() -> None:
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="eviction is"):
         parse_eviction(name)
+
+
+@pytest.mark.parametrize("name", ["td", "lru@always", "affinity", "lfu@bypass"])
+def test_victims_come_in_the_order_in_which_sorting_all_of_them_puts_them(name: str) -> None:
+    layers, experts, slots = 5, 16, 40
+    chance = np.random.default_rng(3)
+    policy = make_policy(
+        parse_eviction(name), num_layers=layers, num_experts=experts, num_streams=1, slots_per_layer=slots / layers
+    )
+    worth, last_used = np.empty((layers, experts)), np.empty((layers, experts), np.uint64)
+    protected_ones = 0
+    for step in range(300):
+        policy.observe(demand_of_set(step % layers, sorted(chance.choice(experts // 2, 3, replace=False).tolist())))
+        in_slots = np.where(chance.random(slots) < 0.1, -1, chance.choice(layers * experts, slots, replace=False))
+        among = chance.random(slots) < 0.7
+        newcomer = None if step % 7 == 0 else int(chance.integers(layers * experts))
+        policy.values(worth)
+        policy.last_used(last_used)
+        resident = in_slots[in_slots >= 0]
+        in_layer = np.bincount(resident // experts, minlength=layers)
+        if newcomer is not None:
+            in_layer[newcomer // experts] += 1
+        protected = np.isin(in_slots, policy.kept()) | (in_layer <= policy.floor)[in_slots // experts]
+        keys = in_slots, last_used.ravel()[in_slots], worth.ravel()[in_slots], protected
+        expected = [slot for slot in np.lexsort(keys).tolist() if among[slot] and in_slots[slot] >= 0]
+        for most in (1, 8, slots):
+            found, unprotected = policy.victims(in_slots, among, newcomer, most)
+            assert found == expected[:most]
+            assert unprotected == sum(not protected[slot] for slot in found)
+        protected_ones += int(protected.sum())
+    assert protected_ones
+
+
+def test_victims_of_what_is_no_expert_are_refused() -> None:
+    policy = policy_after("lru", [0])
+    for experts, newcomer in (([6], None), ([0], 6), ([0], -1)):
+        with pytest.raises(ValueError, match="there is no expert"):
+            policy.victims(np.array(experts), None, newcomer, 1)

@@ -1,5 +1,6 @@
 /* hotset.workers.eviction._core: the types Policy and Cache over policy.h and replay.h; see _core.pyi. */
 #include "bind_cache.h"
+#include "bind_victims.h"
 
 static int policy_type_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     PolicyObject *object = (PolicyObject *)self;
@@ -250,6 +251,7 @@ static PyMethodDef policy_methods[] = {
     {"observe", policy_type_observe, METH_O, "observe(records u16[n]): what the steps used."},
     {"values", policy_type_values, METH_O, "values(out f64[layers, experts]) now: the least goes first."},
     {"last_used", policy_type_last_used, METH_O, "last_used(out u64[layers, experts]): demand numbers, 0 is never."},
+    {"victims", POSITIONAL(policy_type_victims), "victims(experts i64[slots], among, newcomer, most): see _core.pyi."},
     {"kept", policy_type_kept, METH_NOARGS, "kept(): ids that the latest demand does not let go, because it is admitted."},
     {"seed_affinity", policy_type_seed, METH_O, "seed_affinity(scores f64[layers, experts]): from an earlier run."},
     {"forget_streams", policy_type_forget_streams, METH_NOARGS, "forget_streams(): after a gap in the demands."},

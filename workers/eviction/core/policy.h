@@ -147,15 +147,19 @@ static inline uint32_t policy_floor(const struct policy *policy) {
     return (uint32_t)(policy->slots_per_layer * (comparable ? POLICY_FLOOR : 1));
 }
 
-/* What experts of all layers are compared by after the latest demand, [layers][experts]. */
+/* By what a layer's values are multiplied after the latest demand to be compared with those of others: see above. */
+static inline double policy_nearness(const struct policy *policy, uint32_t layer) {
+    if (!policy_td_leads(policy)) return 1;
+    uint32_t since = (policy->layer + policy->num_layers - layer) % policy->num_layers;
+    return pow(td_discount(policy->batch), -(double)since / policy->num_layers);
+}
+
+/* What experts of all layers are compared by, [layers][experts]. */
 static inline void policy_worth(const struct policy *policy, double *worth) {
-    const size_t experts = policy->num_experts;
-    memcpy(worth, policy->value, policy->num_layers * experts * sizeof *worth);
-    if (!policy_td_leads(policy)) return;
     for (uint32_t layer = 0; layer < policy->num_layers; layer++) {
-        uint32_t since = (policy->layer + policy->num_layers - layer) % policy->num_layers;
-        double near = pow(td_discount(policy->batch), -(double)since / policy->num_layers);
-        for (size_t e = 0; e < experts; e++) worth[layer * experts + e] *= near;
+        const size_t first = (size_t)layer * policy->num_experts;
+        const double nearness = policy_nearness(policy, layer);
+        for (size_t e = first; e < first + policy->num_experts; e++) worth[e] = policy->value[e] * nearness;
     }
 }
 
