@@ -1,15 +1,13 @@
-"""Where experts come from: which bytes of which files make up an expert, and reading them into a slot."""
+"""Where experts come from: which bytes of which files make up an expert, and whether they are what they were."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.expert_slots import SLOT_ALIGNMENT
@@ -31,32 +29,31 @@ class ExpertReadError(HotsetError):
         self.offset = offset
 
 
-class Chunk(NamedTuple):
-    """`nbytes` bytes at `offset` of `path`, which go to `pieces` of a slot: (start, nbytes), one after the other."""
+Int64 = npt.NDArray[np.int64]
 
-    expert_id: int
+
+class Chunk(NamedTuple):
+    """What lies at `offset` of `path` and goes to `pieces` of a slot: (start, nbytes), one after the other."""
+
     path: str
     offset: int
-    nbytes: int
     pieces: tuple[tuple[int, int], ...]
 
 
 class ExpertStore:
-    """Reads experts of an open checkpoint, their parts one behind the other (runtime/model/expert_parts.py).
+    """The experts of an open checkpoint, their parts one behind the other (runtime/model/expert_parts.py).
 
     A packed model comes with checksums (INV-1). Of others, the checksum of the first whole read is the store's checksum
-    from then on: weights that change under a running instance are refused instead of served. `read` may be called
-    from several threads at once.
+    from then on: weights that change under a running instance are refused instead of served.
 
     Args:
-        direct: read past the page cache, by O_DIRECT. For packed models: their blocks begin at multiples of what it
-            wants (see `SLOT_ALIGNMENT`), and so do slots and chunks.
+        direct: to be read past the page cache, by O_DIRECT. For packed models: their blocks begin at multiples of what
+            it wants (see `SLOT_ALIGNMENT`), and so do slots and chunks.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, direct: bool = False) -> None:
         self._checkpoint = checkpoint
-        self._direct = direct
-        self._asks_page_cache = not direct
+        self.direct = direct
         self._num_experts = checkpoint.config.num_experts
         self._checksums: list[int | None] = [None] * (checkpoint.config.num_layers * self._num_experts)
         self._manifest = PackManifest.of(checkpoint.folder)
@@ -66,18 +63,29 @@ class ExpertStore:
                 self._checksums[first : first + len(experts)] = [expert.checksum for expert in experts]
         self._files: dict[str, int] = {}
         self._locations: dict[int, ExpertLocation] = {}
-        self._chunks: dict[int, list[Chunk]] = {}
+        self._pieces: dict[int, tuple[Int64, Int64]] = {}
+        self._nbytes: dict[int, int] = {}
 
     def nbytes(self, expert_id: int) -> int:
         """What it takes in a slot."""
-        return self._location(expert_id).nbytes
+        if (nbytes := self._nbytes.get(expert_id)) is None:
+            nbytes = self._nbytes[expert_id] = self._location(expert_id).nbytes
+        return nbytes
 
-    def chunks(self, expert_id: int) -> list[Chunk]:
-        """What has to be read, as nearly in the order of the slot as the file allows."""
-        chunks = self._chunks.get(expert_id)
-        if chunks is None:
-            chunks = self._chunks[expert_id] = self._cut(expert_id)
-        return chunks
+    def pieces(self, expert_id: int) -> tuple[Int64, Int64]:
+        """What has to be read, as nearly in the order of the slot as the file allows, and which matrices have to be
+        turned then: rows as `_core.Lanes.begin` takes them (reading/_core.pyi). Raises `ExpertReadError`."""
+        if (rows := self._pieces.get(expert_id)) is None:
+            pieces: list[tuple[int, int, int, int, int]] = []
+            for number, chunk in enumerate(self._cut(expert_id)):
+                offset = chunk.offset
+                for start, nbytes in chunk.pieces:
+                    pieces.append((number, self._file(expert_id, chunk), offset, start, nbytes))
+                    offset += nbytes
+            transposed = _transposed(self._location(expert_id))
+            rows = np.array(pieces, np.int64), np.array(transposed, np.int64).reshape(-1, 4)
+            self._pieces[expert_id] = rows
+        return rows
 
     def _cut(self, expert_id: int) -> list[Chunk]:
         location = self._location(expert_id)
@@ -87,62 +95,26 @@ class ExpertStore:
         run: list[tuple[TensorLocation, int]] = []  # parts that follow one another in a file
         for tensor, start in parts:
             if run and (run[-1][0].file != tensor.file or run[-1][0].offset + run[-1][0].nbytes != tensor.offset):
-                chunks += _cut(expert_id, run)
+                chunks += _cut(run)
                 run = []
             run.append((tensor, start))
-        return sorted(chunks + _cut(expert_id, run), key=lambda chunk: min(chunk.pieces))
-
-    def read(self, chunk: Chunk, slot: npt.NDArray[np.uint8]) -> bool:
-        """Whether it came from the disk, not from the page cache. Raises `ExpertReadError`."""
-        memory = memoryview(slot)
-        buffers = [memory[start : start + nbytes] for start, nbytes in chunk.pieces]
-        if self._direct:  # a single piece; the last one of an expert ends within its block
-            start, nbytes = chunk.pieces[0]
-            buffers = [memory[start : start + -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT]]
-        done = 0
-        from_disk = not self._asks_page_cache
-        try:
-            while done < chunk.nbytes:
-                try:
-                    flags = 0 if from_disk else os.RWF_NOWAIT
-                    count = os.preadv(self._file(chunk.path), buffers, chunk.offset + done, flags)
-                except OSError as error:
-                    if from_disk or error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                        raise
-                    from_disk = True
-                    self._asks_page_cache &= error.errno != errno.EOPNOTSUPP
-                    continue
-                if count == 0:
-                    raise self._error(chunk, done, "the file ends there")
-                done += count
-                while buffers and count >= len(buffers[0]):
-                    count -= len(buffers.pop(0))
-                if buffers:
-                    buffers[0] = buffers[0][count:]
-        except OSError as error:
-            raise self._error(chunk, done, error.strerror or str(error)) from error
-        return from_disk
+        return sorted(chunks + _cut(run), key=lambda chunk: min(chunk.pieces))
 
     def drop_from_page_cache(self, expert_id: int) -> None:
-        for chunk in self.chunks(expert_id):
-            os.posix_fadvise(self._file(chunk.path), chunk.offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
+        for _, fd, offset, _, nbytes in self.pieces(expert_id)[0].tolist():
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def complete(self, expert_id: int, slot: npt.NDArray[np.uint8], checksum: int) -> tuple[int, WeightFormat]:
-        """Checksum and format of an expert whose chunks are all in `slot`, with `checksum` as they were read.
+    def verify(self, expert_id: int, checksum: int) -> tuple[int, WeightFormat]:
+        """Checksum and format of an expert whose bytes in a slot have this checksum.
 
-        Raises `ExpertReadError` if its bytes are not what they were.
+        Raises `ExpertReadError` if they are not what they were.
         """
-        location = self._location(expert_id)
-        if location.transposed:
-            transpose_parts(location, slot)
-            checksum = xxhash.xxh3_64_intdigest(memoryview(slot)[: location.nbytes])
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
             origin = "when it was first read" if self._manifest is None else "when it was packed"
             problem = f"its checksum is {checksum:#x}, it was {expected:#x} {origin}"
-            first = location.parts[0]
-            layer, expert = divmod(expert_id, self._num_experts)
-            raise ExpertReadError(str(first.file), layer, expert, first.offset, problem)
+            first = self._location(expert_id).parts[0]
+            raise ExpertReadError(str(first.file), *divmod(expert_id, self._num_experts), first.offset, problem)
         self._checksums[expert_id] = checksum
         dtype = self._checkpoint.expert_dtype(*divmod(expert_id, self._num_experts))
         return checksum, WeightFormat[dtype.upper()]
@@ -154,20 +126,24 @@ class ExpertStore:
             self._locations[expert_id] = location
         return location
 
-    def _file(self, path: str) -> int:
-        fd = self._files.get(path)
+    def _file(self, expert_id: int, chunk: Chunk) -> int:
+        fd = self._files.get(chunk.path)
         if fd is None:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0))
+            try:
+                fd = os.open(chunk.path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0))
+            except OSError as error:
+                layer, expert = divmod(expert_id, self._num_experts)
+                problem = error.strerror or str(error)
+                raise ExpertReadError(chunk.path, layer, expert, chunk.offset, problem) from error
+            self._files[chunk.path] = fd
             # The next expert lies elsewhere: reading ahead doubled the bytes from disk under a memory limit.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-            # Two threads may get here at once; the one that comes second uses the first one's file.
-            if (first := self._files.setdefault(path, fd)) != fd:
-                os.close(fd)
-                return first
         return fd
 
-    def _error(self, chunk: Chunk, done: int, problem: str) -> ExpertReadError:
-        return ExpertReadError(chunk.path, *divmod(chunk.expert_id, self._num_experts), chunk.offset + done, problem)
+    def error(self, expert_id: int, fd: int, offset: int, problem: str) -> ExpertReadError:
+        """Of a read from one of its files."""
+        path = next(path for path, file in self._files.items() if file == fd)
+        return ExpertReadError(path, *divmod(expert_id, self._num_experts), offset, problem)
 
     def close(self) -> None:
         for fd in self._files.values():
@@ -175,7 +151,7 @@ class ExpertStore:
         self._files.clear()
 
 
-def _cut(expert_id: int, run: list[tuple[TensorLocation, int]]) -> list[Chunk]:
+def _cut(run: list[tuple[TensorLocation, int]]) -> list[Chunk]:
     """The chunks of tensors that follow one another in a file; each comes with its start in the slot."""
     first = run[0][0]
     nbytes = sum(tensor.nbytes for tensor, _ in run)
@@ -194,24 +170,25 @@ def _cut(expert_id: int, run: list[tuple[TensorLocation, int]]) -> list[Chunk]:
                     into, nbytes = pieces.pop()
                 pieces.append((into, nbytes + high - low))
             at += tensor.nbytes
-        chunks.append(Chunk(expert_id, str(first.file), first.offset + begin, end - begin, tuple(pieces)))
+        chunks.append(Chunk(str(first.file), first.offset + begin, tuple(pieces)))
     return chunks
 
 
-def transpose_parts(location: ExpertLocation, slot: npt.NDArray[np.uint8]) -> None:
-    """Of an expert whose parts are in `slot` as the checkpoint has them: those that it has the other way round."""
-    start = 0
-    for index, part in enumerate(location.parts):
-        if index in location.transposed:
-            stored = slot[start : start + part.nbytes].view(STORED_DTYPES[part.dtype])
-            stored[:] = stored.reshape(part.shape).T.ravel()  # ravel copies first
-        start += part.nbytes
+def _transposed(location: ExpertLocation) -> list[tuple[int, int, int, int]]:
+    """(start in the slot, rows, columns, bytes of a value) of the parts that the checkpoint has the other way round."""
+    starts = list(itertools.accumulate((part.nbytes for part in location.parts), initial=0))
+    return [
+        (starts[index], *location.parts[index].shape, STORED_DTYPES[location.parts[index].dtype].itemsize)
+        for index in location.transposed
+    ]
 
 
 def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> npt.NDArray[np.uint8]:
-    """The bytes of a slot with this expert."""
+    """The bytes of a slot with this expert, read and turned by numpy."""
     location = checkpoint.expert(layer, expert)
     parts = [np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset) for part in location.parts]
-    slot = np.concatenate(parts)
-    transpose_parts(location, slot)
-    return slot
+    for index in location.transposed:
+        part = location.parts[index]
+        stored = parts[index].view(STORED_DTYPES[part.dtype]).reshape(part.shape)
+        parts[index] = stored.T.ravel().view(np.uint8)  # ravel copies
+    return np.concatenate(parts)

@@ -19,12 +19,18 @@ class IdleDisk:
 
     def note(self, *, busy: bool) -> None:
         """Whether an urgent load is under way from now on."""
+        if busy == self._busy:
+            return  # it is averaged over when it ends, or when somebody asks
+        self._advance()
+        self._busy = busy
+
+    def _advance(self) -> None:
         now = time.monotonic()
         old = math.exp((self._updated - now) / MEMORY_SECONDS)
         self._idle_share = old * self._idle_share + (1 - old) * (not self._busy)
-        self._busy, self._updated = busy, now
+        self._updated = now
 
     def is_idle(self) -> bool:
         """Whether no urgent load is under way, and few were lately."""
-        self.note(busy=self._busy)
+        self._advance()
         return not self._busy and self._idle_share >= LEAST_IDLE_SHARE

@@ -78,6 +78,7 @@ class Pager:
         self._urgent: dict[int, None] = {}  # in the order of arrival
         self._prefetches = PrefetchRequests(self._arena, geometry.num_experts, start.plan.num_workers)
         self._loads: dict[int, Load] = {}
+        self._urgent_loads = 0  # of them
         self._idle_disk = IdleDisk()
         self._next_rescan = 0.0
         self._arena.recover()
@@ -101,17 +102,17 @@ class Pager:
     ) -> None:
         (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
         load = self._loads[expert] = Load(expert, slot, urgent=urgent, warm_start=warm_start, source=source)
-        self._note_disk()
+        self._count_urgent_loads(urgent)
         self._lanes.begin(load)
 
-    def _note_disk(self) -> None:
-        """After every change of `_loads`, or of whether one of them is urgent."""
-        self._idle_disk.note(busy=any(load.urgent for load in self._loads.values()))
+    def _count_urgent_loads(self, change: int) -> None:
+        self._urgent_loads += change
+        self._idle_disk.note(busy=self._urgent_loads > 0)
 
     def _finish_loads(self) -> None:
         for load in self._lanes.take_finished():
             del self._loads[load.expert]
-            self._note_disk()
+            self._count_urgent_loads(-load.urgent)
             if load.cancelled:
                 self._slots.free(load.slot)
                 if load.warm_start:
@@ -224,9 +225,10 @@ class Pager:
 
     def _overtake(self, load: Load) -> bool:
         """An urgent request for what is being loaded already. Its bit is cleared only if the load is sure to end."""
+        was_urgent = load.urgent
         if not self._lanes.promote(load):
             return False
-        self._note_disk()
+        self._count_urgent_loads(load.urgent - was_urgent)
         self._arena.withdraw_request(load.expert)
         return True
 

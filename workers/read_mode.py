@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -20,10 +20,12 @@ import numpy as np
 
 from hotset.runtime.config import ReadMode, format_nbytes
 from hotset.runtime.errors import HotsetError
+from hotset.runtime.expert_slots import SLOT_ALIGNMENT
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.model_cache import model_cache, replace_file
 from hotset.runtime.model.pack_manifest import EXPERTS_FILE, PackManifest
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
+from hotset.workers.read_lanes import Load, ReadLanes
 
 RATES_FILE = "read_rates.json"
 SAMPLE_NBYTES = 64 << 20  # read in each mode
@@ -131,29 +133,30 @@ def _measured(checkpoint: Checkpoint, lanes: int) -> ReadRates:
 
 
 def _rate(checkpoint: Checkpoint, sample: list[int], lanes: int, largest: int, *, direct: bool) -> float:
-    """Bytes per second of reading the sample cold, a thread for each lane; 0 if it cannot be read so."""
+    """Bytes per second of loading the sample cold, as the pager does; 0 if it cannot be read so."""
     store = ExpertStore(checkpoint, direct=direct)
-    deadline = time.monotonic() + SAMPLE_SECONDS
-
-    def read(experts: list[int]) -> int:
-        slot = np.frombuffer(mmap.mmap(-1, -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE), np.uint8)
-        done = 0
-        for expert in experts:
-            for chunk in store.chunks(expert):
-                if time.monotonic() > deadline:
-                    return done
-                store.read(chunk, slot)
-                done += chunk.nbytes
-        return done
-
+    stride = -(-largest // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    slots = np.frombuffer(mmap.mmap(-1, 2 * lanes * stride), np.uint8).reshape(2 * lanes, stride)
+    readers = ReadLanes(store, list(slots), lanes)
     try:
         for expert in sample:
             store.drop_from_page_cache(expert)
-        began = time.perf_counter()
-        with ThreadPoolExecutor(lanes) as threads:
-            done = sum(threads.map(read, [sample[lane::lanes] for lane in range(lanes)]))
-        return done / (time.perf_counter() - began)
+        began = time.monotonic()
+        waiting = iter(sample)
+        for slot, expert in zip(range(len(slots)), waiting, strict=False):
+            readers.begin(Load(expert, slot, urgent=True))
+        done = 0
+        while (left := began + SAMPLE_SECONDS - time.monotonic()) > 0 and done < len(sample):
+            select.select([readers.fd], [], [], left)
+            for load in readers.take_finished():
+                if load.error is not None:
+                    return 0.0
+                done += 1
+                if (expert := next(waiting, None)) is not None:
+                    readers.begin(Load(expert, load.slot, urgent=True))
+        return done * largest / (time.monotonic() - began)
     except ExpertReadError:
         return 0.0
     finally:
+        readers.close()
         store.close()

@@ -1,10 +1,14 @@
-"""Read lanes over a store whose reads wait for the test: which chunk is read when, and how a load ends."""
+"""Read lanes: which chunk is read when, what its checksum is, and how a load ends."""
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
+import random
 import select
-import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,162 +16,350 @@ import pytest
 import xxhash
 
 from hotset.shm.layout import WeightFormat
-from hotset.workers.expert_store import Chunk, ExpertReadError
+from hotset.workers.expert_store import ExpertReadError
 from hotset.workers.read_lanes import Load, ReadLanes
+from hotset.workers.reading import _core
 
-CHUNKS = 3
+FILE_NBYTES = 3 << 20
 PATIENCE = 10.0  # seconds; only a failing test waits that long
+NOT_TURNED = np.empty((0, 4), np.int64)
+BYTES = np.random.default_rng(0).integers(0, 256, FILE_NBYTES, np.uint8)
 
-
-class GatedStore:
-    """Every read waits until the test lets it through; a chunk is one byte, the number of its expert."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[int, int]] = []  # (expert, chunk) that lanes are at
-        self.errors: dict[int, int] = {}  # reads of an expert that are still to fail
-        self._let_through: set[tuple[int, int]] = set()
-        self._open = False
-        self._changed = threading.Condition()
-
-    def chunks(self, expert: int) -> list[Chunk]:
-        return [Chunk(expert, "weights", at, 1, ((at, 1),)) for at in range(CHUNKS)]
-
-    def read(self, chunk: Chunk, slot: npt.NDArray[np.uint8]) -> None:
-        key = (chunk.expert_id, chunk.offset)
-        with self._changed:
-            self.waiting.append(key)
-            self._changed.notify_all()
-            assert self._changed.wait_for(lambda: self._open or key in self._let_through, PATIENCE)
-            self._let_through.discard(key)
-            self.waiting.remove(key)
-            self._changed.notify_all()
-            if self.errors.get(chunk.expert_id, 0):
-                self.errors[chunk.expert_id] -= 1
-                raise ExpertReadError("weights", 0, chunk.expert_id, chunk.offset, "the disk is tired")
-        slot[chunk.offset] = chunk.expert_id
-
-    def complete(self, expert: int, slot: npt.NDArray[np.uint8], checksum: int) -> tuple[int, WeightFormat]:
-        assert list(slot[:CHUNKS]) == [expert] * CHUNKS
-        assert checksum == xxhash.xxh3_64_intdigest(bytes([expert] * CHUNKS))
-        return expert, WeightFormat.FLOAT16
-
-    def wait_for(self, *reads: tuple[int, int]) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: sorted(self.waiting) == sorted(reads), PATIENCE), self.waiting
-
-    def let_through(self, *reads: tuple[int, int]) -> None:
-        with self._changed:
-            self._let_through |= set(reads)
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        """From now on reads do not wait."""
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
+Int64 = npt.NDArray[np.int64]
 
 
 @pytest.fixture
-def store() -> GatedStore:
-    return GatedStore()
+def file(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "weights"
+    path.write_bytes(BYTES.tobytes())
+    os.sync()  # what is not written yet cannot be dropped from the page cache
+    fd = os.open(path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def chunks(fd: int, *nbytes: int) -> Int64:
+    """One piece each, from the start of the file."""
+    starts = itertools.accumulate(nbytes[:-1], initial=0)
+    rows = [(number, fd, start, start, nbytes[number]) for number, start in enumerate(starts)]
+    return np.array(rows, np.int64)
+
+
+def checksum_of(slot: npt.NDArray[np.uint8]) -> int:
+    return xxhash.xxh3_64_intdigest(slot.tobytes())
+
+
+def wait_for_one(lanes: ReadLanes) -> Load:
+    while True:
+        assert select.select([lanes.fd], [], [], PATIENCE)[0], "nothing was finished"
+        if finished := lanes.take_finished():
+            (load,) = finished
+            return load
+
+
+# ---- in which order: the test is the lanes
+
+
+class PlayedLanes:
+    def __init__(self, fd: int) -> None:
+        self.core = _core.Lanes([np.zeros(3000, np.uint8) for _ in range(3)], 0)
+        self._fd = fd
+
+    def begin(self, load: int, *, urgent: bool) -> None:
+        """In the slot of the same number, of three chunks."""
+        self.core.begin(load, load, chunks(self._fd, 1000, 1000, 1000), NOT_TURNED, urgent)
+
+    def finished(self) -> list[int]:
+        return [row[0] for row in self.core.take_finished()]
 
 
 @pytest.fixture
-def lanes(store: GatedStore) -> Iterator[ReadLanes]:
-    lanes = ReadLanes(store, np.zeros((4, CHUNKS), np.uint8), 2)  # type: ignore[arg-type]
+def lanes(file: int) -> Iterator[PlayedLanes]:
+    lanes = PlayedLanes(file)
     yield lanes
-    store.open()
+    lanes.core.close()
+
+
+def test_one_load_is_spread_over_all_lanes(lanes: PlayedLanes) -> None:
+    lanes.begin(0, urgent=True)
+    assert [lanes.core.take() for _ in range(4)] == [(0, 0), (0, 1), (0, 2), None]
+    for chunk in (1, 2, 0):
+        assert lanes.core.take_finished() == []
+        lanes.core.read(0, chunk)
+    assert lanes.core.take_finished() == [(0, checksum_of(BYTES[:3000]), False, False, 0, 0, 0)]
+
+
+def test_several_loads_are_read_by_a_lane_each(lanes: PlayedLanes) -> None:
+    for load in range(3):
+        lanes.begin(load, urgent=True)
+    assert [lanes.core.take() for _ in range(4)] == [(0, 0), (1, 0), (2, 0), (0, 1)]
+    lanes.core.read(1, 0)
+    assert lanes.core.take() == (1, 1)
+
+
+def test_an_urgent_load_goes_before_the_next_chunk_of_a_prefetch(lanes: PlayedLanes) -> None:
+    lanes.begin(1, urgent=False)
+    assert [lanes.core.take(), lanes.core.take()] == [(1, 0), None]  # one lane only: the others stay free
+    lanes.begin(2, urgent=True)
+    assert lanes.core.take() == (2, 0)
+    lanes.core.read(1, 0)
+    assert [lanes.core.take(), lanes.core.take(), lanes.core.take()] == [(2, 1), (2, 2), None]
+    for chunk in range(3):
+        assert lanes.core.take() is None  # as long as any of the urgent load is under way
+        lanes.core.read(2, chunk)
+    assert lanes.finished() == [2]
+    assert [lanes.core.take(), lanes.core.take()] == [(1, 1), None]
+    lanes.core.read(1, 1)
+    assert lanes.core.take() == (1, 2)
+    lanes.core.read(1, 2)
+    assert lanes.finished() == [1]
+
+
+def test_prefetches_are_read_one_after_the_other(lanes: PlayedLanes) -> None:
+    lanes.begin(1, urgent=False)
+    lanes.begin(2, urgent=False)
+    for chunk in range(3):
+        assert [lanes.core.take(), lanes.core.take()] == [(1, chunk), None]
+        lanes.core.read(1, chunk)
+    assert lanes.core.take() == (2, 0)
+
+
+def test_an_overtaken_prefetch_becomes_urgent_and_keeps_what_it_has(lanes: PlayedLanes) -> None:
+    lanes.begin(1, urgent=False)
+    lanes.begin(2, urgent=False)
+    assert lanes.core.take() == (1, 0)
+    lanes.core.read(1, 0)
+    assert lanes.core.promote(1)
+    assert [lanes.core.take() for _ in range(3)] == [(1, 1), (1, 2), None]
+    lanes.core.cancel(1)  # too late: somebody waits for it
+    lanes.core.read(1, 1)
+    lanes.core.read(1, 2)
+    assert lanes.core.take_finished() == [(1, checksum_of(BYTES[:3000]), False, False, 0, 0, 0)]
+
+
+def test_a_prefetch_given_up_is_finished_when_no_lane_writes_to_its_slot(lanes: PlayedLanes) -> None:
+    lanes.begin(1, urgent=False)
+    assert lanes.core.take() == (1, 0)
+    lanes.core.cancel(1)
+    assert lanes.core.take_finished() == []
+    assert not lanes.core.promote(1), "its chunks are forgotten already"
+    lanes.core.read(1, 0)
+    ((load, _, _, cancelled, *_),) = lanes.core.take_finished()
+    assert (load, cancelled) == (1, True)
+    assert lanes.core.take() is None
+
+
+def test_a_prefetch_given_up_between_two_chunks_is_finished_at_once(lanes: PlayedLanes) -> None:
+    lanes.begin(1, urgent=False)
+    lanes.core.cancel(1)
+    assert select.select([lanes.core.fd], [], [], 0)[0]
+    assert lanes.finished() == [1]
+    assert not select.select([lanes.core.fd], [], [], 0)[0]
+
+
+# ---- what is read
+
+
+@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
+def test_the_checksum_is_that_of_the_library(instruction_set: str) -> None:
+    for nbytes in (_core.SHORT + 1, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 65_536, 100_001, FILE_NBYTES):
+        assert _core.xxh3_64(BYTES[:nbytes], instruction_set) == checksum_of(BYTES[:nbytes]), nbytes
+    with pytest.raises(ValueError, match="does not go"):
+        _core.xxh3_64(BYTES[: _core.SHORT], instruction_set)
+
+
+def scattered(fd: int, nbytes: int, chance: random.Random) -> Int64:
+    """The slot's bytes come from several places of the file, some in one read for several places of the slot."""
+    cuts = [0, *sorted(chance.sample(range(1, nbytes), 12)), nbytes]
+    pieces = [(begin, end - begin) for begin, end in itertools.pairwise(cuts)]
+    chance.shuffle(pieces)
+    rows, number, offset = list[tuple[int, ...]](), 0, 0
+    for start, length in pieces:
+        rows.append((number, fd, offset, start, length))
+        offset += length
+        if chance.random() < 0.6:
+            number, offset = number + 1, offset + chance.randrange(100)
+    return np.array(rows, np.int64)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_slots_and_checksums_are_right_wherever_the_pieces_come_from(file: int, threads: int) -> None:
+    chance = random.Random(threads)
+    slots = [np.zeros(2 << 20, np.uint8) for _ in range(4)]
+    lanes = _core.Lanes(slots, threads)
+    for _ in range(30):
+        expected: dict[int, npt.NDArray[np.uint8]] = {}
+        for slot in range(4):
+            rows = scattered(file, chance.choice([300, 5_000, 300_000, 2 << 20]), chance)
+            expected[slot] = np.zeros(int(rows[:, 4].sum()), np.uint8)
+            for _, _, offset, start, nbytes in rows.tolist():
+                expected[slot][start : start + nbytes] = BYTES[offset : offset + nbytes]
+            lanes.begin(slot, slot, rows, NOT_TURNED, True)
+        while expected:
+            assert select.select([lanes.fd], [], [], PATIENCE)[0]
+            for load, checksum, _, _, error, _, _ in lanes.take_finished():
+                bytes_then = expected.pop(load)
+                assert error == 0
+                assert np.array_equal(slots[load][: len(bytes_then)], bytes_then)
+                assert checksum == checksum_of(bytes_then)
     lanes.close()
 
 
-def finished(lanes: ReadLanes) -> Load:
-    assert select.select([lanes.fd], [], [], PATIENCE)[0], "nothing was finished"
-    (load,) = lanes.take_finished()
-    return load
-
-
-def test_one_load_is_spread_over_all_lanes(store: GatedStore, lanes: ReadLanes) -> None:
-    lanes.begin(Load(7, 0, urgent=True))
-    store.wait_for((7, 0), (7, 1))
-    store.let_through((7, 1))
-    store.wait_for((7, 0), (7, 2))
-    store.let_through((7, 0), (7, 2))
-    load = finished(lanes)
-    assert (load.expert, load.checksum, load.error, load.cancelled) == (7, 7, None, False)
-
-
-def test_an_urgent_load_goes_before_the_next_chunk_of_a_prefetch(store: GatedStore, lanes: ReadLanes) -> None:
-    prefetch, urgent = Load(1, 0, urgent=False), Load(2, 1, urgent=True)
-    lanes.begin(prefetch)
-    store.wait_for((1, 0))  # one lane only: the other stays free
-    lanes.begin(urgent)
-    store.wait_for((1, 0), (2, 0))
-    store.let_through((1, 0))
-    store.wait_for((2, 0), (2, 1))
-    store.let_through((2, 0), (2, 1))
-    store.wait_for((2, 2))  # nothing of the prefetch is read while the urgent load is under way
-    store.let_through((2, 2))
-    assert finished(lanes) is urgent
-    store.wait_for((1, 1))
-    store.let_through((1, 1), (1, 2))
-    assert finished(lanes) is prefetch
-    assert prefetch.error is None and not prefetch.urgent
-
-
-def test_an_overtaken_prefetch_becomes_urgent_and_keeps_what_it_has(store: GatedStore, lanes: ReadLanes) -> None:
-    load = Load(1, 0, urgent=False)
-    lanes.begin(load)
-    store.wait_for((1, 0))
-    assert lanes.promote(load)
-    store.wait_for((1, 0), (1, 1))  # now on all lanes
-    lanes.cancel(load)  # too late: somebody waits for it
-    store.let_through((1, 0), (1, 1), (1, 2))
-    assert finished(lanes) is load
-    assert load.urgent and not load.cancelled
-
-
-def test_a_prefetch_given_up_is_finished_when_no_lane_writes_to_its_slot(store: GatedStore, lanes: ReadLanes) -> None:
-    load = Load(1, 0, urgent=False)
-    lanes.begin(load)
-    store.wait_for((1, 0))
-    lanes.cancel(load)
-    assert lanes.take_finished() == []
-    assert not lanes.promote(load), "its chunks are forgotten already"
-    store.let_through((1, 0))
-    assert finished(lanes) is load
-    assert load.cancelled
-    store.wait_for()
-
-
-def test_a_prefetch_given_up_between_two_chunks_is_finished_at_once(store: GatedStore, lanes: ReadLanes) -> None:
-    prefetch, urgent = Load(1, 0, urgent=False), Load(2, 1, urgent=True)
-    lanes.begin(urgent)
-    store.wait_for((2, 0), (2, 1))
-    lanes.begin(prefetch)
-    lanes.cancel(prefetch)
-    assert finished(lanes) is prefetch
-
-
-def test_a_passing_error_is_tried_once_more(store: GatedStore, lanes: ReadLanes) -> None:
-    store.open()
-    store.errors[3] = 1
-    lanes.begin(Load(3, 0, urgent=True))
-    assert finished(lanes).error is None
-    assert store.errors[3] == 0
-
-
-def test_a_lasting_error_is_reported(store: GatedStore, lanes: ReadLanes) -> None:
-    store.open()
-    store.errors[3] = 2 * CHUNKS
-    lanes.begin(Load(3, 0, urgent=True))
-    load = finished(lanes)
-    assert load.error is not None and "the disk is tired" in str(load.error)
-
-
-def test_a_mistake_in_a_lane_reaches_the_main_thread(store: GatedStore, lanes: ReadLanes) -> None:
-    del store.errors
-    store.open()
-    lanes.begin(Load(5, 0, urgent=True))
+def test_matrices_are_turned_as_the_slot_is_to_have_them(file: int) -> None:
+    slot = np.zeros(2 << 20, np.uint8)
+    lanes = _core.Lanes([slot], 2)
+    rows, columns, before = 300, 77, 1000
+    nbytes = 2 * rows * columns
+    turned = np.array([(before, rows, columns, 2), (before + nbytes, 7, 5, 4)], np.int64)
+    lanes.begin(0, 0, chunks(file, before + nbytes + 140 + 50), turned, True)
     assert select.select([lanes.fd], [], [], PATIENCE)[0]
-    with pytest.raises(AttributeError):
-        lanes.take_finished()
+    ((_, checksum, *_),) = lanes.take_finished()
+    lanes.close()
+    expected = BYTES[: before + nbytes + 140 + 50].copy()
+    first, second = expected[before : before + nbytes], expected[before + nbytes : before + nbytes + 140]
+    first[:] = first.view(np.uint16).reshape(rows, columns).T.copy().view(np.uint8).ravel()
+    second[:] = second.view(np.float32).reshape(7, 5).T.copy().view(np.uint8).ravel()
+    assert np.array_equal(slot[: len(expected)], expected)
+    assert checksum == checksum_of(expected)
+
+
+def test_what_the_page_cache_had_is_told_from_what_the_disk_was_read_for(file: int) -> None:
+    lanes = _core.Lanes([np.zeros(FILE_NBYTES, np.uint8)], 2)
+
+    def from_disk() -> bool:
+        lanes.begin(0, 0, chunks(file, *[1 << 20] * 3), NOT_TURNED, True)
+        assert select.select([lanes.fd], [], [], PATIENCE)[0]
+        ((_, checksum, from_disk, *_),) = lanes.take_finished()
+        assert checksum == checksum_of(BYTES)
+        return from_disk
+
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    if not from_disk():
+        pytest.skip("this file system keeps what it is told to drop")
+    assert not from_disk()
+    os.posix_fadvise(file, 1 << 20, 4096, os.POSIX_FADV_DONTNEED)
+    assert from_disk(), "a page of one chunk was missing"
+    lanes.close()
+
+
+@pytest.mark.parametrize(
+    "rows, problem",
+    [
+        ([(0, 0, 0, 10)], "gap"),  # nothing from 0 to 10
+        ([(0, 0, 20, 0), (1, 40, 20, 30)], "gap"),
+        ([(0, 0, 20, 0), (1, 40, 20, 10)], "overlap"),
+        ([(0, 0, 3001, 0)], "outside"),
+        ([(0, 0, 20, 0), (2, 40, 20, 20)], "in order"),
+        ([(0, 0, 20, 0), (0, 40, 20, 20)], "follow one another"),
+        ([(0, -1, 20, 0)], "out of range"),
+        ([], "none"),
+    ],
+)
+def test_pieces_that_do_not_make_an_expert_are_refused(
+    lanes: PlayedLanes, file: int, rows: list[tuple[int, int, int, int]], problem: str
+) -> None:
+    """(chunk, offset, bytes, start)."""
+    pieces = np.array([(chunk, file, offset, start, nbytes or 5) for chunk, offset, nbytes, start in rows], np.int64)
+    with pytest.raises(ValueError, match=problem):
+        lanes.core.begin(0, 0, pieces.reshape(-1, 5), NOT_TURNED, True)
+    with pytest.raises(ValueError, match="outside"):
+        lanes.core.begin(0, 0, chunks(file, 1000), np.array([(500, 50, 6, 2)], np.int64), True)
+    assert lanes.core.take() is None
+
+
+# ---- how it ends
+
+
+class Store:
+    """Every expert is the first 2,000 bytes of the file; as often as `bad` says its pieces lie elsewhere."""
+
+    direct = False
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self.bad: list[tuple[int, int]] = []  # file, offset
+        self.expected = checksum_of(BYTES[:2000])
+
+    def nbytes(self, expert: int) -> int:
+        return 2000
+
+    def pieces(self, expert: int) -> tuple[Int64, Int64]:
+        rows = chunks(self._file, 1000, 1000)
+        if self.bad:
+            fd, offset = self.bad.pop(0)
+            if fd < 0:
+                raise ExpertReadError("weights", 0, expert, offset, "it is gone")
+            rows[1, 1:3] = fd, offset
+        return rows, NOT_TURNED
+
+    def verify(self, expert: int, checksum: int) -> tuple[int, WeightFormat]:
+        if checksum != self.expected:
+            raise ExpertReadError("weights", 0, expert, 0, "its checksum is wrong")
+        return checksum, WeightFormat.FLOAT16
+
+    def error(self, expert: int, fd: int, offset: int, problem: str) -> ExpertReadError:
+        return ExpertReadError("weights", 0, expert, offset, f"{problem} ({fd})")
+
+
+@pytest.fixture
+def store(file: int) -> Store:
+    return Store(file)
+
+
+@pytest.fixture
+def read_lanes(store: Store) -> Iterator[ReadLanes]:
+    lanes = ReadLanes(store, [np.zeros(2000, np.uint8)], 2)  # type: ignore[arg-type]
+    yield lanes
+    lanes.close()
+
+
+def test_a_passing_error_is_tried_once_more(store: Store, read_lanes: ReadLanes, file: int, tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for expert, (fd, offset) in enumerate([(folder, 0), (file, FILE_NBYTES - 10), (file, 0), (-1, 0)]):
+        store.bad = [(fd, offset)]
+        read_lanes.begin(Load(expert, 0, urgent=True))
+        load = wait_for_one(read_lanes)
+        assert store.bad == []
+        assert (load.expert, load.error, load.cancelled) == (expert, None, False)
+        assert (load.checksum, load.weight_format) == (store.expected, WeightFormat.FLOAT16)
+    os.close(folder)
+
+
+def test_a_lasting_error_is_reported(store: Store, read_lanes: ReadLanes, file: int, tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for expert, (fd, offset, problem) in enumerate(
+        [
+            (folder, 40, f"at byte 40: {os.strerror(errno.EISDIR)} .{folder}."),
+            (file, FILE_NBYTES - 10, f"at byte {FILE_NBYTES}: the file ends there .{file}."),
+            (file, 0, "its checksum is wrong"),
+            (-1, 7, "at byte 7: it is gone"),
+        ]
+    ):
+        store.bad = [(fd, offset)] * 2
+        read_lanes.begin(Load(expert, 0, urgent=True))
+        load = wait_for_one(read_lanes)
+        assert store.bad == []
+        with pytest.raises(ExpertReadError, match=problem):
+            raise load.error or AssertionError("it is no error")
+    os.close(folder)
+
+
+def test_an_overtaken_prefetch_is_timed_from_then_on(store: Store, read_lanes: ReadLanes) -> None:
+    load = Load(3, 0, urgent=False)
+    read_lanes.begin(load)
+    began = load.began
+    assert read_lanes.promote(load)
+    assert load.urgent and load.began > began
+    assert wait_for_one(read_lanes) is load
+    assert read_lanes.promote(load), "it has been read"
+
+
+def test_what_is_shorter_than_the_lanes_hash_is_hashed_too(file: int) -> None:
+    store = Store(file)
+    store.nbytes = lambda expert: 200  # type: ignore[method-assign]
+    store.pieces = lambda expert: (chunks(file, 200), NOT_TURNED)  # type: ignore[method-assign]
+    store.expected = checksum_of(BYTES[:200])
+    lanes = ReadLanes(store, [np.zeros(2000, np.uint8)], 1)  # type: ignore[arg-type]
+    lanes.begin(Load(0, 0, urgent=True))
+    assert wait_for_one(lanes).error is None
+    lanes.close()

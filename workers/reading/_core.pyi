@@ -1,0 +1,34 @@
+"""The C extension's interface; core/lanes.h, core/read.h and core/xxh3.h hold the descriptions."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+SHORT: int  # bytes up to which a load comes without a checksum
+END_OF_FILE: int  # in the place of an errno
+
+class Lanes:
+    """`count` threads; with none, whoever calls `take` and `read` is the lane. `direct_alignment`: if by O_DIRECT."""
+
+    def __init__(self, slots: Sequence[npt.NDArray[np.uint8]], count: int, direct_alignment: int = 0) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    def begin(
+        self, id: int, slot: int, pieces: npt.NDArray[np.int64], transposed: npt.NDArray[np.int64], urgent: bool, /
+    ) -> None:
+        """`pieces`: (number of its chunk, file descriptor, offset there, start in the slot, bytes); those of a chunk
+        follow one another in the file. `transposed`: (start in the slot, rows, columns, bytes of a value), as the file
+        has the matrix."""
+
+    def promote(self, id: int, /) -> bool: ...
+    def cancel(self, id: int, /) -> None: ...
+    def take_finished(self) -> list[tuple[int, int, bool, bool, int, int, int]]:
+        """(id, checksum, whether the disk had to be read, cancelled, error, its file descriptor, its offset)."""
+
+    def close(self) -> None: ...
+    def take(self) -> tuple[int, int] | None: ...
+    def read(self, id: int, chunk: int, /) -> None: ...
+
+def xxh3_64(data: npt.NDArray[np.uint8], instruction_set: str, /) -> int: ...
+def instruction_sets() -> list[str]: ...

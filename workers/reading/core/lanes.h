@@ -1,0 +1,138 @@
+/* The read lanes: threads that fill slots from files and hash what they read, urgent loads strictly before a prefetch.
+ *
+ * A single load is spread over all lanes, several loads over a lane each: then a load's bytes stay in one core's cache.
+ * A prefetch is read by one lane, one chunk after the other, and only while no urgent load is under way: what an urgent
+ * load may find before it is at most one chunk.
+ *
+ * One lock guards all of it; it is held for some looks at the few loads under way, never while reading or hashing. */
+#ifndef HOTSET_LANES_H
+#define HOTSET_LANES_H
+
+#include "load.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/eventfd.h>
+
+struct lanes {
+    pthread_mutex_t lock;
+    pthread_cond_t work; /* there is more to read, or the lanes close */
+    struct load **loads; /* in the order in which they came, finished ones too until they are taken */
+    size_t count, capacity;
+    bool closing;
+    bool direct;
+    uint64_t alignment;            /* of direct reads */
+    atomic_bool asks_page_cache;   /* a hint, relaxed: not once a file system was found that cannot say */
+    const struct xxh3_kernel *hash;
+    int finished_fd; /* an eventfd: readable while there may be finished loads */
+    pthread_t *threads;
+    size_t num_threads;
+};
+
+/* Something is finished. Not under the lock: who is told would wake only to wait for it. */
+static inline void lanes_tell(struct lanes *lanes) { eventfd_write(lanes->finished_fd, 1); }
+
+/* The next chunk to read; it then counts as being read. Under the lock. */
+static inline struct load *lanes_take(struct lanes *lanes, uint32_t *chunk) {
+    struct load *best = NULL;
+    bool urgent_under_way = false, prefetch_is_read = false;
+    for (size_t i = 0; i < lanes->count; i++) {
+        struct load *load = lanes->loads[i];
+        if (load->finished) continue;
+        urgent_under_way |= load->urgent;
+        prefetch_is_read |= !load->urgent && load->reading;
+        if (!load_has_unread(load)) continue;
+        bool first = !best || load->urgent > best->urgent;
+        if (first || (load->urgent == best->urgent && load->reading < best->reading)) best = load;
+    }
+    if (!best || (!best->urgent && (urgent_under_way || prefetch_is_read))) return NULL;
+    *chunk = best->next_chunk++;
+    best->reading++;
+    return best;
+}
+
+static inline struct load *lanes_find(const struct lanes *lanes, uint64_t id) {
+    for (size_t i = 0; i < lanes->count; i++)
+        if (lanes->loads[i]->id == id) return lanes->loads[i];
+    return NULL;
+}
+
+/* Nothing of it that is unread will be read. Under the lock; whether it is finished with that. */
+static inline bool lanes_stop(struct load *load) {
+    load->next_chunk = load->num_chunks;
+    load->finished = !load->reading;
+    return load->finished;
+}
+
+/* Somebody waits for what was a prefetch; false if that was given up already. */
+static inline bool lanes_promote(struct lanes *lanes, uint64_t id) {
+    pthread_mutex_lock(&lanes->lock);
+    struct load *load = lanes_find(lanes, id);
+    bool goes_on = load && !load->cancelled;
+    if (goes_on && !load->urgent && !load->finished) {
+        load->urgent = true;
+        pthread_cond_broadcast(&lanes->work);
+    }
+    pthread_mutex_unlock(&lanes->lock);
+    return goes_on;
+}
+
+/* Gives a prefetch up; it is finished as soon as no lane writes to its slot. */
+static inline void lanes_cancel(struct lanes *lanes, uint64_t id) {
+    bool finished = false;
+    pthread_mutex_lock(&lanes->lock);
+    struct load *load = lanes_find(lanes, id);
+    if (load && !load->urgent && !load->finished && !load->cancelled) {
+        load->cancelled = true;
+        finished = lanes_stop(load);
+    }
+    pthread_mutex_unlock(&lanes->lock);
+    if (finished) lanes_tell(lanes);
+}
+
+/* A finished load, which then is the caller's; NULL if there is none. */
+static inline struct load *lanes_take_finished(struct lanes *lanes) {
+    struct load *load = NULL;
+    pthread_mutex_lock(&lanes->lock);
+    for (size_t i = 0; i < lanes->count && !load; i++) {
+        if (!lanes->loads[i]->finished) continue;
+        load = lanes->loads[i];
+        memmove(&lanes->loads[i], &lanes->loads[i + 1], (lanes->count - i - 1) * sizeof *lanes->loads);
+        lanes->count--;
+    }
+    pthread_mutex_unlock(&lanes->lock);
+    return load;
+}
+
+/* `count` more bytes of a piece are in the slot. Whoever brings what the checksum needs next hashes it, and what
+ * follows it and came earlier; whoever brings something else leaves it to them. Not under the lock. */
+static inline void lanes_note_present(struct lanes *lanes, struct load *load, struct piece *piece, uint64_t count) {
+    pthread_mutex_lock(&lanes->lock);
+    piece->present += count;
+    if (!load->hashing && !load->num_transposed) {
+        load->hashing = true;
+        uint64_t end;
+        while ((end = load_hashable(load)) > load->hashed) {
+            uint64_t begin = load->hashed;
+            pthread_mutex_unlock(&lanes->lock);
+            lanes->hash->blocks(load->sums.sums, load->slot + begin, (end - begin) / XXH3_BLOCK);
+            pthread_mutex_lock(&lanes->lock);
+            load->hashed = end;
+        }
+        load->hashing = false; /* who brings more now hashes it */
+    }
+    pthread_mutex_unlock(&lanes->lock);
+}
+
+/* All bytes are there, and no other lane is at this load: what is left to do with them. */
+static inline int lanes_complete(struct lanes *lanes, struct load *load) {
+    if (load->num_transposed) {
+        int error = load_transpose(load);
+        if (error) return error;
+        load_hash_whole(load, lanes->hash);
+    }
+    if (load->nbytes > XXH3_SHORT) load->checksum = xxh3_end(&load->sums, load->slot, load->nbytes);
+    return 0;
+}
+
+#endif

@@ -1,0 +1,192 @@
+/* hotset.workers.reading._core: the type Lanes over lanes.h and read.h; see _core.pyi. */
+#include "bind_checksum.h"
+#include "bind_lanes.h"
+
+static void lanes_type_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    close_lanes((LanesObject *)self);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+/* ---- what to read */
+
+static int add_load(struct lanes *lanes, struct load *load) {
+    int added = 0;
+    pthread_mutex_lock(&lanes->lock);
+    if (lanes->count == lanes->capacity) {
+        size_t capacity = 2 * lanes->capacity + 8;
+        struct load **loads = realloc(lanes->loads, capacity * sizeof *loads);
+        if (loads) lanes->loads = loads, lanes->capacity = capacity;
+    }
+    if (lanes_find(lanes, load->id)) {
+        PyErr_Format(PyExc_ValueError, "load %llu is under way", (unsigned long long)load->id);
+    } else if (lanes->count == lanes->capacity) {
+        PyErr_NoMemory();
+    } else {
+        lanes->loads[lanes->count++] = load;
+        size_t wake = load->urgent ? load->num_chunks : 1;
+        for (size_t i = 0; i < wake && i < lanes->num_threads; i++) pthread_cond_signal(&lanes->work);
+        added = 1;
+    }
+    pthread_mutex_unlock(&lanes->lock);
+    return added;
+}
+
+static PyObject *lanes_type_begin(PyObject *self, PyObject *args) {
+    LanesObject *object = lanes_of(self);
+    unsigned long long id;
+    unsigned slot;
+    PyObject *piece_array, *transposed_array;
+    int urgent;
+    Py_buffer pieces, transposed;
+    if (!object ||
+        !PyArg_ParseTuple(args, "KIOOp", &id, &slot, &piece_array, &transposed_array, &urgent) ||
+        !take_array(piece_array, "pieces", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, PIECE_COLUMNS}, &pieces))
+        return NULL;
+    struct load *load = NULL;
+    if (slot >= object->num_slots) {
+        PyErr_Format(PyExc_ValueError, "slot is %u, of %zd", slot, object->num_slots);
+    } else if (take_array(transposed_array, "transposed", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, TRANSPOSED_COLUMNS},
+                          &transposed)) {
+        load = new_load(&object->slots[slot], &pieces, &transposed, object->lanes.alignment);
+        PyBuffer_Release(&transposed);
+    }
+    PyBuffer_Release(&pieces);
+    if (!load) return NULL;
+    load->id = id;
+    load->urgent = urgent;
+    if (!add_load(&object->lanes, load)) return load_free(load), NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---- what becomes of it */
+
+static PyObject *lanes_type_promote(PyObject *self, PyObject *argument) {
+    LanesObject *object = lanes_of(self);
+    unsigned long long id = object ? PyLong_AsUnsignedLongLong(argument) : 0;
+    if (PyErr_Occurred()) return NULL;
+    return PyBool_FromLong(lanes_promote(&object->lanes, id));
+}
+
+static PyObject *lanes_type_cancel(PyObject *self, PyObject *argument) {
+    LanesObject *object = lanes_of(self);
+    unsigned long long id = object ? PyLong_AsUnsignedLongLong(argument) : 0;
+    if (PyErr_Occurred()) return NULL;
+    lanes_cancel(&object->lanes, id);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lanes_type_take_finished(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    LanesObject *object = lanes_of(self);
+    PyObject *finished = object ? PyList_New(0) : NULL;
+    if (!finished) return NULL;
+    eventfd_t events;
+    eventfd_read(object->lanes.finished_fd, &events); /* before looking: what finishes later makes it readable again */
+    for (struct load *load; finished && (load = lanes_take_finished(&object->lanes)); load_free(load)) {
+        PyObject *row = Py_BuildValue("KKNNiiK", (unsigned long long)load->id, (unsigned long long)load->checksum,
+                                      PyBool_FromLong(load->from_disk), PyBool_FromLong(load->cancelled), load->error,
+                                      load->error_fd, (unsigned long long)load->error_offset);
+        if (!row || PyList_Append(finished, row) < 0) Py_CLEAR(finished);
+        Py_XDECREF(row);
+    }
+    return finished;
+}
+
+/* ---- for tests, which are a lane themselves */
+
+static PyObject *lanes_type_take(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    LanesObject *object = lanes_of(self);
+    if (!object) return NULL;
+    uint32_t chunk;
+    pthread_mutex_lock(&object->lanes.lock);
+    struct load *load = lanes_take(&object->lanes, &chunk);
+    unsigned long long id = load ? load->id : 0;
+    pthread_mutex_unlock(&object->lanes.lock);
+    if (!load) Py_RETURN_NONE;
+    return Py_BuildValue("KI", id, chunk);
+}
+
+static PyObject *lanes_type_read(PyObject *self, PyObject *args) {
+    LanesObject *object = lanes_of(self);
+    unsigned long long id;
+    unsigned chunk;
+    if (!object || !PyArg_ParseTuple(args, "KI", &id, &chunk)) return NULL;
+    pthread_mutex_lock(&object->lanes.lock);
+    struct load *load = lanes_find(&object->lanes, id);
+    int is_read = load && load->reading && chunk < load->next_chunk;
+    pthread_mutex_unlock(&object->lanes.lock);
+    if (!is_read) return PyErr_Format(PyExc_ValueError, "chunk %u of load %llu was not taken", chunk, id);
+    Py_BEGIN_ALLOW_THREADS
+    lane_read(&object->lanes, load, chunk);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *lanes_type_close(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    close_lanes((LanesObject *)self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lanes_get_fd(PyObject *self, void *closure) {
+    (void)closure;
+    LanesObject *object = lanes_of(self);
+    return object ? PyLong_FromLong(object->lanes.finished_fd) : NULL;
+}
+
+static PyMethodDef lanes_methods[] = {
+    {"begin", lanes_type_begin, METH_VARARGS, "begin(id, slot, pieces i64[n, 5], transposed i64[n, 4], urgent)."},
+    {"promote", lanes_type_promote, METH_O, "promote(id): whether it will be read to its end."},
+    {"cancel", lanes_type_cancel, METH_O, "cancel(id): if it is a prefetch."},
+    {"take_finished", lanes_type_take_finished, METH_NOARGS, "take_finished(): see _core.pyi."},
+    {"close", lanes_type_close, METH_NOARGS, "close(): returns when nothing writes to a slot any more."},
+    {"take", lanes_type_take, METH_NOARGS, "take() -> (id, chunk) or None: as a lane does."},
+    {"read", lanes_type_read, METH_VARARGS, "read(id, chunk): what a lane does with what it took."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef lanes_getset[] = {
+    {"fd", lanes_get_fd, NULL, "Readable while there may be finished loads.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot lanes_slots[] = {
+    {Py_tp_doc, "Lanes(slots, count, direct_alignment=0)."},
+    {Py_tp_init, lanes_type_init},
+    {Py_tp_dealloc, lanes_type_dealloc},
+    {Py_tp_methods, lanes_methods},
+    {Py_tp_getset, lanes_getset},
+    {0, NULL},
+};
+
+static PyType_Spec lanes_spec = {"hotset.workers.reading._core.Lanes", sizeof(LanesObject), 0, Py_TPFLAGS_DEFAULT,
+                                 lanes_slots};
+
+static PyMethodDef functions[] = {
+    {"xxh3_64", py_xxh3_64, METH_VARARGS, "xxh3_64(data, instruction_set)"},
+    {"instruction_sets", py_instruction_sets, METH_NOARGS, "instruction_sets(): this processor's, the widest last."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int core_exec(PyObject *module) {
+    PyObject *lanes = PyType_FromSpec(&lanes_spec);
+    if (!lanes || PyModule_AddObjectRef(module, "Lanes", lanes) < 0) return -1;
+    Py_DECREF(lanes);
+    return PyModule_AddIntConstant(module, "SHORT", XXH3_SHORT) ||
+           PyModule_AddIntConstant(module, "END_OF_FILE", END_OF_FILE);
+}
+
+static PyModuleDef_Slot core_slots[] = {{Py_mod_exec, core_exec}, {0, NULL}};
+
+static struct PyModuleDef core_module = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "hotset.workers.reading._core",
+    .m_doc = "The pager's read lanes.",
+    .m_methods = functions,
+    .m_slots = core_slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&core_module); }
