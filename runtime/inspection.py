@@ -140,6 +140,10 @@ def _fit(memory: str, config: ModelConfig, checkpoint: Checkpoint) -> Fit:
 def _features(config: ModelConfig) -> Iterator[str]:
     if config.dense_layers:
         yield f"{len(config.dense_layers)} layers without experts"
+    if config.latent is not None:
+        yield f"latent attention of rank {config.latent.rank}"
+    if config.expert_groups > 1:
+        yield f"experts of {config.top_expert_groups} of {config.expert_groups} groups per token"
     if config.shared_intermediate_size:
         yield "a shared expert"
     if any(config.windows):

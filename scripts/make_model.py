@@ -36,11 +36,15 @@ from hotset.runtime.model.tensors import Tensor, dense_tensors
 VOCAB_SIZE = 2048  # of the shipped tokenizer
 COMMON_SHARE = 0.5  # of an embedding's squared length lies along the common direction
 SHARD_NBYTES = 2 * 10**9
-ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+ARCHITECTURES = {
+    "olmoe": "OlmoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+}
 
 
 def config_json(options: argparse.Namespace) -> dict[str, Any]:
-    return {
+    config = {
         "architectures": [ARCHITECTURES[options.family]],
         "model_type": options.family,
         "vocab_size": VOCAB_SIZE,
@@ -62,6 +66,26 @@ def config_json(options: argparse.Namespace) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": 0,
         "torch_dtype": "bfloat16",
+    }
+    return config | deepseek_options(options) if options.family == "deepseek_v2" else config
+
+
+def deepseek_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Heads, latent vectors, shared experts and the first layer as in DeepSeek-V2-Lite."""
+    num_heads = options.hidden_size // 128
+    return {
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_heads,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": options.experts,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 8 * options.expert_size,
+        "norm_topk_prob": False,
     }
 
 
@@ -97,7 +121,7 @@ class Weights:
 def tensors_of(config: ModelConfig) -> Iterator[Tensor]:
     """The dense tensors, then the experts one by one."""
     yield from dense_tensors(config).values()
-    for layer in range(config.num_layers):
+    for layer in sorted({*range(config.num_layers)} - config.dense_layers):
         for expert in range(config.num_experts):
             yield from (part.tensor for part in expert_parts(config, layer, expert))
 

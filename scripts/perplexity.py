@@ -34,6 +34,7 @@ from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 from hotset.workers.compute.experts import combine_in_rank_order, experts_forward, group_by_expert
+from hotset.workers.compute.gates import selection_bias
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
@@ -50,7 +51,9 @@ class Experts:
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self._config = config
-        self._router = MemoryAwareRouter(router_config(config, policy="off"), num_layers=config.num_layers)
+        self._router = MemoryAwareRouter(
+            router_config(config, policy="off"), num_layers=config.num_layers, selection_bias=selection_bias(checkpoint)
+        )
         self._slots = {ids: read_expert(checkpoint, *ids) for ids in checkpoint.expert_ids}
         self._formats = {ids: WeightFormat[checkpoint.expert_dtype(*ids).upper()] for ids in checkpoint.expert_ids}
 

@@ -20,6 +20,7 @@ VOCAB_SIZE = 260
 RECORDING = Path(__file__).parent / "data" / "family_logits.npz"
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK_YARN = {**YARN, "type": "yarn", "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -70,10 +71,55 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe with yarn": {"family": "qwen3_moe", "rope_scaling": YARN},
     "qwen3_moe with linear rope": {"family": "qwen3_moe", "rope_scaling": {"type": "linear", "factor": 2.5}},
     "qwen3_moe with llama3 rope": {"family": "qwen3_moe", "rope_scaling": LLAMA3},
+    "deepseek_v2 as V2-Lite": {
+        "family": "deepseek_v2",
+        "num_layers": 3,
+        "experts_per_token": 3,
+        "rope_scaling": DEEPSEEK_YARN,
+    },
+    "deepseek_v2 with groups": {
+        "family": "deepseek_v2",
+        "num_layers": 3,
+        "q_lora_rank": 24,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "experts_per_token": 3,
+        "routed_scaling_factor": 3.0,
+        "n_shared_experts": 1,
+        "attention_bias": True,
+    },
+    "deepseek_v3": {
+        "family": "deepseek_v3",
+        "num_layers": 3,
+        "experts_per_token": 3,
+        "rope_scaling": {**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
+    },
+    "deepseek_v3 without groups": {
+        "family": "deepseek_v3",
+        "num_layers": 3,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 2,
+        "norm_topk_prob": False,
+        "rope_interleave": False,
+        "tie_word_embeddings": True,
+    },
 }
 
 # One of each family, and MXFP4: those whose logits are recorded in bfloat16 too.
-BF16_MODELS = ("olmoe with biases", "gpt_oss", "gpt_oss in mxfp4", "mixtral", "qwen2_moe", "qwen3_moe")
+BF16_MODELS = (
+    "olmoe with biases",
+    "gpt_oss",
+    "gpt_oss in mxfp4",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2 as V2-Lite",
+    "deepseek_v3",
+)
 # Rounded to 8 bits, logits of the gate differ by up to about a 32nd of the largest from ours; choices are compared that
 # are clearer than twice that.
 CLEAR_SHARE = 1 / 16

@@ -14,6 +14,7 @@ from hotset.runtime.router import MemoryAwareRouter
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute.experts import combine_in_rank_order, experts_forward, group_by_expert
+from hotset.workers.compute.gates import selection_bias
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
 from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
@@ -32,7 +33,11 @@ class InProcessModel:
         page = self.config.kv_page_layout(block_size, kv_format)
         self.kv_pages = np.full((num_pages, *page.shape), NEVER_WRITTEN, np.uint8)
         self.transformer = Transformer(self.config, self.checkpoint, self.kv_pages, kv_format, self._experts)
-        self._router = MemoryAwareRouter(router_config(self.config, policy="off"), num_layers=self.config.num_layers)
+        self._router = MemoryAwareRouter(
+            router_config(self.config, policy="off"),
+            num_layers=self.config.num_layers,
+            selection_bias=selection_bias(self.checkpoint),
+        )
         self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._gates: list[FloatRows] | None = None  # of the layers, while `clear_choices` wants them
 
@@ -70,16 +75,29 @@ class InProcessModel:
 
     def clear_choices(self, token_ids: NDArray[np.int32], share: float) -> tuple[FloatRows, NDArray[np.bool_]]:
         """Logits [n, vocab_size] of one sequence, and [n] whether up to there, in every layer, the gate tells the last
-        chosen expert from the best of the others by more than a share of its largest logit.
+        chosen expert from the best of the others, and the last chosen group likewise, by more than a share of its
+        largest logit makes of what it ranks them by.
         """
         self._gates = []
         logits = self.logits(token_ids)
         gates, self._gates = np.stack(self._gates), None
-        ranked = np.sort(gates, axis=2)[:, :, ::-1]
-        top_k = self.config.experts_per_token
-        margins = ranked[:, :, top_k - 1] - ranked[:, :, top_k]
-        clear = (margins > share * np.abs(gates).max(axis=2)).all(axis=0)
-        return logits, np.logical_and.accumulate(clear)
+        config = self.config
+        doubt = share * np.abs(gates).max(axis=2)
+        scores = gates
+        if config.family.gating == "sigmoid":
+            bias = selection_bias(self.checkpoint)
+            assert bias is not None
+            scores = 1 / (1 + np.exp(-gates)) + bias[sorted({*range(config.num_layers)} - config.dense_layers)][:, None]
+            doubt = doubt / 4  # nowhere is a sigmoid steeper
+        clear = np.ones(doubt.shape, np.bool_)
+        if config.expert_groups > config.top_expert_groups:
+            of_groups = np.sort(scores.reshape(*scores.shape[:2], config.expert_groups, -1), axis=3)
+            worth = of_groups[..., -2 if config.family.gating == "sigmoid" else -1 :].sum(axis=3)
+            clear = _is_clear(worth, config.top_expert_groups, 2 * doubt)
+            last = np.sort(worth, axis=2)[:, :, -config.top_expert_groups, None]
+            scores = np.where(np.repeat(worth >= last, of_groups.shape[3], axis=2), scores, -np.inf)
+        clear &= _is_clear(scores, config.experts_per_token, doubt)
+        return logits, np.logical_and.accumulate(clear.all(axis=0))
 
     def _experts(self, layer: int, hidden: FloatRows, gate_logits: FloatRows, residual: FloatRows) -> FloatRows:
         if self._gates is not None:
@@ -97,3 +115,9 @@ class InProcessModel:
         if slot is None:
             slot = self._slots[layer, expert] = read_expert(self.checkpoint, layer, expert)
         return slot
+
+
+def _is_clear(scores: FloatRows, count: int, doubt: FloatRows) -> NDArray[np.bool_]:
+    """[layers, n]: whether the best `count` of [layers, n, choices] are the best by more than `doubt` [layers, n]."""
+    ranked = np.sort(scores, axis=2)[:, :, ::-1]
+    return ranked[:, :, count - 1] - ranked[:, :, count] > doubt

@@ -41,6 +41,43 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "max_window_layers": 2,
     },
+    "deepseek_v2": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "q_lora_rank": None,
+        "kv_lora_rank": 20,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "attention_bias": False,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_shared_experts": 2,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+        "attention_bias": False,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_shared_experts": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+    },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"],
         "head_dim": 12,
@@ -59,6 +96,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         },
     },
 }
+DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 
 
@@ -107,6 +145,8 @@ def make_model(
     }
     if family in ("mixtral", "gpt_oss"):
         config["num_local_experts"] = config.pop("num_experts")
+    if family in DEEPSEEK:
+        config["n_routed_experts"] = config.pop("num_experts")
     if family in ("olmoe", "mixtral", "gpt_oss"):
         config["intermediate_size"] = intermediate_size
     else:  # there, intermediate_size is that of layers without experts
@@ -138,6 +178,11 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,)
+        if config["model_type"] in DEEPSEEK:
+            yield from latent_attention_shapes(f"{prefix}.self_attn", config)
+            yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+            yield from deepseek_feed_forward_shapes(f"{prefix}.mlp", config, layer)
+            continue
         yield f"{prefix}.self_attn.q_proj.weight", (heads * head_dim, hidden)
         yield f"{prefix}.self_attn.k_proj.weight", (kv_heads * head_dim, hidden)
         yield f"{prefix}.self_attn.v_proj.weight", (kv_heads * head_dim, hidden)
@@ -182,6 +227,41 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def latent_attention_shapes(prefix: str, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    plain, rotary, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    if config["q_lora_rank"] is None:
+        yield f"{prefix}.q_proj.weight", (heads * (plain + rotary), hidden)
+    else:
+        yield f"{prefix}.q_a_proj.weight", (config["q_lora_rank"], hidden)
+        yield f"{prefix}.q_a_layernorm.weight", (config["q_lora_rank"],)
+        yield f"{prefix}.q_b_proj.weight", (heads * (plain + rotary), config["q_lora_rank"])
+    yield f"{prefix}.kv_a_proj_with_mqa.weight", (rank + rotary, hidden)
+    yield f"{prefix}.kv_a_layernorm.weight", (rank,)
+    yield f"{prefix}.kv_b_proj.weight", (heads * (plain + value), rank)
+    yield f"{prefix}.o_proj.weight", (hidden, heads * value)
+    if config["attention_bias"]:
+        if config["q_lora_rank"] is not None:
+            yield f"{prefix}.q_a_proj.bias", (config["q_lora_rank"],)
+        yield f"{prefix}.kv_a_proj_with_mqa.bias", (rank + rotary,)
+        yield f"{prefix}.o_proj.bias", (hidden,)
+
+
+def deepseek_feed_forward_shapes(
+    prefix: str, config: dict[str, Any], layer: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+    if layer < config["first_k_dense_replace"]:
+        yield from feed_forward_shapes(prefix, hidden, config["intermediate_size"])
+        return
+    yield f"{prefix}.gate.weight", (config["n_routed_experts"], hidden)
+    if config["model_type"] == "deepseek_v3":
+        yield f"{prefix}.gate.e_score_correction_bias", (config["n_routed_experts"],)
+    yield from feed_forward_shapes(f"{prefix}.shared_experts", hidden, config["n_shared_experts"] * inner)
+    for expert in range(config["n_routed_experts"]):
+        yield from feed_forward_shapes(f"{prefix}.experts.{expert}", hidden, inner)
 
 
 def gpt_oss_shapes(prefix: str, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

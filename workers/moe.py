@@ -38,6 +38,9 @@ def router_config(model: ModelConfig, **policy: Any) -> RouterConfig:
         top_k=model.experts_per_token,
         gating=model.family.gating,
         renormalize=model.normalize_top_k,
+        weight_scale=model.weight_scale,
+        num_groups=model.expert_groups,
+        top_groups=model.top_expert_groups,
         **policy,
     )
 

@@ -29,6 +29,7 @@ from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.shm.layout import Section, WeightFormat
 from hotset.shm.segment import Segment
 from hotset.workers.compute.experts import combine_in_rank_order, experts_forward, group_by_expert, row_norms
+from hotset.workers.compute.gates import selection_bias
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.eviction._core import Cache
 from hotset.workers.eviction.replay import make_policy
@@ -110,9 +111,9 @@ class SimulatedCache:
 
 class SimulatedInstance:
     """Routes its rows by what its cache holds. The mask changes as soon as a layer has been routed: what it selected is
-    loaded before the step ends."""
+    loaded before the step ends. `bias`: of the gates (workers/compute/gates.py)."""
 
-    def __init__(self, config: ModelConfig, setting: Setting) -> None:
+    def __init__(self, config: ModelConfig, setting: Setting, bias: Floats | None) -> None:
         self._setting = setting
         self._segment = Segment.private(Geometry(num_layers=config.num_layers, num_experts=config.num_experts))
         self._resident = self._segment.view(Section.RESIDENT_MASK)
@@ -120,6 +121,7 @@ class SimulatedInstance:
             router_config(config, policy=setting.routing, timing=False),
             num_layers=config.num_layers,
             segment=self._segment,
+            selection_bias=bias,
         )
         self.cache = SimulatedCache(config, setting)
         self.measures_norms = setting.routing in RESIDUAL_POLICIES
@@ -181,9 +183,12 @@ class Simulation:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._bytes = ExpertBytes(checkpoint, free // 2 if max_expert_nbytes is None else max_expert_nbytes)
         self._checkpoint = checkpoint
-        self._exact = MemoryAwareRouter(router_config(config, policy="off", timing=False), num_layers=config.num_layers)
+        bias = selection_bias(checkpoint)
+        self._exact = MemoryAwareRouter(
+            router_config(config, policy="off", timing=False), num_layers=config.num_layers, selection_bias=bias
+        )
         self._instances = [
-            [(first, SimulatedInstance(config, setting)) for first in range(at, at + count, setting.batch)]
+            [(first, SimulatedInstance(config, setting, bias)) for first in range(at, at + count, setting.batch)]
             for at, setting in zip(range(count, count * (len(settings) + 1), count), settings, strict=True)
         ]
         length = texts.shape[2] - 1

@@ -40,6 +40,7 @@ from hotset.shm.layout import PrefetchSource, Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.compute import _kernels
+from hotset.workers.compute.gates import selection_bias
 from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
 from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
@@ -106,6 +107,7 @@ class Worker:
             num_layers=model.num_layers,
             segment=self._segment,
             process=start.process,
+            selection_bias=selection_bias(checkpoint),
         )
         access = ExpertAccess(self._segment, PagingQueue.attach(start.instance), start.process)
         prefetch = parse_prefetch(start.config.prefetch)

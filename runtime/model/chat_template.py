@@ -64,8 +64,8 @@ class ChatTemplate:
         """From chat_template.jinja, else from tokenizer_config.json. Raises `NoChatTemplate`."""
         folder = Path(folder)
         path, apart = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        tokenizer = ConfigFile.read(path) if path.is_file() else ConfigFile(path, {})
-        special_tokens = {name: _text(tokenizer.get(name, "")) for name in _SPECIAL_TOKENS}
+        tokenizer = ConfigFile.read_if_there(path)
+        special_tokens = {name: tokenizer.token(name) for name in _SPECIAL_TOKENS}
         if apart.is_file():
             return cls(apart.read_text(encoding="utf-8"), special_tokens, apart)
         source = tokenizer.get("chat_template")
@@ -111,13 +111,6 @@ def _plain(message: Message) -> Message:
     if kinds - {"text"}:
         raise ChatTemplateError(f"a message has content of the types {sorted(map(str, kinds))}, expected only text")
     return {**message, "content": "\n".join(part["text"] for part in parts)}
-
-
-def _text(token: object) -> str:
-    """Special tokens stand as text, or as an object with their text."""
-    if isinstance(token, dict):
-        return str(token.get("content", ""))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-    return str(token)
 
 
 def _strftime_now(format: str) -> str:

@@ -26,6 +26,11 @@ class ConfigFile:
         except (msgspec.DecodeError, OSError) as error:
             raise CorruptCheckpoint(path, f"{path} cannot be read as a JSON object: {error}.") from error
 
+    @classmethod
+    def read_if_there(cls, path: Path) -> Self:
+        """An empty object if there is no such file."""
+        return cls.read(path) if path.is_file() else cls(path, {})
+
     def get(self, key: str, default: object = None) -> object:
         value = self._values.get(key)
         return default if value is None else value
@@ -47,6 +52,10 @@ class ConfigFile:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self._nonsense(key, value, "a positive integer")
         return value
+
+    def count_or_zero(self, key: str) -> int:
+        """An integer of at least 1, or 0, which is what it is where it is not given."""
+        return 0 if self.get(key, 0) == 0 else self.count(key)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number over 0."""
@@ -71,6 +80,11 @@ class ConfigFile:
             return (value,) if isinstance(value, int) else msgspec.convert(value, tuple[int, ...])
         except msgspec.ValidationError as error:
             raise self._nonsense(key, value, "an integer or a list of them") from error
+
+    def token(self, key: str) -> str:
+        """A special token, which stands as text or as an object with its text; "" if there is none."""
+        value = self.get(key, "")
+        return str(self.section(key).get("content", "") if isinstance(value, dict) else value)
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = self.get(key, ())

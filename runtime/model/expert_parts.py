@@ -11,7 +11,8 @@ from collections.abc import Container
 
 import msgspec
 
-from hotset.runtime.model.config import MXFP4_BLOCK, ModelConfig
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.config_options import MXFP4_BLOCK
 from hotset.runtime.model.tensors import Tensor
 
 

@@ -26,6 +26,8 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
         factor: by how much the trained context is stretched; 1 for "default".
         trained_positions: of the context before it was stretched ("yarn", "llama3").
         magnitude: factor on the rotated vectors; other than 1 only for "yarn".
+        score_magnitude: factor on the products of whole queries and keys, which DeepSeek's models take from the same
+            options (mscale_all_dim).
         fast_turns, slow_turns: "yarn" leaves frequencies alone that turn more than `fast_turns` times within the
             trained context, stretches those that turn less than `slow_turns` times, and blends between.
         whole_dimensions: "yarn" rounds the two bounds outwards.
@@ -37,6 +39,7 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
     factor: float = 1.0
     trained_positions: int = 1
     magnitude: float = 1.0
+    score_magnitude: float = 1.0
     fast_turns: float = 32.0
     slow_turns: float = 1.0
     whole_dimensions: bool = True
@@ -55,7 +58,8 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
         if kind == "default":
             return cls(theta=theta)
         if kind == "linear":
-            return cls(type="linear", theta=theta, factor=options.number("factor"))
+            factor = options.number("factor")
+            return cls(type="linear", theta=theta, factor=factor, score_magnitude=_score_magnitude(options, factor))
         trained = options.count(
             "original_max_position_embeddings",
             default=file.count(
@@ -66,11 +70,13 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
             low, high = options.number("low_freq_factor"), options.number("high_freq_factor")
             if high <= low:
                 raise file.corrupt(f"high_freq_factor is {high}, expected more than low_freq_factor, {low}")
+            factor = options.number("factor")
             return cls(
                 type="llama3",
                 theta=theta,
-                factor=options.number("factor"),
+                factor=factor,
                 trained_positions=trained,
+                score_magnitude=_score_magnitude(options, factor),
                 low_factor=low,
                 high_factor=high,
             )
@@ -81,6 +87,7 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
             factor=factor,
             trained_positions=trained,
             magnitude=_yarn_magnitude(options, factor),
+            score_magnitude=_score_magnitude(options, factor),
             fast_turns=options.number("beta_fast", default=32.0),
             slow_turns=options.number("beta_slow", default=1.0),
             whole_dimensions=options.flag("truncate", default=True),
@@ -120,16 +127,21 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
         return np.clip(blend, 0, 1).astype(np.float32)
 
 
-def _yarn_magnitude(options: ConfigFile, factor: float) -> float:
+def _stretched_magnitude(factor: float, scale: float) -> float:
     """Attention over a stretched context is flatter; its logits are scaled up, half by queries and half by keys."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
+def _score_magnitude(options: ConfigFile, factor: float) -> float:
+    scale = options.optional_number("mscale_all_dim")
+    return 1.0 if scale is None else _stretched_magnitude(factor, scale) ** 2
+
+
+def _yarn_magnitude(options: ConfigFile, factor: float) -> float:
     given = options.optional_number("attention_factor")
     if given is not None:
         return given
     scale, scale_all = options.optional_number("mscale"), options.optional_number("mscale_all_dim")
     if scale and scale_all:
-        return magnitude(scale) / magnitude(scale_all)
-    return magnitude(1.0)
+        return _stretched_magnitude(factor, scale) / _stretched_magnitude(factor, scale_all)
+    return _stretched_magnitude(factor, 1.0)

@@ -10,13 +10,16 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from hotset.runtime.model.config_file import ConfigFile
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound
 
 _REPLACEMENT: Final = "\ufffd"  # what a decoder puts in the place of bytes that are not UTF-8 (yet)
 
 
 class Tokenizer:
-    """The tokenizer.json of a model folder. `eos_token_ids` are those of the model's configuration."""
+    """The tokenizer.json of a model folder, and whether its tokenizer_config.json wants a token before each text, which
+    tokenizer.json need not say (DeepSeek's do not). `eos_token_ids` are those of the model's configuration.
+    """
 
     def __init__(self, folder: str | Path, eos_token_ids: Iterable[int] = ()) -> None:
         path = Path(folder) / "tokenizer.json"
@@ -27,6 +30,9 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise CorruptCheckpoint(path, f"{path} cannot be read as a tokenizer: {error}.") from error
         self.eos_token_ids = frozenset(eos_token_ids)
+        options = ConfigFile.read_if_there(path.with_name("tokenizer_config.json"))
+        begins = options.flag("add_bos_token")
+        self._first: int | None = self._tokenizer.token_to_id(options.token("bos_token")) if begins else None
 
     @property
     def vocab_size(self) -> int:
@@ -34,7 +40,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Token ids of `text`; with those that the model's own tokenizer puts around it, unless the text has them."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids, dtype=np.int32)
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._first is not None and ids[:1] != [self._first]:
+            ids = [self._first, *ids]
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, token_ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of the ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""

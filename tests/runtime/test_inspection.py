@@ -76,12 +76,23 @@ def test_the_shipped_model_as_json(trained_folder: Path) -> None:
     assert report["fits"][0]["share"] == 1.0
 
 
+def test_the_features_of_deepseek(tmp_path: Path) -> None:
+    inspection = inspect_model(make_model(tmp_path / "model", family="deepseek_v3"), [])
+    assert inspection.features == (
+        "1 layers without experts",
+        "latent attention of rank 32",
+        "experts of 2 of 4 groups per token",
+        "a shared expert",
+    )
+    assert inspection.kv_nbytes_per_token == 2 * (32 + 4) * 4
+
+
 def test_a_refusal_is_one_sentence(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["DeepseekV3ForCausalLM"]}))
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["DeepseekV32ForCausalLM"]}))
     done = run(str(folder))
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "cannot run the architecture DeepseekV3ForCausalLM" in done.stderr
+    assert done.stderr.count("\n") == 1 and "cannot run the architecture DeepseekV32ForCausalLM" in done.stderr
 
 
 def test_nothing_is_imported_that_only_serving_needs(folder: Path) -> None:

@@ -56,7 +56,15 @@ def test_a_conversation_is_the_text_that_its_template_makes_of_it(tmp_path: Path
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt_oss", "gpt_oss in mxfp4", "mixtral with a window", "qwen2_moe", "qwen3_moe with layers without experts"],
+    [
+        "gpt_oss",
+        "gpt_oss in mxfp4",
+        "mixtral with a window",
+        "qwen2_moe",
+        "qwen3_moe with layers without experts",
+        "deepseek_v2 as V2-Lite",
+        "deepseek_v3",
+    ],
 )
 def test_one_and_two_workers_give_the_text_of_the_model(name: str, tmp_path: Path) -> None:
     assert name in FAMILY_MODELS

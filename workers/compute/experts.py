@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hotset.runtime.model.config import ExpertLayout, ModelConfig
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.model.config_options import ExpertLayout
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 

@@ -19,7 +19,8 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tensors import model_tensors
 from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.workers.compute import _kernels
-from hotset.workers.compute.weights import Embedding, Floats, LayerWeights, Projection, as_float32
+from hotset.workers.compute.layer_weights import LayerWeights
+from hotset.workers.compute.weights import Embedding, Floats, Projection, as_float32
 
 _KERNEL_FORMATS = {
     KvFormat.FLOAT32: _kernels.KV_FLOAT32,
@@ -81,24 +82,24 @@ class UnstorableRow(ValueError):
 class Transformer:
     """One model's forward pass over KV pages that lie in shared memory.
 
-    kv_pages: uint8 [pages, layers of a group, 2 (keys, values), block_size, num_kv_heads, bytes of a head in
-    `kv_format`]. The rows of a batch's positions are written; those of earlier positions are read where they are.
+    kv_pages: uint8 [pages, layers of a group, 2 (keys, values) or 1, block_size, num_kv_heads, bytes of a head in
+    `kv_format`]: see `ModelConfig.kv_page_layout`. The rows of a batch's positions are written; those of earlier
+    positions are read where they are.
     """
 
     def __init__(
         self, config: ModelConfig, checkpoint: Checkpoint, kv_pages: Bytes, kv_format: KvFormat, experts: Experts
     ) -> None:
-        head = config.num_kv_heads, kv_format.nbytes(config.head_dim)
-        block_size = kv_pages.shape[3] if kv_pages.ndim == 6 else 0
-        groups = config.kv_groups
-        if kv_pages.shape[1:] != (groups.layers_per_group, 2, block_size, *head):
+        layout = config.kv_page_layout(max(1, kv_pages.shape[3] if kv_pages.ndim == 6 else 1), kv_format)
+        if kv_pages.shape[1:] != layout.shape:
+            layers, planes, _, heads, head_nbytes = layout.shape
             raise ValueError(
-                f"kv_pages has shape {kv_pages.shape}, expected [pages, {groups.layers_per_group}, 2, block_size, "
-                f"{head[0]}, {head[1]}] for {kv_format.value}"
+                f"kv_pages has shape {kv_pages.shape}, expected [pages, {layers}, {planes}, block_size, "
+                f"{heads}, {head_nbytes}] for {kv_format.value}"
             )
         self.config = config
         self._kv_pages = kv_pages
-        self._kv_groups = groups
+        self._kv_groups = config.kv_groups
         self._kv_format = kv_format
         self._experts = experts
         tensors = model_tensors(config)
@@ -106,7 +107,7 @@ class Transformer:
         self._layers = [LayerWeights.of(checkpoint, layer) for layer in range(config.num_layers)]
         self._norm = as_float32(checkpoint.dense(tensors["norm"].name))
         self._head = Projection.of(checkpoint, tensors["head"].name)
-        self._inverse_frequencies = config.rope.inverse_frequencies(config.head_dim)
+        self._inverse_frequencies = config.rope.inverse_frequencies(config.rotary_dim)
 
     def forward(self, batch: Batch, *, all_rows: bool = False) -> Floats:
         """Logits [sequences, vocab_size] for the last row of each sequence, or [n, vocab_size] for all rows.
@@ -139,42 +140,19 @@ class Transformer:
         return mixture
 
     def _attention(self, index: int, layer: LayerWeights, normed: Floats, rows: _Rows) -> Floats:
-        config, count = self.config, len(normed)
-        queries, keys, values = layer.query(normed), layer.key(normed), layer.value(normed)
-        self._normalize(queries, layer.query_norm)
-        self._normalize(keys, layer.key_norm)
-        if config.clip_qkv is not None:
-            for array in (queries, keys, values):
-                np.clip(array, -config.clip_qkv, config.clip_qkv, out=array)
-        query_heads = queries.reshape(count, config.num_heads, config.head_dim)
-        key_heads = keys.reshape(count, config.num_kv_heads, config.head_dim)
-        value_heads = values.reshape(count, config.num_kv_heads, config.head_dim)
-        if config.rope_interleaved:
-            query_heads, key_heads = _halves(query_heads), _halves(key_heads)
-        _kernels.rotate(query_heads, rows.cos, rows.sin)
-        _kernels.rotate(key_heads, rows.cos, rows.sin)
+        config = self.config
+        queries, keys, values = layer.heads(normed, rows.cos, rows.sin)
         format = _KERNEL_FORMATS[self._kv_format]
         group, layer_of_group = self._kv_groups.places[index]
         places = self._kv_pages, format, layer_of_group, rows.block_tables[group], rows.table_starts, rows.positions
-        unstorable = _kernels.write_kv(key_heads, value_heads, *places)
+        unstorable = _kernels.write_kv(keys, values, *places)
         if unstorable >= 0:
-            largest = float(np.abs([key_heads[unstorable], value_heads[unstorable]]).max())
+            stored = [heads[unstorable] for heads in (keys, values) if heads is not None]
+            largest = float(np.abs(stored).max())
             raise UnstorableRow(unstorable, int(rows.positions[unstorable]), index, largest, self._kv_format)
-        mixed = np.empty_like(query_heads)
-        _kernels.attention(query_heads, *places, config.windows[index], mixed, layer.sinks)
-        return layer.output(mixed.reshape(count, -1))
-
-    def _normalize(self, rows: Floats, weight: Floats | None) -> None:
-        """Queries or keys in place: `weight` is as long as a row, or as a head and then every head is normalised."""
-        if weight is not None:
-            parts = rows.reshape(-1, len(weight))
-            _kernels.rms_norm(parts, weight, self.config.rms_norm_eps, parts)
-
-
-def _halves(heads: Floats) -> Floats:
-    """Heads [n, heads, head_dim] whose rotated pairs are neighbours, with each pair's members half a head apart."""
-    pairs = heads.reshape(*heads.shape[:2], -1, 2)
-    return np.ascontiguousarray(pairs.swapaxes(2, 3)).reshape(heads.shape)
+        mixed = np.empty((len(normed), config.num_heads, config.mixed_dim), np.float32)
+        _kernels.attention(queries, *places, config.windows[index], mixed, layer.sinks, config.attention_scale)
+        return layer.output(layer.heads.joined(mixed))
 
 
 class _Rows:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.tensor_index import QUANTIZED_DTYPES
-from hotset.runtime.model.tensors import layer_tensors
-from hotset.shm.kv_page_format import KvFormat, decode
+from hotset.shm.kv_page_format import QUANT_BLOCK, KvFormat, decode
 from hotset.shm.layout import WeightFormat
 from hotset.workers.compute import _kernels
 
@@ -46,6 +45,21 @@ class Projection(msgspec.Struct, frozen=True):
             _kernels.linear(x, self.weight, out, self.format)
         if self.bias is not None:
             out += self.bias
+        return out
+
+    def of_outputs(self, start: int, count: int) -> Projection:
+        """To `count` of the outputs; there must be no bias."""
+        return Projection(self.weight[start : start + count], None, self.format)
+
+    def transposed(self, y: Floats) -> Floats:
+        """y . weight."""
+        if self.format is None:
+            out = np.empty((len(y), self.weight.shape[1]), np.float32)
+            _kernels.linear_transposed(y, self.weight, out)
+            return out
+        blocks = self.weight.shape[1] // KvFormat[self.format.name].block_nbytes
+        out = np.empty((len(y), blocks * QUANT_BLOCK), np.float32)
+        _kernels.linear_transposed(y, self.weight, out, self.format)
         return out
 
 
@@ -80,60 +94,14 @@ class FeedForward(msgspec.Struct, frozen=True):
 
 
 class SharedExpert(msgspec.Struct, frozen=True):
-    """What every row goes through besides the experts that the router chooses, weighted by a gate of its own."""
+    """What every row goes through besides the experts that the router chooses, weighted by a gate of its own if it has
+    one."""
 
-    router: Projection
+    router: Projection | None
     feed_forward: FeedForward
 
     def __call__(self, x: Floats) -> Floats:
-        return sigmoid(self.router(x)) * self.feed_forward(x)
-
-
-class LayerWeights(msgspec.Struct, frozen=True):
-    """One layer without its experts. What it does not have is None; it has either `router` or `dense`."""
-
-    input_norm: Floats
-    query: Projection
-    key: Projection
-    value: Projection
-    output: Projection
-    query_norm: Floats | None
-    key_norm: Floats | None
-    sinks: Floats | None
-    feed_forward_norm: Floats
-    router: Projection | None
-    shared: SharedExpert | None
-    dense: FeedForward | None
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, layer: int) -> Self:
-        tensors = layer_tensors(checkpoint.config, layer)
-
-        def vector(part: str) -> Floats | None:
-            return as_float32(checkpoint.dense(tensors[part].name)) if part in tensors else None
-
-        def projection(part: str) -> Projection:
-            return Projection.of(checkpoint, tensors[part].name, vector(f"{part}_bias"))
-
-        def feed_forward(part: str) -> FeedForward:
-            return FeedForward(*(projection(f"{part}_{matrix}") for matrix in ("gate", "up", "down")))
-
-        return cls(
-            input_norm=as_float32(checkpoint.dense(tensors["input_norm"].name)),
-            query=projection("query"),
-            key=projection("key"),
-            value=projection("value"),
-            output=projection("output"),
-            query_norm=vector("query_norm"),
-            key_norm=vector("key_norm"),
-            sinks=vector("sinks"),
-            feed_forward_norm=as_float32(checkpoint.dense(tensors["feed_forward_norm"].name)),
-            router=projection("router") if "router" in tensors else None,
-            shared=SharedExpert(projection("shared_router"), feed_forward("shared"))
-            if "shared_router" in tensors
-            else None,
-            dense=feed_forward("dense") if "dense_gate" in tensors else None,
-        )
+        return self.feed_forward(x) if self.router is None else sigmoid(self.router(x)) * self.feed_forward(x)
 
 
 def as_float32(stored: NDArray[Any]) -> Floats:

@@ -17,7 +17,7 @@ Preference = Callable[[int], tuple[float, list[int]]]
 
 
 class GateAhead(Source):
-    """The score is by how much a logit is above what selection takes, in units of the row's max - min.
+    """The score is by how much what the gate ranks by is above what selection takes, in units of the row's max - min.
 
     Args:
         gates: of the model.
@@ -46,13 +46,14 @@ class GateAhead(Source):
         first = num_experts - self._top_k
         if first <= 0:
             return np.zeros(num_experts, np.float32)
-        adjusted = logits
+        ranked = adjusted = self._gates.scores(layer, logits)
         if self._preference is not None:
             bonus, preferred = self._preference(layer)
             if bonus:
-                adjusted = logits.copy()
-                adjusted[:, preferred] += bonus
+                raised = logits.copy()
+                raised[:, preferred] += bonus
+                adjusted = self._gates.scores(layer, raised)
         ordered = np.partition(adjusted, (first - 1, first), axis=1)
         threshold = (ordered[:, first - 1] + ordered[:, first]) / 2  # half-way between the last chosen and the next
-        spread = np.maximum(np.ptp(logits, axis=1), 1e-9)
-        return ((logits - threshold[:, None]) / spread[:, None]).max(axis=0)
+        spread = np.maximum(np.ptp(ranked, axis=1), 1e-9)
+        return ((ranked - threshold[:, None]) / spread[:, None]).max(axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from model_factory import MXFP4, make_model
 
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from hotset.shm.kv_page_format import KvFormat
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -118,6 +120,138 @@ def test_gpt_oss_ends_at_a_tool_call_too(tmp_path: Path) -> None:
     assert ModelConfig.load(folder).eos_token_ids == (2, 11, 12)
 
 
+def test_deepseek_v2(tmp_path: Path) -> None:
+    config = ModelConfig.load(make_model(tmp_path / "model", family="deepseek_v2", num_layers=3))
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim) == (4, 1, 28, 8)
+    assert config.latent is not None and config.latent.query_rank == 0
+    assert config.attention_scale == pytest.approx(20**-0.5)
+    assert (config.num_experts, config.expert_groups, config.weight_scale) == (8, 1, 1.0)
+    assert (config.dense_layers, config.shared_intermediate_size) == ({0}, 2 * 24)
+    assert config.kv_nbytes_per_token(KvFormat.FLOAT16) == 3 * 28 * 2
+    assert config.rope_interleaved
+
+
+def test_the_published_config_of_deepseek_v2_lite(tmp_path: Path) -> None:
+    published = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "attention_bias": False,
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "model_type": "deepseek_v2",
+        "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "torch_dtype": "bfloat16",
+        "v_head_dim": 128,
+        "vocab_size": 102400,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config = ModelConfig.load(tmp_path)
+    assert (config.num_experts_in_all, config.shared_intermediate_size) == (26 * 64, 2816)
+    assert config.kv_nbytes_per_token(KvFormat.FLOAT32) == 27 * 576 * 4
+    assert config.attention_scale == pytest.approx(192**-0.5 * (0.0707 * math.log(40) + 1) ** 2)
+
+
+def test_deepseek_v3(tmp_path: Path) -> None:
+    yarn = {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    }
+    folder = make_model(tmp_path / "model", family="deepseek_v3", rope_scaling=yarn, rope_interleave=False)
+    config = ModelConfig.load(folder)
+    assert config.latent is not None and config.latent.query_rank == 24
+    assert config.attention_scale == pytest.approx(12**-0.5 * (0.07 * math.log(40) + 1) ** 2)
+    assert config.rope.magnitude == pytest.approx((0.1 * math.log(40) + 1) / (0.07 * math.log(40) + 1))
+    assert (config.expert_groups, config.top_expert_groups, config.weight_scale) == (4, 2, 2.5)
+    assert config.normalize_top_k and not config.rope_interleaved
+    edit_config(folder, routed_scaling_factor=..., norm_topk_prob=..., topk_method=..., scoring_func=...)
+    assert ModelConfig.load(folder) == config
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "value"),
+    [
+        ("deepseek_v2", "topk_method", "noaux_tc"),
+        ("deepseek_v2", "scoring_func", "sigmoid"),
+        ("deepseek_v2", "norm_topk_prob", True),
+        ("deepseek_v2", "moe_layer_freq", 2),
+        ("deepseek_v2", "rope_interleave", False),
+        ("deepseek_v2", "mlp_bias", True),
+        ("deepseek_v2", "num_key_value_heads", 2),
+        ("deepseek_v3", "topk_method", "greedy"),
+        ("deepseek_v3", "scoring_func", "softmax"),
+        ("deepseek_v3", "first_k_dense_replace", 2),
+        ("deepseek_v3", "quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    ],
+)
+def test_what_is_not_known_of_deepseek_is_refused_by_name(
+    tmp_path: Path, family: str, option: str, value: object
+) -> None:
+    folder = make_model(tmp_path / "model", family=family)
+    edit_config(folder, **{option: value})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match=option) as caught:
+        ModelConfig.load(folder)
+    assert caught.value.option == option
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("n_group", 3),
+        ("n_group", ...),
+        ("topk_group", 5),
+        ("topk_group", 1),
+        ("kv_lora_rank", ...),
+        ("kv_lora_rank", 1024),
+        ("qk_rope_head_dim", 3),
+        ("n_shared_experts", ...),
+        ("first_k_dense_replace", -1),
+    ],
+)
+def test_sizes_of_deepseek_that_make_no_sense_are_named(tmp_path: Path, option: str, value: object) -> None:
+    folder = make_model(tmp_path / "model", family="deepseek_v3", num_experts=8, experts_per_token=3)
+    edit_config(folder, **{option: value})
+    with pytest.raises(CorruptCheckpoint, match=option):
+        ModelConfig.load(folder)
+
+
 def test_no_end_of_text(folder: Path) -> None:
     edit_config(folder, eos_token_id=None)
     assert ModelConfig.load(folder).eos_token_ids == ()
@@ -127,7 +261,7 @@ def test_no_end_of_text(folder: Path) -> None:
     ("option", "changes"),
     [
         ("LlamaForCausalLM", {"architectures": ["LlamaForCausalLM"]}),
-        ("DeepseekV3ForCausalLM", {"architectures": ["DeepseekV3ForCausalLM"]}),
+        ("DeepseekV32ForCausalLM", {"architectures": ["DeepseekV32ForCausalLM"]}),
         ("mamba", {"architectures": ..., "model_type": "mamba"}),
         ("hidden_act", {"hidden_act": "gelu"}),
         ("qkv_bias", {"qkv_bias": True}),

@@ -21,7 +21,7 @@ def make_model(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "deepseek_v2"])
 def test_the_same_arguments_write_the_same_model(tmp_path: Path, family: str) -> None:
     for name in ("one", "two"):
         done = make_model(tmp_path / name, "--family", family)

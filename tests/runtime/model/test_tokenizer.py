@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,16 @@ def test_no_tokenizer_and_a_broken_one(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CorruptCheckpoint, match="tokenizer"):
         Tokenizer(tmp_path)
+
+
+def test_a_token_before_each_text_where_only_tokenizer_config_says_so(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    plain = Tokenizer(tmp_path).encode("ab").tolist()
+    for token in ("<|endoftext|>", {"content": "<|endoftext|>", "lstrip": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": token}))
+        tokenizer = Tokenizer(tmp_path)
+        assert tokenizer.encode("ab").tolist() == [0, *plain]
+        assert tokenizer.encode("<|endoftext|>ab").tolist() == [0, *plain], "it is there already"
+        assert tokenizer.encode("ab", add_special_tokens=False).tolist() == plain
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "bos_token": "<|endoftext|>"}))
+    assert Tokenizer(tmp_path).encode("ab").tolist() == plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,12 +37,18 @@ def threads() -> Iterator[None]:
     _kernels.set_num_threads(1)
 
 
-@pytest.fixture(params=KvFormat, ids=lambda kv_format: kv_format.value, scope="module")
+@pytest.fixture(
+    params=itertools.product(("olmoe", "deepseek_v3"), KvFormat),
+    ids=lambda param: f"{param[0]}-{param[1].value}",
+    scope="module",
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InProcessModel:
+    family, kv_format = request.param
+    options = {"num_kv_heads": 2} if family == "olmoe" else {"num_kv_heads": 6}
     folder = make_model(
-        tmp_path_factory.mktemp("model"), hidden_size=48, num_heads=6, num_kv_heads=2, intermediate_size=40
+        tmp_path_factory.mktemp("model"), family=family, hidden_size=48, num_heads=6, intermediate_size=40, **options
     )
-    return InProcessModel(folder, num_pages=64, block_size=4, kv_format=request.param)
+    return InProcessModel(folder, num_pages=64, block_size=4, kv_format=kv_format)
 
 
 @given(

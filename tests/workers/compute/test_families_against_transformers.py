@@ -25,6 +25,17 @@ SIZES = {
     "num_experts_per_tok": 3,
     "max_position_embeddings": 512,
 }
+LATENT_ATTENTION = {
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "n_routed_experts": NUM_EXPERTS,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 96,
+    "first_k_dense_replace": 1,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 32, "num_experts": NUM_EXPERTS},
     "gpt_oss": {
@@ -49,6 +60,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
         "norm_topk_prob": True,
     },
+    "deepseek_v2": {
+        **LATENT_ATTENTION,
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
+    "deepseek_v3": {
+        **LATENT_ATTENTION,
+        "q_lora_rank": 32,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+    },
 }
 
 
@@ -61,6 +93,9 @@ def make_checkpoint(folder: Path, model_type: str, dtype: Any, **options: Any) -
         for name, parameter in model.named_parameters():
             scale = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
             parameter.normal_(1.0 if "norm" in name else 0.0, scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1)
     model.to(dtype).save_pretrained(folder)
     return folder
 
@@ -101,7 +136,8 @@ def test_experts_stacked_as_transformers_keeps_them(model_type: str, tmp_path: P
 def test_logits_computed_in_bfloat16(model_type: str, tmp_path: Path) -> None:
     """transformers rounds every intermediate result to 8 bits, we none. That would decide close choices of the gate,
     and another choice is another computation: so here every expert is chosen, and only their weights differ."""
-    folder = make_checkpoint(tmp_path / "model", model_type, torch.bfloat16, num_experts_per_tok=NUM_EXPERTS)
+    every = {"num_experts_per_tok": NUM_EXPERTS} | ({"topk_group": 4} if model_type == "deepseek_v3" else {})
+    folder = make_checkpoint(tmp_path / "model", model_type, torch.bfloat16, **every)
     expected = expected_logits(folder, torch.bfloat16)
     difference = np.linalg.norm(our_logits(folder) - expected, axis=1)
     assert (difference / np.linalg.norm(expected, axis=1)).max() <= 5e-2
