@@ -104,6 +104,9 @@ static inline float float_from_f16(uint16_t half) {
 #define E8M0_64(byte) E8M0_16(byte), E8M0_16(byte + 16), E8M0_16(byte + 32), E8M0_16(byte + 48)
 static const uint32_t E8M0_BITS[256] = {E8M0_64(0), E8M0_64(64), E8M0_64(128), E8M0_64(192)};
 
+/* The value of each float16, by its bits. A model's scales are of few magnitudes: they stay in the first-level cache. */
+extern float float16_values[1 << 16];
+
 /* The `i`th of single values. */
 static inline float single_value(enum weight_format format, const uint8_t *bytes, size_t i) {
     uint16_t half;

@@ -60,6 +60,14 @@ const struct kernels every_kernels[] = {
 const size_t kernels_count = sizeof every_kernels / sizeof *every_kernels;
 const struct kernels *kernels = every_kernels;
 
+float float16_values[1 << 16];
+
+void kernels_prepare(void) {
+    for (uint32_t bits = 0; bits < 1 << 16; bits++) float16_values[bits] = float_from_f16((uint16_t)bits);
+    for (size_t isa = 0; isa < kernels_count; isa++)
+        if (kernels_supported(isa)) kernels = &every_kernels[isa]; /* the last is the widest */
+}
+
 int kernels_supported(size_t isa) {
 #ifdef HAVE_X86_VECTORS
     __builtin_cpu_init();

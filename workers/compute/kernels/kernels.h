@@ -107,4 +107,7 @@ extern const struct kernels *kernels;
 
 int kernels_supported(size_t isa);
 
+/* Before anything is computed: fills the tables, and chooses the copy. */
+void kernels_prepare(void);
+
 #endif

@@ -74,8 +74,7 @@ static struct PyModuleDef definition = {
 };
 
 PyMODINIT_FUNC PyInit__kernels(void) {
-    for (size_t isa = 0; isa < kernels_count; isa++)
-        if (kernels_supported(isa)) kernels = &every_kernels[isa]; /* the last is the widest */
+    kernels_prepare();
     pthread_atfork(NULL, NULL, pool_forget);
     PyObject *module = PyModule_Create(&definition);
     if (!module) return NULL;

@@ -21,11 +21,6 @@ INLINE TARGET V(vec) V(load_bf16)(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-INLINE TARGET V(vec) V(splat_f16)(const void *p) {
-    int16_t half;
-    memcpy(&half, p, sizeof half);
-    return _mm512_cvtph_ps(_mm256_set1_epi16(half));
-}
 INLINE TARGET V(vec) V(load_int8)(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
@@ -60,11 +55,6 @@ INLINE TARGET V(vec) V(load_bf16)(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-INLINE TARGET V(vec) V(splat_f16)(const void *p) {
-    int16_t half;
-    memcpy(&half, p, sizeof half);
-    return _mm256_cvtph_ps(_mm_set1_epi16(half));
-}
 INLINE TARGET V(vec) V(load_int8)(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
@@ -98,11 +88,6 @@ INLINE V(vec) V(load)(const float *p) { EACH_LANE(p[l]); }
 INLINE void V(store)(float *p, V(vec) a) { memcpy(p, a.lane, sizeof a.lane); }
 INLINE V(vec) V(load_f16)(const uint16_t *p) { EACH_LANE(float_from_f16(p[l])); }
 INLINE V(vec) V(load_bf16)(const uint16_t *p) { EACH_LANE(float_from_bf16(p[l])); }
-INLINE V(vec) V(splat_f16)(const void *p) {
-    uint16_t half;
-    memcpy(&half, p, sizeof half);
-    return V(splat)(float_from_f16(half));
-}
 INLINE V(vec) V(load_int8)(const int8_t *p) { EACH_LANE(p[l]); }
 INLINE V(vec) V(add)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] + b.lane[l]); }
 INLINE V(vec) V(sub)(V(vec) a, V(vec) b) { EACH_LANE(a.lane[l] - b.lane[l]); }
@@ -130,6 +115,13 @@ INLINE void V(sum16_of_four)(const V(vec) parts[4][1], float sums[4]) {
 #endif
 
 #define VEC_PARTS (16 / VEC_LANES)
+
+/* Looked up, because loads have execution ports of their own, which conversions would take from the products. */
+INLINE TARGET V(vec) V(splat_f16)(const void *p) {
+    uint16_t half;
+    memcpy(&half, p, sizeof half);
+    return V(splat)(float16_values[half]);
+}
 
 #if VECTOR_ISA
 /* fold adds lanes 8 apart, then 4 apart; the two below go on with 2 apart, then 1. */
