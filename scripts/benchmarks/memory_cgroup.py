@@ -8,8 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-V1 = Path("/sys/fs/cgroup/memory")
-V2 = Path("/sys/fs/cgroup")
+MOUNT = Path("/sys/fs/cgroup")
 
 
 class MemoryCgroup:
@@ -18,21 +17,36 @@ class MemoryCgroup:
     Swap counts as memory (v1) or is forbidden (v2): nothing can hide there.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.version = 2 if (V2 / "cgroup.controllers").exists() else 1
-        self.folder = (V2 if self.version == 2 else V1) / f"hotset-test-{os.getpid()}-{time.monotonic_ns()}"
-        self.folder.mkdir()
+    def __init__(self, limit: int, mount: Path = MOUNT) -> None:
+        self.version = 2 if (mount / "cgroup.controllers").exists() else 1
+        self._parent = mount if self.version == 2 else mount / "memory"
+        self._enabled = self.version == 2 and self._enable_memory()
+        self.folder = self._parent / f"hotset-test-{os.getpid()}-{time.monotonic_ns()}"
+        try:
+            self.folder.mkdir()
+        except OSError:
+            self._leave_parent()
+            raise
         try:
             if self.version == 2:
                 self._write("memory.max", limit)
-                self._write("memory.swap.max", 0)
+                if (self.folder / "memory.swap.max").exists():  # not where the kernel cannot swap
+                    self._write("memory.swap.max", 0)
             else:
                 self._write("memory.limit_in_bytes", limit)
                 if (self.folder / "memory.memsw.limit_in_bytes").exists():
                     self._write("memory.memsw.limit_in_bytes", limit)
         except OSError:
-            self.folder.rmdir()
+            self._remove()
             raise
+
+    def _enable_memory(self) -> bool:
+        """Lets groups of version 2 have memory limits. Whether that was needed, so that it is to be taken back."""
+        control = self._parent / "cgroup.subtree_control"
+        if "memory" in control.read_text().split():
+            return False
+        control.write_text("+memory")
+        return True
 
     def command(self, *arguments: str) -> list[str]:
         """The arguments as a command that runs, with all of its children, within the group."""
@@ -56,8 +70,16 @@ class MemoryCgroup:
     ) -> None:
         for _ in range(100):  # a process that has just died may still be listed
             try:
-                self.folder.rmdir()
+                self._remove()
                 return
             except OSError:
                 time.sleep(0.02)
+        self._remove()
+
+    def _remove(self) -> None:
         self.folder.rmdir()
+        self._leave_parent()
+
+    def _leave_parent(self) -> None:
+        if self._enabled:
+            (self._parent / "cgroup.subtree_control").write_text("-memory")
