@@ -4,6 +4,8 @@ A sample is one pass over 4,096 distinct rows. It counts only if its process ran
 wall time) and, with two processes, if the other one did too during the whole of it: on virtual cores that take turns,
 anything else measures the turns. Reported are medians over all samples that count.
 
+"hotset" prefers resident experts by a constant bonus, "hotset resnorm" and others by the policy of that name.
+
 The rows of scalar C are timed inside of C, without the cost of a call from Python, which all others pay.
 
 usage: scripts/bench routing [--json] [...]
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hotset.runtime import MemoryAwareRouter, RouterConfig
+from hotset.runtime.router_config import Policy
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.layout import Section
@@ -40,6 +43,7 @@ ROWS = 4096
 BATCH = 256
 RAN = 0.95  # CPU time of a sample against its wall time
 BONUS = 0.15
+PREFERENCES: tuple[Policy, ...] = ("range", "mass", "resnorm", "substitute")  # beside "bonus", at their usual strengths
 ORIGINAL = {(8, 2): 113, (64, 6): 805, (64, 8): 848, (128, 8): 1477, (256, 8): 2740}  # Rust, measured elsewhere
 
 Pass = Callable[[], object]  # routes all rows once
@@ -83,9 +87,11 @@ def make_resident(experts: int) -> np.ndarray:
 # ---- what is measured: each returns a pass over ROWS rows
 
 
-def hotset_pass(segment: Segment, process: int, top_k: int, mode: str, *, timing: bool = False) -> Pass:
+def hotset_pass(
+    segment: Segment, process: int, top_k: int, mode: str, *, policy: Policy = "bonus", timing: bool = False
+) -> Pass:
     experts = segment.layout.geometry.num_experts
-    config = RouterConfig(experts, top_k, cache_bonus=BONUS, timing=timing)
+    config = RouterConfig(experts, top_k, policy=policy, cache_bonus=BONUS, timing=timing)
     router = MemoryAwareRouter(config, segment=segment, process=process)
     logits = make_logits(experts, process)
     if mode == "single":
@@ -260,6 +266,9 @@ def measure_shape(
                 samples = take_samples(hotset_pass(segment, 0, top_k, mode), seconds)
                 yield median(name, experts, top_k, mode, [samples])
             _core.use_route_kernel(kernels[0])
+            for policy in PREFERENCES:
+                samples = take_samples(hotset_pass(segment, 0, top_k, mode, policy=policy), seconds / 2)
+                yield median(f"hotset {policy}", experts, top_k, mode, [samples])
             if mode == "single":
                 samples = take_samples(hotset_pass(segment, 0, top_k, mode, timing=True), seconds)
                 yield median("hotset timed", experts, top_k, mode, [samples])

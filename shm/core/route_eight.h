@@ -3,15 +3,15 @@
  *
  * The same keys and the same operations on each number as for other tiles of columns (route_ranking.h), so the results
  * are the same bits. But of a ranking only three ranks are formed, and what a preference changed is looked for in those
- * rows alone that an expert left out might belong to: about one in ten, where the others need all shares. */
+ * rows alone that an expert left out might belong to: about one in ten. */
 #ifndef HOTSET_ROUTE_EIGHT_H
 #define HOTSET_ROUTE_EIGHT_H
 
 #include "route_report.h"
 
 static inline int eight_applies(const struct route_rule *rule, const struct route_call *call) {
-    return rule->num_experts == 8 && rule->top_k == 2 && rule->renormalize && !route_is_plain(rule) &&
-           call->policy <= POLICY_BONUS && !call->want_prefetch;
+    return rule->num_experts == 8 && rule->top_k == 2 && !route_is_plain(rule) && call->policy <= POLICY_BONUS &&
+           !call->want_prefetch;
 }
 
 struct best_three {
@@ -33,12 +33,26 @@ static inline struct best_three three_of_eight(const block *keys) {
                                block_max(block_min(lost, second), third)};
 }
 
-/* Softmax over two logits each, times `factor`. */
-static inline void softmax_of_two(block *z, float factor) {
-    block max = block_max(z[0], z[1]);
-    for (uint32_t i = 0; i < 2; i++) z[i] = block_exp(block_sub(z[i], max));
-    block scale = block_mul(block_div(block_all(1), block_add(z[0], z[1])), block_all(factor));
-    for (uint32_t i = 0; i < 2; i++) z[i] = block_mul(z[i], scale);
+/* Mixing weights of the two experts `chosen` in each row, whose logits are `selected`. */
+static inline void eight_weights(const struct route_rule *rule, const block *logits, const block *chosen,
+                                 const block *selected, block *weights) {
+    _Alignas(64) float shares[8 * BLOCK_LANES];
+    _Alignas(64) int32_t ids[2][BLOCK_LANES];
+    block share[8], sum;
+    if (rule->renormalize) {
+        block max = block_max(selected[0], selected[1]);
+        for (uint32_t i = 0; i < 2; i++) weights[i] = block_exp(block_sub(selected[i], max));
+        sum = block_add(weights[0], weights[1]);
+    } else {
+        block max = BLOCK_TREE(block_max, logits);
+        for (uint32_t i = 0; i < 2; i++) block_store((float *)ids[i], chosen[i]);
+#pragma GCC unroll 8
+        for (uint32_t e = 0; e < 8; e++) block_store(shares + e * BLOCK_LANES, share[e] = block_exp(block_sub(logits[e], max)));
+        sum = BLOCK_TREE(block_add, share);
+        for (uint32_t i = 0; i < 2; i++) weights[i] = column_gather(shares, ids[i]);
+    }
+    block scale = block_mul(block_div(block_all(1), sum), block_all(rule->weight_scale));
+    for (uint32_t i = 0; i < 2; i++) weights[i] = block_mul(weights[i], scale);
 }
 
 /* How many of the eight logits reach `least`. */
@@ -86,9 +100,10 @@ static inline int eight_tile(const struct route_tile *tile, block bonus, const f
     block chosen[2] = {block_tags(best.first, kept), block_tags(best.second, kept)};
     block selected[2] = {rows_gather(logits, chosen[0]), rows_gather(logits, chosen[1])};
     block reaching = eight_reaching(z, block_min(selected[0], selected[1]));
-    softmax_of_two(selected, tile->rule->weight_scale);
+    block mixing[2];
+    eight_weights(tile->rule, z, chosen, selected, mixing);
     block_store_pairs(chosen[0], chosen[1], (float *)ids);
-    block_store_pairs(selected[0], selected[1], weights);
+    block_store_pairs(mixing[0], mixing[1], weights);
     *contested = mask_bits(block_above(reaching, block_all(2)));
     return 1;
 }

@@ -138,9 +138,10 @@ def test_kernels_agree_where_the_preference_exceeds_all_floats() -> None:
     policy=st.sampled_from(["off", "bonus"]),
     strength=st.sampled_from([None, 0.0, 1.5, "by row"]),
     count=st.integers(1, 180),
+    renormalize=st.booleans(),
 )
 def test_kernels_agree_on_two_of_eight_experts(
-    seed: int, kinds: list[str], policy: str, strength: float | str | None, count: int
+    seed: int, kinds: list[str], policy: str, strength: float | str | None, count: int, renormalize: bool
 ) -> None:
     """Whole tiles of ordinary rows have a kernel of their own, and the rest lies between them."""
     parts = [logits(seed + i, 1 + 31 * (kind == "ordinary"), 8, kind) for i, kind in enumerate(kinds)]
@@ -148,7 +149,7 @@ def test_kernels_agree_on_two_of_eight_experts(
     rng = np.random.default_rng(seed)
     resident = np.flatnonzero(rng.random(8) < 0.5).tolist()
     given = rng.random(count).astype(np.float32) if strength == "by row" else strength
-    config = RouterConfig(8, 2, policy=policy, gating="top_k_softmax", weight_scale=1.5)  # type: ignore[arg-type]
+    config = RouterConfig(8, 2, policy=policy, renormalize=renormalize, weight_scale=1.5)  # type: ignore[arg-type]
     plain, scores = routed(config, rows, resident, "plain", given)  # type: ignore[arg-type]
     for kernel in KERNELS:
         result, its_scores = routed(config, rows, resident, kernel, given)  # type: ignore[arg-type]
