@@ -25,15 +25,14 @@ from hotset.runtime.messages import (
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.supervision import run_child
-from hotset.shm.counters import Counter, Histogram, PrefetchCount, prefetch_counter
-from hotset.shm.layout import PrefetchSource
+from hotset.shm.counters import Counter
 from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
-from hotset.workers.expert_store import ExpertReadError, ExpertStore
-from hotset.workers.idle_disk import IdleDisk
+from hotset.workers.expert_store import ExpertStore
+from hotset.workers.loads import Loads
 from hotset.workers.prefetch.requests import PrefetchRequests
-from hotset.workers.read_lanes import Load, ReadLanes
+from hotset.workers.read_lanes import ReadLanes
 from hotset.workers.read_mode import choose_read_mode
 from hotset.workers.slots import Slots
 from hotset.workers.warm_start import WarmStart
@@ -77,9 +76,6 @@ class Pager:
         self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
         self._urgent: dict[int, None] = {}  # in the order of arrival
         self._prefetches = PrefetchRequests(self._arena, geometry.num_experts, start.plan.num_workers)
-        self._loads: dict[int, Load] = {}
-        self._urgent_loads = 0  # of them
-        self._idle_disk = IdleDisk()
         self._next_rescan = 0.0
         self._arena.recover()
         class_of_expert = {
@@ -88,72 +84,16 @@ class Pager:
         }
         self._slots = Slots(self._arena, start.process, geometry, class_of_expert, self._eviction)
         self._lanes = ReadLanes(self._store, self._segment.slots(), start.plan.read_lanes)
-
-    # ---- loads
-
-    def _begin(
-        self,
-        expert: int,
-        slot: int,
-        *,
-        urgent: bool,
-        warm_start: bool = False,
-        source: PrefetchSource = PrefetchSource.NONE,
-    ) -> None:
-        (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
-        load = self._loads[expert] = Load(expert, slot, urgent=urgent, warm_start=warm_start, source=source)
-        self._count_urgent_loads(urgent)
-        self._lanes.begin(load)
-
-    def _count_urgent_loads(self, change: int) -> None:
-        self._urgent_loads += change
-        self._idle_disk.note(busy=self._urgent_loads > 0)
-
-    def _finish_loads(self) -> None:
-        for load in self._lanes.take_finished():
-            del self._loads[load.expert]
-            self._count_urgent_loads(-load.urgent)
-            if load.cancelled:
-                self._slots.free(load.slot)
-                if load.warm_start:
-                    self._warm_start.put_back(load.expert)
-                else:
-                    self._count(Counter.PREFETCH_DROPPED)
-            elif load.error is not None:
-                self._give_up(load, load.error)
-            else:
-                self._publish(load)
-
-    def _publish(self, load: Load) -> None:
-        nbytes, prefetched = self._store.nbytes(load.expert), not load.urgent and not load.warm_start
-        source = load.source if prefetched else PrefetchSource.NONE
-        self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, source)
-        self._arena.wake(load.expert // self._num_experts)
-        self._slots.fill(load.slot, load.expert)
-        if load.urgent:
-            self._count(Counter.URGENT_PAGE_INS)
-        else:
-            self._count(Counter.PREFETCH_PAGE_INS if prefetched else Counter.WARM_PAGE_INS)
-        if load.source:
-            self._count(prefetch_counter(load.source, PrefetchCount.PAGE_INS))
-            if load.urgent:
-                self._count(prefetch_counter(load.source, PrefetchCount.LATE_HITS))
-        self._count(Counter.BYTES_READ, nbytes)
-        self._count(Counter.DISK_PAGE_INS if load.from_disk else Counter.PAGE_CACHE_PAGE_INS)
-        if load.urgent:
-            took = time.monotonic_ns() - load.began
-            self._arena.record_latency(self._process, Histogram.PAGING, took)
-            self._arena.record_latency(self._process, Histogram.DISK if load.from_disk else Histogram.PAGE_CACHE, took)
-
-    def _give_up(self, load: Load, error: ExpertReadError) -> None:
-        """The expert's waiters wake, see the failed mask, and fail their requests. What nobody waits for, a prefetch or
-        part of a warm start, is no expert lost: whoever needs it asks for it, and it is tried again."""
-        self._slots.free(load.slot)
-        self._count(Counter.FAILED_LOADS)
-        if load.urgent:
-            self._arena.set_failed(load.expert)
-            self._arena.wake(load.expert // self._num_experts)
-            self._channel.send(ExpertFailed(error.layer, error.expert, str(error)))
+        self._loads = Loads(
+            self._arena,
+            start.process,
+            geometry.num_experts,
+            self._store,
+            self._lanes,
+            self._slots,
+            on_failure=lambda error: channel.send(ExpertFailed(error.layer, error.expert, str(error))),
+            on_give_up=self._warm_start.put_back,
+        )
 
     # ---- requests
 
@@ -164,7 +104,8 @@ class Pager:
             if message.direction is PagingDirection.OUT:
                 self._warm_start.drop(experts)
                 for expert in experts:
-                    self._slots.page_out(expert)
+                    if not self._loads.page_out(expert):
+                        self._slots.page_out(expert)
             elif message.priority is PagingPriority.URGENT:
                 self._note_urgent(experts)
             else:
@@ -172,6 +113,10 @@ class Pager:
 
     def _rescan(self) -> None:
         """Repairs from the bits what the queue did not carry."""
+        for expert in self._prefetches.take_stale():
+            if self._arena.requested(expert, False):
+                self._arena.withdraw_prefetch(expert)
+                self._count(Counter.PREFETCH_DROPPED)
         self._note_urgent(self._arena.urgent_requests())
         self._prefetches.repair(self._arena.prefetch_requests())
         self._next_rescan = time.monotonic() + RESCAN_SECONDS
@@ -189,17 +134,17 @@ class Pager:
             if expert in self._loads:
                 continue  # it was given up a moment ago, and begins again once its slot is free
             if len(self._loads) >= LOADS_PER_LANE * self._lanes.count:
-                self._cancel_prefetches()
+                self._loads.cancel_prefetches()
                 return
             slot_class = self._slots.class_of(expert)
             if slot_class in full_classes:
                 continue
             if (slot := self._slots.take(expert, self._prefetches.awaited())) is not None:
                 del self._urgent[expert]
-                self._begin(expert, slot, urgent=True)
+                self._loads.begin(expert, slot, urgent=True)
             else:
                 full_classes.add(slot_class)
-                self._cancel_prefetches()
+                self._loads.cancel_prefetches()
                 if len(self._loads) < self._lanes.count:  # else the next load that ends is soon enough
                     self._next_rescan = min(self._next_rescan, time.monotonic() + RETRY_SECONDS)
 
@@ -207,12 +152,7 @@ class Pager:
         """Those that need no load of their own, or not any more: an earlier message, or a rescan, may have served them.
         All of them before a prefetch is given up for any: it may be what another one waits for."""
         for expert in list(self._urgent):
-            load = self._loads.get(expert)
-            if (
-                not self._arena.requested(expert, True)
-                or self._is_settled(expert)
-                or (load is not None and self._overtake(load))
-            ):
+            if not self._arena.requested(expert, True) or self._is_settled(expert) or self._loads.overtake(expert):
                 del self._urgent[expert]
 
     def _is_settled(self, expert: int) -> bool:
@@ -223,27 +163,13 @@ class Pager:
         self._arena.wake(expert // self._num_experts)
         return True
 
-    def _overtake(self, load: Load) -> bool:
-        """An urgent request for what is being loaded already. Its bit is cleared only if the load is sure to end."""
-        was_urgent = load.urgent
-        if not self._lanes.promote(load):
-            return False
-        self._count_urgent_loads(load.urgent - was_urgent)
-        self._arena.withdraw_request(load.expert)
-        return True
-
-    def _cancel_prefetches(self) -> None:
-        """They give up their lanes and slots."""
-        for load in self._loads.values():
-            self._lanes.cancel(load)
-
     def _serve_prefetch(self) -> bool:
         """Begins or drops one prefetch if no urgent load is going on and the disk is mostly idle; the latest one first.
 
         One only, so that an urgent request never waits behind a queue of them; whether there was one.
         """
         most = min(PREFETCHES_AT_ONCE, self._lanes.count)
-        if not self._prefetches or self._urgent or len(self._loads) >= most or not self._idle_disk.is_idle():
+        if not self._prefetches or self._urgent or len(self._loads) >= most or not self._loads.is_disk_idle():
             return False
         expert, source, epoch = self._prefetches.take()
         if not self._arena.requested(expert, False) or self._is_settled(expert):
@@ -252,7 +178,7 @@ class Pager:
             slot = self._slots.take_for_prefetch(expert, self._prefetches.awaited())
             if slot is not None:
                 self._prefetches.begin(expert, epoch)
-                self._begin(expert, slot, urgent=False, source=source)
+                self._loads.begin(expert, slot, urgent=False, source=source)
                 return True
         self._arena.withdraw_prefetch(expert)
         self._count(Counter.PREFETCH_DROPPED)
@@ -262,13 +188,13 @@ class Pager:
 
     def _serve_warm_start(self) -> None:
         """Begins one load into an empty slot while nobody wants anything else."""
-        if self._urgent or self._loads or not self._idle_disk.is_idle():
+        if self._urgent or len(self._loads) or not self._loads.is_disk_idle():
             return
         if not self._slots.any_empty():
             self._warm_start.end()
         while (expert := self._warm_start.next()) is not None:
             if (slot := self._slots.take_empty(expert)) is not None:
-                self._begin(expert, slot, urgent=False, warm_start=True)
+                self._loads.begin(expert, slot, urgent=False, warm_start=True)
                 return
 
     def _save_heat(self, *, wait: bool = False) -> None:
@@ -302,7 +228,7 @@ class Pager:
                 self._report_warm_start()
                 return
             if lanes in ready:
-                self._finish_loads()
+                self._loads.finish()
             if queue in ready:
                 self._receive_messages()
             if time.monotonic() >= self._next_rescan:

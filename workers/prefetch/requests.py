@@ -44,6 +44,14 @@ class PrefetchRequests:
         expert, (epoch, source) = self._waiting.popitem()
         return expert, source, epoch if self._is_to_come(expert, epoch) else None
 
+    def take_stale(self) -> list[int]:
+        """Those that came too late while the disk was busy. Their bits have to go: as long as they are set, nobody asks
+        for these experts again."""
+        stale = [expert for expert, (epoch, _) in self._waiting.items() if not self._is_to_come(expert, epoch)]
+        for expert in stale:
+            del self._waiting[expert]
+        return stale
+
     def begin(self, expert: int, epoch: int) -> None:
         """It is being read, and `awaited` from now on."""
         self._begun[expert] = epoch

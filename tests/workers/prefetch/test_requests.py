@@ -76,3 +76,13 @@ def test_what_was_begun_is_awaited_until_its_layer_has_been_routed(segment: Segm
     assert requests.awaited() == {3, 9}
     route(segment, 1)
     assert requests.awaited() == {3}
+
+
+def test_what_came_too_late_is_given_back(segment: Segment) -> None:
+    requests = PrefetchRequests(segment.arena, 8, 1)
+    requests.note([3, 9], PrefetchSource.GATE_AHEAD)
+    assert requests.take_stale() == []
+    route(segment, 0)
+    requests.note([4], PrefetchSource.GATE_AHEAD)
+    assert requests.take_stale() == [3]
+    assert [requests.take()[0] for _ in range(2)] == [4, 9]
