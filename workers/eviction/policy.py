@@ -6,6 +6,7 @@ demand before it asks for what it misses, so that the demand is known when its m
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import LEAST_PRECISION
-from hotset.shm.demands import DemandReader
+from hotset.shm.demands import DemandReader, Records, split_records, stamp_of
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.learned import LearnedKeeper
 from hotset.workers.eviction.replay import make_policy
@@ -70,10 +71,15 @@ class Eviction:
         self.learned = LearnedKeeper(model or Path(), self._policy, enabled=model is not None)
 
     def learn(self) -> None:
-        """Takes in what the workers have wanted since the last call."""
+        """Takes in what the workers have wanted since the last call, in the order in which they wanted it."""
+        rings: list[Records] = []
         for records, lost in self._demands.read():
             if lost:
                 self._policy.forget_streams()
+            rings.append(records.copy())
+        if len(rings) > 1:
+            rings = list(heapq.merge(*map(split_records, rings), key=stamp_of))
+        for records in rings:
             self._policy.observe(records)
 
     def order(

@@ -50,6 +50,15 @@ def test_the_least_recently_used_of_all_layers_goes_first(segment: Segment) -> N
     assert victims(eviction, 1, 3, 8 + 5, 8 + 6) == [8 + 6, 3, 8 + 5, 1]
 
 
+def test_what_several_workers_used_counts_in_the_order_in_which_they_used_it(segment: Segment) -> None:
+    eviction = Eviction("lru", segment, PAGER)
+    use(segment, 1, 0, 3)
+    use(segment, 0, 0, 5)
+    use(segment, 1, 0, 6)
+    use(segment, 0, 0, 7)
+    assert victims(eviction, 5, 3, 7, 6) == [3, 5, 6, 7]
+
+
 @pytest.mark.parametrize("policy", ["affinity", "lfu@bypass", "adaptive", "lru+affinity:0.5", "td"])
 def test_every_policy_keeps_what_is_used_all_the_time(segment: Segment, policy: str) -> None:
     eviction = Eviction(policy, segment, PAGER)
