@@ -93,6 +93,7 @@ class Backend:
         self._replies: dict[int, queue.SimpleQueue[Reply | BackendError]] = {}
         self._next_number = 0
         self._lock = threading.Lock()  # of the three above and of sending
+        self._page_cache_lock = threading.Lock()
         self._ready = threading.Event()
         self._dead: BackendError | None = None
         self._closing = False
@@ -251,7 +252,7 @@ class Backend:
     def stats(self) -> BackendStats:
         """Counters of all processes added up, and what is in memory now."""
         reply = self._ask(GetStats)
-        with self._lock:
+        with self._page_cache_lock:  # not the other: this looks at hundreds of experts
             tiers = self._page_cache.complete(reply.stats.tiers, reply.resident)
         return msgspec.structs.replace(reply.stats, tiers=tiers)
 
@@ -343,7 +344,7 @@ class Backend:
             reader.join(STOP_SECONDS)
         page_cache: PageCache | None = getattr(self, "_page_cache", None)
         if page_cache is not None:
-            with self._lock:
+            with self._page_cache_lock:
                 page_cache.close()
         self._stderr.close()
 

@@ -6,8 +6,10 @@ same time, so whoever writes a file there replaces it whole (`replace_file`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import xxhash
@@ -15,6 +17,7 @@ import xxhash
 from hotset.runtime.errors import HotsetError
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin")
+LEFT_BEHIND_SECONDS = 3600  # no write takes that long
 _CONFIG = "config.json"  # other settings route the same weights in another way
 
 
@@ -64,6 +67,7 @@ def model_identity(model: Path) -> str:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file so that readers find the old content or the new one, never a part. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(path)
     descriptor, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -72,3 +76,11 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         Path(made).unlink(missing_ok=True)
         raise
+
+
+def _remove_left_behind(path: Path) -> None:
+    """What writers of this file had begun when they were killed."""
+    for begun in path.parent.glob(f".{path.name}-*"):
+        with contextlib.suppress(OSError):  # another instance does the same
+            if time.time() - begun.stat().st_mtime > LEFT_BEHIND_SECONDS:
+                begun.unlink()

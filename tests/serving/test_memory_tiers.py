@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,24 @@ def test_the_page_cache_is_asked_without_filling_it(tmp_path: Path) -> None:
         cache.close()
     finally:
         os.close(fd)
+
+
+def test_requests_are_sent_while_the_page_cache_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking, go_on = threading.Event(), threading.Event()
+    complete = PageCache.complete
+
+    def slowly(cache: PageCache, tiers: list[MemoryTier], resident: list[int]) -> list[MemoryTier]:
+        looking.set()
+        assert go_on.wait(60)
+        return complete(cache, tiers, resident)
+
+    with Backend(expert_budget="50%", workers=1) as backend, ThreadPoolExecutor(1) as thread:
+        monkeypatch.setattr(PageCache, "complete", slowly)
+        stats = thread.submit(backend.stats)
+        assert looking.wait(60)
+        try:
+            answered = ThreadPoolExecutor(1).submit(backend.generate, "def", SamplingParams(max_tokens=2)).result(60)
+        finally:
+            go_on.set()
+        assert len(answered.token_ids) == 2
+        assert len(stats.result(60).tiers) == 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from hotset.runtime.model.calibration import Calibration
-from hotset.runtime.model.model_cache import NoCacheFolder, cache_root, model_cache, replace_file
+from hotset.runtime.model.model_cache import LEFT_BEHIND_SECONDS, NoCacheFolder, cache_root, model_cache, replace_file
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,13 @@ def test_a_file_is_replaced_whole_and_a_failure_leaves_the_old_one(model: Path, 
 
 def _fail(self: Path, target: Path) -> Path:
     raise OSError("no space")
+
+
+def test_what_killed_writers_left_behind_goes_with_the_next_write(tmp_path: Path) -> None:
+    names = [".heat-dead", ".heat-alive", ".other-dead"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half of")
+    for name in (".heat-dead", ".other-dead"):
+        os.utime(tmp_path / name, (0, time.time() - LEFT_BEHIND_SECONDS - 10))
+    replace_file(tmp_path / "heat", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".heat-alive", ".other-dead", "heat"]
