@@ -113,7 +113,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = msgspec.field(default_factory=_default_workers)
     memory: str | int | None = None
     expert_budget: str | int | None = None
-    routing: RoutingPolicy = "resnorm"
+    routing: RoutingPolicy = "substitute"
     cache_bonus: float | None = None
     range_strength: float | None = None
     mass_budget: float | None = None

@@ -16,7 +16,7 @@ DEFAULT_STRENGTHS: dict[RoutingPolicy, float] = {
     "range": 0.05,
     "mass": 0.004,
     "resnorm": 0.06,
-    "substitute": 0.04,
+    "substitute": 0.045,
 }
 """For models that have not been calibrated."""
 

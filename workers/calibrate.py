@@ -7,6 +7,7 @@ that strength under several budgets: what to expect.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import sysconfig
@@ -38,6 +39,7 @@ LADDERS: dict[RoutingPolicy, tuple[float, ...]] = {
     "resnorm": (0.03, 0.06, 0.09, 0.12, 0.16, 0.22, 0.3, 0.45),
     "substitute": (0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.12),
 }
+POWERS = (1, 2, 3, 4)
 BUDGETS = (0.125, 0.25, 0.375, 0.5, 0.75)
 TEXTS = 12
 LONGEST_WINDOW = 1024
@@ -100,27 +102,34 @@ def hit_rate(hits: npt.NDArray[np.int64], misses: npt.NDArray[np.int64]) -> floa
 def strength_within(strengths: Sequence[float], costs: Sequence[float], errors: Sequence[float], limit: float) -> float:
     """The strength at which a smooth curve through the measured costs reaches `limit`, at most the largest measured.
 
-    The curve is a * s + b * s^2 with a, b >= 0, by least squares in units of the errors: no preference costs nothing,
-    and more of it costs more. One strength's perplexity alone is hardly known better than what is usually allowed.
+    The curve is a sum of the powers 1 to 4 of the strength with coefficients >= 0, by least squares in units of the
+    errors: no preference costs nothing, and more of it costs more. One strength's perplexity alone is hardly known
+    better than what is usually allowed.
     """
     s = np.array(strengths)
     weights = 1 / np.maximum(np.array(errors), 1e-12)
-    candidates: list[tuple[float, float, float]] = []
-    terms = (s, s**2)
-    for used in ((0, 1), (0,), (1,)):
-        design = np.stack([terms[index] * weights for index in used], axis=1)
-        solved, *_ = np.linalg.lstsq(design, np.array(costs) * weights, rcond=None)
-        if (solved >= 0).all():
-            a, b = (float(solved[used.index(index)]) if index in used else 0.0 for index in (0, 1))
-            rest = float(np.sum(((a * s + b * s**2 - np.array(costs)) * weights) ** 2))
-            candidates.append((rest, a, b))
-    if not candidates:  # costs less than nothing
-        return float(s[-1])
-    _, a, b = min(candidates)
-    if a * s[-1] + b * s[-1] ** 2 <= limit:
-        return float(s[-1])
-    # The root of b s^2 + a s - limit in a form that also holds for b = 0.
-    return float(2 * limit / (a + np.sqrt(a * a + 4 * b * limit)))
+    wanted = np.array(costs) * weights
+    best, curve = np.inf, np.zeros(len(POWERS))  # costs less than nothing
+    for used in itertools.chain.from_iterable(
+        itertools.combinations(range(len(POWERS)), n + 1) for n in range(len(POWERS))
+    ):
+        design = np.stack([s ** POWERS[index] * weights for index in used], axis=1)
+        solved, *_ = np.linalg.lstsq(design, wanted, rcond=None)
+        rest = float(np.sum((design @ solved - wanted) ** 2))
+        if (solved >= 0).all() and rest < best:
+            best, curve = rest, np.zeros(len(POWERS))
+            curve[list(used)] = solved
+
+    def cost(strength: float) -> float:
+        return float(curve @ strength ** np.array(POWERS))
+
+    low, high = 0.0, float(s[-1])
+    if cost(high) <= limit:
+        return high
+    for _ in range(50):  # it rises
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+    return low
 
 
 class Calibrator:

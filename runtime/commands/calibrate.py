@@ -37,7 +37,7 @@ def calibrate(
     ] = "25%",
     routing: Annotated[
         str, typer.Option(metavar="POLICY", help="bonus, range, mass, resnorm or substitute.")
-    ] = "resnorm",
+    ] = "substitute",
     eviction: Annotated[str, typer.Option(metavar="POLICY", help="As for hotset generate.")] = "td",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:

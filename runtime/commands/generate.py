@@ -51,7 +51,7 @@ def generate(
         typer.Option(
             metavar="POLICY",
             help="How experts in memory are preferred: off (exact), bonus, range, mass, resnorm or substitute; "
-            "default: resnorm.",
+            "default: substitute.",
         ),
     ] = None,
     eviction: Annotated[

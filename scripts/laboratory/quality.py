@@ -111,14 +111,15 @@ class Curve:
 
     def __init__(self, lines: Sequence[Line]) -> None:
         self.lines = sorted(lines, key=lambda line: line.setting.strength)
-        resamples = Resamples(len(lines[0].loss))
-        tokens = resamples(np.full(len(lines[0].loss), float(lines[0].text.tokens)))
-        exact = self.lines[0].array("loss")
-        hits = np.array([resamples(line.array("hits")) for line in self.lines])
-        misses = np.array([resamples(line.array("misses")) for line in self.lines])
+        exact = self.lines[0].of_instances("loss")
+        resamples = Resamples(len(exact))
+        tokens = resamples(np.full(len(exact), float(lines[0].text.tokens * lines[0].setting.batch)))
+        hits = np.array([resamples(line.of_instances("hits")) for line in self.lines])
+        misses = np.array([resamples(line.of_instances("misses")) for line in self.lines])
+        losses = np.array([resamples(line.of_instances("loss") - exact) for line in self.lines])
         self.hit_rate = 100 * hits / (hits + misses)
-        self.change = 100 * np.expm1(np.array([resamples(line.array("loss") - exact) / tokens for line in self.lines]))
-        self.divergence = np.array([resamples(line.array("divergence")) / tokens for line in self.lines])
+        self.change = 100 * np.expm1(losses / tokens)
+        self.divergence = np.array([resamples(line.of_instances("divergence")) for line in self.lines]) / tokens
 
     def rows(self, budget: float) -> Iterator[Row]:
         for index, line in enumerate(self.lines):

@@ -28,8 +28,13 @@ class Text(msgspec.Struct, frozen=True):
     warm_up: int
 
     @property
+    def counted_windows(self) -> int:
+        """Of each text."""
+        return self.windows - self.warm_up
+
+    @property
     def counted_tokens(self) -> int:
-        return self.texts * (self.windows - self.warm_up) * self.tokens
+        return self.texts * self.counted_windows * self.tokens
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -42,8 +47,14 @@ class Line(msgspec.Struct, frozen=True):
     hits: list[int]
     misses: list[int]
 
-    def array(self, name: str) -> npt.NDArray[np.float64]:
-        return np.array(getattr(self, name), np.float64)
+    def of_instances(self, name: str) -> npt.NDArray[np.float64]:
+        """Sums over the texts that an instance decodes at once, of every instance and window."""
+        return (
+            np.array(getattr(self, name), np.float64)
+            .reshape(-1, self.setting.batch, self.text.counted_windows)
+            .sum(1)
+            .ravel()
+        )
 
 
 def line_of(text: Text, setting: Setting, outcome: Outcome) -> Line:

@@ -16,7 +16,7 @@ from hotset.workers.simulation import Setting
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-from laboratory.quality import Curve  # noqa: E402
+from laboratory.quality import Curve, Estimate  # noqa: E402
 from laboratory.quality_results import Line, Text, read_lines  # noqa: E402
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPTS)}
@@ -60,6 +60,19 @@ def test_a_study_is_measured_once_and_read_again(tmp_path: Path) -> None:
     for word in ("25 % of the experts in memory", "resnorm", "range", "KL", "+0.25 %"):
         assert word in again.stdout
     assert len(read_lines(results, TEXT)) == 0  # those of another text do not count
+
+
+def test_texts_that_share_an_instance_are_resampled_together() -> None:
+    """Its hits are in the place of the first of them."""
+    hits, misses = [30] * 10 + [0] * 10, [10] * 10 + [0] * 10
+    lines = [
+        Line(TEXT, Setting(routing, strength, "affinity", 8, batch=2), [loss] * 20, [loss] * 20, hits, misses)
+        for routing, strength, loss in (("off", 0.0, 0.0), ("resnorm", 0.1, 1.0))
+    ]
+    _, row = Curve(lines).rows(25)
+    assert row.hit_rate == Estimate(75, 75, 75)
+    assert row.perplexity_change.value == pytest.approx(100 * np.expm1(0.01))
+    assert row.divergence.value == pytest.approx(0.01)
 
 
 def test_the_cost_is_paired_and_interpolated_to_the_budget() -> None:

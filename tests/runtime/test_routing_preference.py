@@ -29,8 +29,8 @@ def preference(model: Path, **options: object) -> RoutingPreference:
 
 def test_what_the_user_gives_goes_first(model: Path) -> None:
     FOUND.save(model)
-    assert preference(model, resnorm_strength=0.3) == RoutingPreference("resnorm", 0.3, "given")
-    assert preference(model, resnorm_strength=0.0).strength == 0
+    assert preference(model, routing="resnorm", resnorm_strength=0.3) == RoutingPreference("resnorm", 0.3, "given")
+    assert preference(model, routing="resnorm", resnorm_strength=0.0).strength == 0
     assert preference(model, routing="off") == RoutingPreference("off", 0.0, "given")
 
 

@@ -35,14 +35,14 @@ def test_what_is_found_is_what_a_backend_uses(cache: Path) -> None:
     done = run("--max-kl", "0.004", "--text", str(text), "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["routing"], found["limit"]) == ("resnorm", "KL 0.004 with 25% of the experts in memory")
+    assert (found["routing"], found["limit"]) == ("substitute", "KL 0.004 with 25% of the experts in memory")
     quarter = next(expected for expected in found["expectations"] if expected["budget"] == 0.25)
     assert quarter["divergence"] == pytest.approx(0.004, rel=0.5)
     assert quarter["hit_rate"] > quarter["exact_hit_rate"] > 0
     with Backend(workers=1) as backend:
         preference = backend.stats().preference
         assert (preference.strength, preference.source) == (found["strength"], "calibrated")
-    with Backend(workers=1, resnorm_strength=0.5) as backend:
+    with Backend(workers=1, substitute_limit=0.5) as backend:
         assert backend.plan.routing.source == "given"
 
 
@@ -69,7 +69,7 @@ def test_a_text_that_is_too_short_or_no_text_is_refused(cache: Path) -> None:
     short, binary = cache / "short", cache / "binary"
     short.write_text("import os\n")
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, sentence in ((short, "tokens, expected at least"), (binary, "is not text in UTF-8")):
+    for path, sentence in ((short, f"{short} has"), (binary, "is not text in UTF-8")):
         done = run("--max-kl", "0.01", "--text", str(path))
         assert done.returncode == 1 and sentence in done.stderr
     assert not list(cache.rglob("calibration*"))

@@ -161,12 +161,21 @@ def test_C11_exact_requests_do_not_reuse_rows_of_a_cache_preference(backend: Bac
     assert backend.generate(prompt, preferring).cached_tokens > 0
 
 
-def test_resnorm_prefers_resident_experts_and_at_strength_0_none() -> None:
+@pytest.mark.parametrize(
+    ("routing", "option", "strong"),
+    [
+        ("resnorm", "resnorm_strength", 0.5),
+        ("substitute", "substitute_limit", 0.1),
+    ],
+)
+def test_a_preference_measured_by_the_residual_spares_misses_and_at_strength_0_none(
+    routing: str, option: str, strong: float
+) -> None:
     params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
     exact = msgspec.structs.replace(params, routing="off")
     misses: dict[float, int] = {}
-    for strength in (0.0, 0.5):
-        settings = {"expert_budget": "25%", "routing": "resnorm", "resnorm_strength": strength, "warm_start": False}
+    for strength in (0.0, strong):
+        settings = {"expert_budget": "25%", "routing": routing, option: strength, "warm_start": False}
         with Backend(workers=1, **settings) as backend:
             answers = backend.generate(PROMPTS, params)
             stats = backend.stats()
@@ -179,7 +188,7 @@ def test_resnorm_prefers_resident_experts_and_at_strength_0_none() -> None:
             backend.generate(PROMPTS[1:], exact)  # meanwhile: a step has rows of both kinds
             list(preferring)
             assert (backend.stats().lost_mass > 0) == (strength > 0)
-    assert misses[0.5] < 0.75 * misses[0.0]
+    assert misses[strong] < 0.75 * misses[0.0]
 
 
 def test_numbers_add_up(backend: Backend) -> None:

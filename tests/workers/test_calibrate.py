@@ -19,6 +19,12 @@ def test_the_strength_is_where_the_curve_reaches_the_limit() -> None:
     assert 0.01 * found + 0.05 * found**2 == pytest.approx(0.003, rel=1e-6)
 
 
+def test_a_cost_that_begins_small_and_rises_steeply_is_followed() -> None:
+    costs = [2.0 * s**3.3 for s in STRENGTHS]
+    found = strength_within(STRENGTHS, costs, costs, 0.004)
+    assert 2.0 * found**3.3 == pytest.approx(0.004, rel=0.1)
+
+
 def test_chance_in_one_cost_does_not_decide() -> None:
     costs = [0.05 * s**2 for s in STRENGTHS]
     exact = strength_within(STRENGTHS, costs, [1e-3] * 4, 0.002)
