@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.argument_types import check_field_types
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
@@ -37,6 +38,7 @@ class AffinityConfig(msgspec.Struct, frozen=True):
     max_score: float = 1.0
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, expected at least 1")
         if not 0 <= self.decay <= 1:

@@ -14,15 +14,17 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, cast, overload
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.answers import AnswerText, Completion, Piece, join_pieces
+from hotset.runtime.argument_types import integer, integers
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, RequestFailed, TooManyPins
@@ -66,6 +68,7 @@ from hotset.shm.segment import (
 COORDINATOR_MODULE = "hotset.runtime.coordinator"
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
+MOST_MOVES = 1 << 62  # what a message can say; more than there are pages
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -86,9 +89,14 @@ class Backend:
     All methods may be called from any thread.
     """
 
-    def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
-        self.config = BackendConfig(model=str(model_folder(Path(model or TRAINED_MODEL))), **settings)
-        self.instance = check_instance_name(self.config.name or new_instance_name())
+    def __init__(self, model: str | PathLike[str] | None = None, **settings: Any) -> None:
+        given: Any = model
+        if not isinstance(given, str | PathLike | None) or model == "":
+            raise ValueError(f"model is {model!r}, expected the path of a checkpoint folder or a GGUF file, or None")
+        folder = TRAINED_MODEL if model is None else Path(model)
+        self.config = BackendConfig(model=str(model_folder(folder)), **settings)
+        name = new_instance_name() if self.config.name is None else self.config.name
+        self.instance = check_instance_name(name)
         self._answers: dict[int, queue.SimpleQueue[Generated | BackendError]] = {}
         self._replies: dict[int, queue.SimpleQueue[Reply | BackendError]] = {}
         self._next_number = 0
@@ -127,7 +135,7 @@ class Backend:
 
         Raises `RequestFailed` if the request cannot be served, `BackendError` if the backend has died.
         """
-        params = params or SamplingParams()
+        params = _sampling_params(params)
         prompt_ids = self._prompt_ids(prompt)
         pieces = self._pieces(self._submit(prompt_ids, params), params)
         next(pieces)  # into its try block, so that closing an iterator that was never asked aborts too
@@ -144,7 +152,7 @@ class Backend:
 
         Several prompts run at once, spread over the workers.
         """
-        if isinstance(prompts, str) or not len(prompts) or isinstance(prompts[0], int | np.integer):
+        if _is_one_prompt(prompts):
             return self._complete(prompts, params)  # type: ignore[arg-type]
         batch: list[Any] = list(prompts)
         encoded = [self._prompt_ids(prompt) for prompt in batch]
@@ -187,7 +195,10 @@ class Backend:
 
         Raises `NoChatTemplate` or `ChatTemplateError`, and what `generate` raises.
         """
-        single = not messages or isinstance(messages[0], Mapping)
+        given: Any = messages
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
+            raise ValueError(f"messages is {messages!r}, expected dicts with 'role' and 'content', at least one")
+        single = isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if single else list(messages)
         prompts = [self.chat_prompt(c, tools=tools, **(chat_template_kwargs or {})) for c in conversations]
         return self.generate(prompts[0] if single else prompts, params)  # type: ignore[arg-type]
@@ -204,6 +215,11 @@ class Backend:
         return join_pieces(len(ids), self.stream(ids, params))
 
     def _prompt_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the prompt is {prompt!r}, expected text: {error.reason}") from None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)
         if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"the prompt is {prompt!r}, expected text or token ids, at least one")
@@ -261,6 +277,8 @@ class Backend:
 
         Sequences stand still for that long. Attention does not need it: it is for contiguous views of pages.
         """
+        if max_moves is not None:
+            max_moves = min(integer("max_moves", max_moves, 0), MOST_MOVES)
         return self._ask(lambda query: Defragment(query, max_moves)).moves
 
     def check_cache(self) -> str | None:
@@ -269,6 +287,7 @@ class Backend:
 
     def reset_stats(self) -> None:
         """Counts from here on."""
+        self._raise_if_dead()
         self._send(ResetStats())
 
     def _ask(self, question: Callable[[int], Any]) -> Any:
@@ -292,14 +311,14 @@ class Backend:
         `stats().pinned_experts_absent` says how many are still to come. Raises `TooManyPins`, and pins none of them,
         if more than the setting `user_pins` would be pinned.
         """
-        ids = self._expert_ids(layer, experts)
+        layer, ids = self._expert_ids(layer, experts)
         pinned = self._ask(lambda query: PinExperts(query, layer, ids)).pinned
         if pinned > self.config.user_pins:
             raise TooManyPins(pinned, self.config.user_pins)
 
     def unpin_experts(self, layer: int, experts: Iterable[int]) -> None:
         """They may be evicted again, as any other; those that were not pinned are left as they are."""
-        ids = self._expert_ids(layer, experts)
+        layer, ids = self._expert_ids(layer, experts)
         self._ask(lambda query: UnpinExperts(query, layer, ids))
 
     def page_out(self, layer: int, experts: Iterable[int]) -> list[int]:
@@ -307,16 +326,17 @@ class Backend:
 
         Returns those for which this was refused: they are pinned by `pin_experts`, or the pager has no time to listen.
         """
-        ids = self._expert_ids(layer, experts)
+        layer, ids = self._expert_ids(layer, experts)
         return self._ask(lambda query: PageOutExperts(query, layer, ids)).refused
 
-    def _expert_ids(self, layer: int, experts: Iterable[int]) -> list[int]:
+    def _expert_ids(self, layer: int, experts: Iterable[int]) -> tuple[int, list[int]]:
+        layer = integer("layer", layer)
         if not 0 <= layer < self._model.num_layers or layer in self._model.dense_layers:
             raise ValueError(f"layer is {layer}, expected one of {self._model.num_layers} that has experts")
-        ids = [int(expert) for expert in experts]
+        ids = integers("experts", experts)
         if wrong := [expert for expert in ids if not 0 <= expert < self._model.num_experts]:
             raise ValueError(f"expert id is {wrong[0]}, expected 0 <= id < {self._model.num_experts}")
-        return ids
+        return layer, ids
 
     # ---- life
 
@@ -349,6 +369,7 @@ class Backend:
         self._stderr.close()
 
     def __enter__(self) -> Self:
+        self._raise_if_dead()
         return self
 
     def __exit__(
@@ -436,3 +457,21 @@ class Backend:
     @property
     def coordinator_pid(self) -> int:
         return self._coordinator.pid
+
+
+def _sampling_params(params: Any) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params is {params!r}, expected SamplingParams(...) or None")
+    return params
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    """Text or token ids, and not several of either; also what is neither, which is then refused as a prompt."""
+    if isinstance(prompts, np.ndarray):
+        array = cast("npt.NDArray[Any]", prompts)
+        return array.ndim < 2 and array.dtype.kind in "iu"
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes) or not prompts:
+        return True
+    return isinstance(prompts[0], int | np.integer)

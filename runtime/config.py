@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 
+from hotset.runtime.argument_types import check_field_types, integer
 from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import parse_prefetch
 from hotset.shm.layout import PrefetchSource
@@ -31,18 +32,18 @@ TRAINED_MODEL = Path(__file__).parent / "model" / "trained"
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def parse_nbytes(size: str | int) -> int:
+def parse_nbytes(size: str | int, name: str = "the size") -> int:
     """Bytes from a number or from text such as "4GiB" or "500MB"; raises `ValueError` for anything else."""
     if isinstance(size, int):
         if size < 0:
-            raise ValueError(f"the size is {size}, expected a number of bytes >= 0")
+            raise ValueError(f"{name} is {size}, expected a number of bytes >= 0")
         return size
     try:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
     except TypeError:  # a float, say
         match = None
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"the size is {size!r}, expected bytes such as 500000000, '500MB' or '4GiB'")
+        raise ValueError(f"{name} is {size!r}, expected bytes such as 500000000, '500MB' or '4GiB'")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -135,6 +136,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for name, low in (
             ("workers", 1),
             ("max_num_seqs", 1),
@@ -145,15 +147,17 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("user_pins", 0),
         ):
             value = getattr(self, name)
-            if name in ("read_lanes", "max_model_len") and value is None:
-                continue
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {low}")
+            if value is not None:
+                integer(name, value, low)
         if self.memory is not None and self.expert_budget is not None:
             raise ValueError(
                 f"memory is {self.memory!r} and expert_budget is {self.expert_budget!r}, expected one of the two: "
                 "memory decides how many experts fit"
             )
+        for name in ("memory", "kv_cache_memory"):
+            size = getattr(self, name)
+            if size is not None:
+                parse_nbytes(size, name)
         parse_eviction(self.eviction)
         sources = parse_prefetch(self.prefetch).sources
         threshold = self.prefetch_threshold
@@ -176,11 +180,3 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
                     f"{name} is {value!r} and routing is {self.routing!r}, expected the strength of that policy: "
                     f"{name} is for routing {policy!r}"
                 )
-        for name, choices in (
-            ("routing", RoutingPolicy),
-            ("read_mode", ReadMode),
-            ("kv_cache_dtype", KvDtype),
-        ):
-            value, allowed = getattr(self, name), get_args(choices)
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")

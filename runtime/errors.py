@@ -12,24 +12,27 @@ class BackendError(HotsetError):
 
 
 class BudgetTooSmall(BackendError):
-    """The expert budget gives `slots` slots; `needed` of `nbytes` together are the least that cannot deadlock."""
+    """The expert budget gives `slots` slots; `needed` of `nbytes` together are the least that cannot deadlock, because
+    of what `reasons` names."""
 
-    def __init__(self, given: str, slots: int, needed: int, nbytes: int) -> None:
+    def __init__(self, given: str, slots: int, needed: int, nbytes: int, reasons: str) -> None:
         super().__init__(
-            f"the expert budget {given} holds {slots} experts, but at least {needed} are needed "
-            f"({nbytes} bytes); give a larger budget or fewer workers"
+            f"the expert budget {given} holds {slots} experts, but at least {needed} are needed ({nbytes} bytes), for "
+            f"{reasons}; give a larger budget, or less of those"
         )
         self.slots = slots
         self.needed = needed
 
 
 class MemoryTooSmall(BackendError):
-    """`memory` cannot hold `needed` bytes: all that is not experts, and the `slots` least that cannot deadlock."""
+    """`memory` cannot hold `needed` bytes: all that is not experts, and the `slots` least that cannot deadlock, because
+    of what `reasons` names."""
 
-    def __init__(self, given: int, needed: int, slots: int) -> None:
+    def __init__(self, given: str | int, needed: int, slots: int, reasons: str) -> None:
         super().__init__(
-            f"memory is {given} bytes, but the processes, the dense weights, the KV pages and the {slots} experts "
-            f"that must fit at least need {needed}; give more memory, fewer workers or a smaller kv_cache_memory"
+            f"memory is {given}, expected at least {-(-needed >> 20)}MiB ({needed}) for the processes, the dense "
+            f"weights, the KV pages and the {slots} experts that must fit, for {reasons}; give more memory, less of "
+            "those or a smaller kv_cache_memory"
         )
         self.given = given
         self.needed = needed

@@ -20,7 +20,7 @@ from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import RoutingPreference, routing_preference
-from hotset.shm.geometry import Geometry, SlotClass
+from hotset.shm.geometry import MAX_PAGES, Geometry, SlotClass
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Layout
 
@@ -113,6 +113,10 @@ class _Planner:
         # into: else two workers that wait for each other's slots would wait for ever.
         self.pinned_slots = config.workers * model.experts_per_token + config.user_pins
         self.least_of_a_size = self.pinned_slots + (config.read_lanes or 1)
+        self.slot_reasons = (
+            f"workers={config.workers} with {model.experts_per_token} experts per token, user_pins={config.user_pins} "
+            f"and read_lanes={config.read_lanes or 1}"
+        )
         least = least_slots(self.classes, self.least_of_a_size)
         self.least_slots = sum(slots.count for slots in least)
         self.least_nbytes = sum(slots.count * slots.nbytes for slots in least)
@@ -153,7 +157,7 @@ class _Planner:
             slots = split_slots(nbytes, self.classes, self.least_of_a_size)
             if slots is None:
                 held = nbytes * self.num_experts // all_nbytes(self.classes)
-                raise BudgetTooSmall(str(budget), held, self.least_slots, self.least_nbytes)
+                raise BudgetTooSmall(str(budget), held, self.least_slots, self.least_nbytes, self.slot_reasons)
             pages = max(self.pages_for_one, MAX_DEFAULT_KV_NBYTES // self.page_nbytes)
             return slots, self._asked_pages() or min(self.pages_for_all, pages)
         return self._split(parse_nbytes(self.config.memory))
@@ -169,7 +173,7 @@ class _Planner:
         slots = split_slots(free - num_pages * self.page_nbytes, self.classes, self.least_of_a_size)
         if slots is None:
             needed = fixed + num_pages * self.page_nbytes + self.least_nbytes
-            raise MemoryTooSmall(memory, needed, self.least_slots)
+            raise MemoryTooSmall(self.config.memory or 0, needed, self.least_slots, self.slot_reasons)
         if asked_pages is None:
             slots_nbytes = sum(of_a_size.count * of_a_size.nbytes for of_a_size in slots)
             num_pages = min(self.pages_for_all, (free - slots_nbytes) // self.page_nbytes)
@@ -182,6 +186,11 @@ class _Planner:
         if num_pages < 1:
             raise ValueError(
                 f"kv_cache_memory is {self.config.kv_cache_memory}, expected at least one page of "
+                f"{self.page_nbytes} bytes"
+            )
+        if num_pages >= MAX_PAGES:
+            raise ValueError(
+                f"kv_cache_memory is {self.config.kv_cache_memory}, expected fewer than {MAX_PAGES} pages of "
                 f"{self.page_nbytes} bytes"
             )
         return num_pages

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from hotset.runtime.affinity import AffinityConfig
+from hotset.runtime.argument_types import check_field_types
 from hotset.runtime.config import RoutingPolicy
 
 MAX_EXPERTS = 1024
@@ -84,6 +85,7 @@ class RouterConfig(msgspec.Struct, frozen=True):
     max_strength: float = 1.0
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for name in ("cache_bonus", "prefetch_threshold"):
             value = getattr(self, name)
             if value != value:
@@ -110,9 +112,6 @@ class RouterConfig(msgspec.Struct, frozen=True):
         ):
             _check_range(name, getattr(self, name), 0, float(np.finfo(np.float32).max))
         _check_range("target_hit_rate", self.target_hit_rate, 0, 1)
-        if self.gating not in GATINGS:
-            raise ValueError(f"gating is {self.gating!r}, expected one of {', '.join(GATINGS)}")
-        check_policy(self.policy)
         if self.affinity is not None and self.affinity.num_experts != self.num_experts:
             raise ValueError(
                 f"affinity.num_experts is {self.affinity.num_experts}, expected num_experts = {self.num_experts}"

@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from hotset.runtime.argument_types import check_field_types
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Names, meanings and defaults are vLLM's and OpenAI's, but for `max_tokens`: 128 (vLLM: 16, which cuts
@@ -38,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     routing: Literal["off"] | None = None
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         _in_range("temperature", self.temperature, 0, math.inf, "a number of at least 0")
         _in_range("min_p", self.min_p, 0, 1, "a number from 0 to 1")
         _in_range("presence_penalty", self.presence_penalty, -2, 2, "a number from -2 to 2")
@@ -46,14 +49,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}, expected a positive number")
-        if self.top_k < -1:
-            raise ValueError(f"top_k is {self.top_k}, expected a positive number, or 0 or -1 for all tokens")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}, expected at least 1")
+        if not -1 <= self.top_k < 1 << 31:
+            raise ValueError(f"top_k is {self.top_k}, expected a number below 2**31, or 0 or -1 for all tokens")
+        if not 1 <= self.max_tokens < 1 << 31:
+            raise ValueError(f"max_tokens is {self.max_tokens}, expected at least 1, and less than 2**31")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**64")
-        if self.routing not in (None, "off"):
-            raise ValueError(f"routing is {self.routing!r}, expected None or 'off'")
         if "" in self.stop_strings:
             raise ValueError("stop holds an empty string, which would end every text before its first character")
         for token_id, bias in (self.logit_bias or {}).items():

@@ -7,6 +7,7 @@ import msgspec
 PAGE = 4096
 CACHE_LINE = 64
 MAX_ROW_NBYTES = (1 << 32) - PAGE  # the section table has 32 bits for a stride
+MAX_PAGES = (1 << 32) - 1  # block tables have 32 bits for a page, and page 0 is none
 MAX_EXPERT_IDS = 1 << 24  # the slot word has 24 bits for the expert
 
 
@@ -57,6 +58,8 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
                     f"slot_classes has {slots.count} slots of {slots.nbytes} bytes, expected at least 0 slots of "
                     f"1 to {MAX_ROW_NBYTES} bytes"
                 )
+        if self.num_pages >= MAX_PAGES:
+            raise ValueError(f"num_pages is {self.num_pages}, expected fewer than {MAX_PAGES}")
         if self.page_nbytes > MAX_ROW_NBYTES:
             raise ValueError(f"page_nbytes is {self.page_nbytes}, expected at most {MAX_ROW_NBYTES}")
         if self.num_layers * self.num_experts >= MAX_EXPERT_IDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hotset.runtime.argument_types import integer
 from hotset.runtime.kv.errors import ExceedsArena, OutOfBounds, UnknownSequence
 from hotset.runtime.kv.sequence import CachedSequence
 from hotset.runtime.kv.sequence_tables import SequenceTables
@@ -26,8 +27,7 @@ class BlockTables(SequenceTables):
         Raises:
             ExceedsArena: more pages than the arena has; OutOfPages: more than are available now.
         """
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens is {num_tokens}, expected at least 0")
+        num_tokens = integer("num_tokens", num_tokens, 0)
         state = CachedSequence([[] for _ in self.windows], num_tokens, num_tokens)
         self._skip_unseen(state)
         needed = sum(self._missing(state, num_tokens, num_tokens))
@@ -43,8 +43,7 @@ class BlockTables(SequenceTables):
             OutOfPages: not enough pages are available.
         """
         state = self._state(sequence)
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens is {num_tokens}, expected at least 0")
+        num_tokens = integer("num_tokens", num_tokens, 0)
         return self.reserve(sequence, max(state.reserved, state.length) + num_tokens)
 
     def reserve(self, sequence: int, num_tokens: int, *, written: int | None = None) -> list[int]:

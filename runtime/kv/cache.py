@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.argument_types import integer
 from hotset.runtime.kv import statistics
 from hotset.runtime.kv.compaction import plan_moves
+from hotset.runtime.kv.config import CacheConfig
 from hotset.runtime.kv.errors import CorruptCache, OutOfBounds, OutOfPages
 from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.kv.page_memory import KvPageMemory
-from hotset.runtime.kv.sequence_tables import PageMemory
 from hotset.runtime.kv.shared_prompts import SharedPrompts
 from hotset.runtime.kv.statistics import FragmentationStats, PagedCacheStats
 
@@ -38,40 +39,13 @@ class PagedKvCache(SharedPrompts):
     any more are kept until their room is needed.
 
     Args:
-        num_pages, block_size, windows, max_step, memory: see `SequenceTables`.
-        page_nbytes: bytes of one page, for the memory figures; those of `memory` if that is given.
-        enable_prefix_caching: without it nothing is published and every hit is 0.
-        hit_rate_window: requests that `hit_rate` looks back.
-        events: whether to collect what `take_events` returns.
-        clock: seconds, for priorities with a time limit.
+        num_pages, block_size, options: the fields of `CacheConfig`.
     """
 
-    def __init__(
-        self,
-        num_pages: int,
-        block_size: int = 16,
-        *,
-        windows: Sequence[int] = (0,),
-        max_step: int | None = None,
-        page_nbytes: int = 0,
-        memory: PageMemory | None = None,
-        enable_prefix_caching: bool = True,
-        hit_rate_window: int = 1000,
-        events: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(
-            num_pages,
-            block_size,
-            windows=windows,
-            max_step=max_step,
-            memory=memory,
-            enable_prefix_caching=enable_prefix_caching,
-            hit_rate_window=hit_rate_window,
-            events=events,
-            clock=clock,
-        )
-        self.page_nbytes = memory.page_nbytes if memory else page_nbytes
+    def __init__(self, num_pages: int, block_size: int = 16, **options: Any) -> None:
+        config = CacheConfig(num_pages, block_size, **options)
+        super().__init__(config)
+        self.page_nbytes = config.memory.page_nbytes if config.memory else config.page_nbytes
         self._defragmentations = self._pages_moved = 0
 
     # Rows, if the cache has a page memory
@@ -229,6 +203,8 @@ class PagedKvCache(SharedPrompts):
 
         Block tables change: nobody else may read or write the moved pages meanwhile.
         """
+        if max_moves is not None:
+            max_moves = integer("max_moves", max_moves, 0)
         pool = self._pool
         tables = [table for state in self._sequences.values() for table in state.tables]
         runs = tables + self._prefixes.runs()

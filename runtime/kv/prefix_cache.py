@@ -24,9 +24,12 @@ def pack_tokens(tokens: TokenIds) -> bytes:
         if len(tokens) % 4:
             raise ValueError(f"packed token ids take 4 bytes each, got {len(tokens)} bytes")
         return tokens
-    if isinstance(tokens, np.ndarray):
-        return tokens.astype(np.int32, casting="same_kind", copy=False).tobytes()
-    return array("i", tokens).tobytes()
+    try:
+        if isinstance(tokens, np.ndarray):
+            return tokens.astype(np.int32, casting="same_kind", copy=False).tobytes()
+        return array("i", tokens).tobytes()
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"the token ids are {tokens!r}, expected integers of 32 bits: {error}") from None
 
 
 class PrefixCache:

@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.kv.config import CacheConfig
 from hotset.runtime.kv.errors import OutOfBounds, UnknownSequence
 from hotset.runtime.kv.page_pool import NO_PAGE, PagePool
 from hotset.runtime.kv.sequence import CachedSequence
 
 
-class PageMemory(Protocol):
-    """Where the rows of the pages lie."""
-
-    @property
-    def page_nbytes(self) -> int: ...
-
-    def copy_page(self, source: int, destination: int) -> None: ...
-
-    def clear_pages(self, pages: Sequence[int]) -> None: ...
-
-
 class SequenceTables:
-    """Which page holds which token of which sequence. `BlockTables` says how that changes.
+    """Which page holds which token of which sequence. `BlockTables` says how that changes."""
 
-    Args:
-        num_pages: pages in all; 0 is allowed and serves only empty sequences.
-        block_size: tokens per page.
-        windows: per group of layers, how many positions a row sees, its own included; 0: all.
-        max_step: groups with a window have pages only for so many tokens beyond the written ones, more as the sequence
-            grows and `reserve` asks for them; None: for all that are reserved.
-        memory: where the rows lie. If given, copies on write reach it, and its pages are cleared before they are
-            handed out, so that nobody reads the rows of an earlier owner.
-    """
-
-    def __init__(
-        self,
-        num_pages: int,
-        block_size: int = 16,
-        *,
-        windows: Sequence[int] = (0,),
-        max_step: int | None = None,
-        memory: PageMemory | None = None,
-    ) -> None:
-        if num_pages < 0:
-            raise ValueError(f"num_pages is {num_pages}, expected at least 0")
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}, expected at least 1")
-        furthest = max(windows, key=lambda window: window or math.inf, default=-1)
-        if not windows or furthest != windows[0] or min(windows) < 0:
-            raise ValueError(f"windows are {tuple(windows)}, expected the one that sees furthest (0: all) first")
-        if max_step is not None and max_step < 1:
-            raise ValueError(f"max_step is {max_step}, expected at least 1")
-        self.num_pages = num_pages
-        self.block_size = block_size
-        self.windows = tuple(windows)
-        self.max_step = max_step
-        self._windowed = [(group, window) for group, window in enumerate(windows) if window]
-        self._memory = memory
-        self._pool = PagePool(num_pages)
+    def __init__(self, config: CacheConfig) -> None:
+        self.num_pages = config.num_pages
+        self.block_size = config.block_size
+        self.windows = tuple(config.windows)
+        self.max_step = config.max_step
+        self._windowed = [(group, window) for group, window in enumerate(self.windows) if window]
+        self._memory = config.memory
+        self._pool = PagePool(config.num_pages)
         self._sequences: dict[int, CachedSequence] = {}
         self._last_sequence = 0
         self._copies: int = 0

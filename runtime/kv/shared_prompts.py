@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from array import array
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from hotset.runtime.argument_types import integer
 from hotset.runtime.kv.block_tables import BlockTables
+from hotset.runtime.kv.config import CacheConfig
 from hotset.runtime.kv.errors import ExceedsArena, OutOfBounds, OutOfPages
 from hotset.runtime.kv.events import CacheEvent
 from hotset.runtime.kv.page_pool import NO_PAGE
 from hotset.runtime.kv.prefix_cache import PrefixCache, TokenIds, pack_tokens
 from hotset.runtime.kv.prefix_eviction import DEFAULT_PRIORITY
 from hotset.runtime.kv.sequence import CachedSequence
-from hotset.runtime.kv.sequence_tables import PageMemory
 from hotset.runtime.kv.statistics import HitRateWindow
 
 # UNKNOWN_TOKEN packed. Occurs in packed ids, at whatever alignment, only if one is negative: the others have a top
@@ -30,26 +30,16 @@ class Admission(NamedTuple):
 
 
 class SharedPrompts(BlockTables):
-    """Block tables with a prefix cache: see `PagedKvCache`, which everybody uses, for what the arguments mean."""
+    """Block tables with a prefix cache; `PagedKvCache`, which everybody uses, is made of this."""
 
-    def __init__(
-        self,
-        num_pages: int,
-        block_size: int = 16,
-        *,
-        windows: Sequence[int] = (0,),
-        max_step: int | None = None,
-        memory: PageMemory | None = None,
-        enable_prefix_caching: bool = True,
-        hit_rate_window: int = 1000,
-        events: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(num_pages, block_size, windows=windows, max_step=max_step, memory=memory)
-        self._enable_prefix_caching = enable_prefix_caching
-        self._prefixes = PrefixCache(self._pool, 4 * block_size, clock, events, len(windows))
+    def __init__(self, config: CacheConfig) -> None:
+        super().__init__(config)
+        self._enable_prefix_caching = config.enable_prefix_caching
+        self._prefixes = PrefixCache(
+            self._pool, 4 * config.block_size, config.clock, config.events, len(config.windows)
+        )
         self._find = self._prefixes.find
-        self._hit_rate = HitRateWindow(hit_rate_window)
+        self._hit_rate = HitRateWindow(config.hit_rate_window)
         self._misses = 0
 
     # Prompts
@@ -152,6 +142,7 @@ class SharedPrompts(BlockTables):
             OutOfPages: fewer pages are idle.
         """
         pool, evict = self._pool, self._prefixes.evict
+        count = integer("count", count, 0)
         if count > pool.idle:
             raise OutOfPages(count, pool.idle)
         free = pool.free
