@@ -70,7 +70,7 @@ def _fitting(given: Any, declared: Any) -> Any:
         if not isinstance(given, Real):
             return _WRONG
         try:
-            return given if type(given) is float else float(given)
+            return float(cast("float", given))
         except OverflowError:
             return _WRONG
     if origin is Literal:
@@ -100,7 +100,7 @@ def _words(declared: Any) -> str:
         *others, last = [_words(kind) for kind in arguments]
         return f"{', '.join(others)} or {last}"
     if origin is Literal:
-        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else repr(arguments[0])
+        return repr(arguments[0]) if len(arguments) == 1 else f"one of {', '.join(arguments)}"
     if origin in (Sequence, tuple):
         return f"several {_PLURALS[arguments[0]]}"
     if origin is dict:

@@ -292,8 +292,8 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
     say("recording the answers of requests that nothing happens to ...")
     answers = record_answers(options.model)
     with Backend(options.model, workers=1, max_model_len=MAX_MODEL_LEN, warm_start=False) as probe:
-        page_nbytes = probe.plan.geometry.page_nbytes
-    pages = max(PAGES_PER_WORKER * options.workers, MAX_MODEL_LEN // 16 + 2)
+        page_nbytes, groups = probe.plan.geometry.page_nbytes, probe.plan.geometry.kv_groups
+    pages = groups * max(PAGES_PER_WORKER * options.workers, MAX_MODEL_LEN // 16 + 2)
     kills: Counter[str] = Counter()
     moves = defragmentations = 0
     with Backend(
@@ -379,13 +379,43 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
     }
 
 
+def print_report(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column()
+    facts.add_column(justify="right")
+    for name, value in result.items():
+        words = name.replace("_", " ")
+        if name in ("checks", "violations"):
+            continue
+        if isinstance(value, dict):
+            facts.add_row(words, f"{sum(value.values()):,}")
+            for kind, count in value.items():
+                facts.add_row(f"  {kind}", f"{count:,}")
+        else:
+            facts.add_row(words, f"{value:,}" if name != "seed" else str(value))
+    checks = Table("checked", box=None, pad_edge=False)
+    for heading in ("times", "violations"):
+        checks.add_column(heading, justify="right")
+    for name, count in result["checks"].items():
+        checks.add_row(name, f"{count:,}", f"{result['violations'].get(name, 0):,}")
+    console = Console(highlight=False)
+    console.print(facts)
+    console.print()
+    console.print(checks)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/stress kv", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--workers", type=int, default=4, help="worker processes; default: 4")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long; default: 30")
     parser.add_argument("--model", default=None, help="folder of a checkpoint; default: the model that ships")
     parser.add_argument("--seed", type=int, default=None, help="of requests and kills; default: another every time")
-    parser.add_argument("--publications", type=int, default=PUBLICATIONS)
+    parser.add_argument(
+        "--publications", type=int, default=PUBLICATIONS, help=f"pages that G2 publishes; default: {PUBLICATIONS}"
+    )
     parser.add_argument("--plant", action="store_true", help="violate an invariant on purpose; the run has to find it")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
@@ -407,8 +437,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        for key, value in result.items():
-            print(f"{key:24} {value}")
+        print_report(result)
     for words in report.words[:20]:
         print(words, file=sys.stderr)
     return 1 if report.violations else 0
