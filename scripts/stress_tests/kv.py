@@ -27,6 +27,7 @@ import numpy as np
 import posix_ipc
 
 from hotset.runtime import Backend, BackendError, HotsetError, RequestFailed, SamplingParams
+from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.shm.geometry import Geometry
 from hotset.shm.layout import Section
 from hotset.shm.page_reader import PageReader, StalePage
@@ -42,7 +43,8 @@ from hotset.shm.segment import (
 
 MAX_MODEL_LEN = 256
 MAX_TOKENS = 96
-PAGES_PER_WORKER = 6  # a request takes up to nine: sequences are preempted
+STEP_TOKENS = 32  # so that a prompt takes several steps, of which any may be the last of its worker
+PAGES_PER_WORKER = 6  # of a model without windows, whose requests take up to nine: sequences are preempted
 CLIENTS_PER_WORKER = 3
 KILL_SECONDS = 2.5  # on the average
 ANSWER_SECONDS = 60.0  # without a token for so long a request counts as standing still
@@ -291,17 +293,19 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
     say = (lambda text: None) if options.json else (lambda text: print(text, file=sys.stderr, flush=True))
     say("recording the answers of requests that nothing happens to ...")
     answers = record_answers(options.model)
-    with Backend(options.model, workers=1, max_model_len=MAX_MODEL_LEN, warm_start=False) as probe:
-        page_nbytes, groups = probe.plan.geometry.page_nbytes, probe.plan.geometry.kv_groups
-    pages = groups * max(PAGES_PER_WORKER * options.workers, MAX_MODEL_LEN // 16 + 2)
+    sizes: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": STEP_TOKENS}
+    with Backend(options.model, workers=1, warm_start=False, **sizes) as probe:
+        plan = probe.plan
+    longest = pages_of_sequence(plan.kv_windows, MAX_MODEL_LEN, plan.geometry.block_size, plan.kv_max_step)
+    pages = max(PAGES_PER_WORKER * options.workers * longest * plan.geometry.block_size // MAX_MODEL_LEN, longest + 2)
     kills: Counter[str] = Counter()
     moves = defragmentations = 0
     with Backend(
         options.model,
         workers=options.workers,
-        max_model_len=MAX_MODEL_LEN,
-        kv_cache_memory=pages * page_nbytes,
+        kv_cache_memory=pages * plan.geometry.page_nbytes,
         warm_start=False,
+        **sizes,
     ) as backend:
         context = multiprocessing.get_context("spawn")
         stop, results = context.Event(), context.Queue()

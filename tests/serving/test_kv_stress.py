@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from family_models import VOCAB_SIZE
+from model_factory import make_model
+
 # What scripts/stress kv runs once everything is set up.
 STRESS = [sys.executable, "-P", "-m", "stress_tests.kv"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "scripts")}
@@ -38,6 +42,27 @@ def test_workers_and_pager_are_killed_and_every_check_holds() -> None:
     assert all(result["checks"][name] for name in CHECKS)
     assert sum(result["kills"].values()) > 0
     assert result["requests"] > 0 and result["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"family": "gpt_oss", "sliding_window": 20}, {"family": "mixtral", "sliding_window": 20}],
+    ids=["some layers", "all layers"],
+)
+def test_the_same_holds_of_layers_with_windows(options: dict[str, Any], tmp_path: Path) -> None:
+    """Prompts take several steps: their workers are killed, and their pages moved, in the middle of them."""
+    folder = make_model(
+        tmp_path / "model",
+        vocab_size=VOCAB_SIZE,
+        tokenizer=True,
+        dtype="float32",
+        max_position_embeddings=512,
+        **options,
+    )
+    status, result = stress("--seconds", "8", "--model", str(folder))
+    assert (status, result["violations"]) == (0, {})
+    assert sum(result["kills"].values()) > 0
+    assert result["migrations"] > 0 and result["pages_moved"] > 0
 
 
 def test_a_planted_write_into_a_full_page_is_found_and_ends_with_status_1() -> None:
