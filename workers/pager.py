@@ -187,15 +187,15 @@ class Pager:
     # ---- what earlier instances had, and what later ones will
 
     def _serve_warm_start(self) -> None:
-        """Begins one load into an empty slot while nobody wants anything else."""
-        if self._urgent or len(self._loads) or not self._loads.is_disk_idle():
+        """Begins loads into empty slots while nobody wants anything else."""
+        most = min(PREFETCHES_AT_ONCE, self._lanes.count)
+        if self._urgent or len(self._loads) >= most or not self._loads.is_disk_idle():
             return
         if not self._slots.any_empty():
             self._warm_start.end()
-        while (expert := self._warm_start.next()) is not None:
-            if (slot := self._slots.take_empty(expert)) is not None:
+        while len(self._loads) < most and (expert := self._warm_start.next()) is not None:
+            if expert not in self._loads and (slot := self._slots.take_empty(expert)) is not None:
                 self._loads.begin(expert, slot, urgent=False, warm_start=True)
-                return
 
     def _save_heat(self, *, wait: bool = False) -> None:
         self._warm_start.save(self._slots.resident(), wait=wait)
