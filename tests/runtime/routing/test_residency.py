@@ -87,6 +87,16 @@ class TestOnASharedArena:
         assert result.experts.tolist() == [[66 if prefer else 0]]
         assert router.metrics.summary().cache_hits == 0
 
+    def test_an_expert_being_loaded_is_waited_for_and_stands_in_for_none(self, shared: Segment) -> None:
+        router = MemoryAwareRouter(RouterConfig(70, 2, policy="substitute", substitute_limit=2.0), segment=shared)
+        shared.arena.load_begin(0, 66)
+        shared.arena.load_begin(1, 50)
+        shared.arena.load_publish(1, 0, 64, 0, False)
+        logits = np.zeros((2, 70), np.float32)
+        logits[:, 66] = -5  # the least of all
+        logits[1, 66] = 5
+        assert router.route_batch(logits).experts.tolist() == [[0, 50], [66, 50]]
+
     def test_the_mask_cannot_be_written(self, shared: Segment) -> None:
         router = MemoryAwareRouter(RouterConfig(70, 2), segment=shared)
         for write in (lambda: router.set_resident(1, True), lambda: router.update_cache_state([1])):

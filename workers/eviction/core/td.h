@@ -37,6 +37,7 @@
 #define TD_FLOATS 16u
 #define TD_HUGE_PAGE (2u << 20)
 #define TD_LINE 64u
+#define TD_FAR (16u << 20) /* bytes of W */
 #define TD_UNIT (1 / 4096.f)  /* of the set weights, whose 16 bits so hold -8 to 8 */
 #define TD_MAX_STEP 0.005f    /* eta */
 #define TD_STABLE_STEP 0.5f   /* eta * tokens per step * |features|^2: it diverges from about 1 on */
@@ -164,10 +165,11 @@ static inline uint32_t td_active_rows(const struct td *td, uint32_t stream, uint
 }
 
 /* Asks for the rows that will be active when the token's `experts` of a layer are observed, or for as many as are known
- * before they are. They are in no cache of a core when a model is large: each is another page, and nothing else waits. */
+ * before they are: where W is so large that they are in no cache of a core. Elsewhere asking costs more than waiting. */
 static inline void td_prefetch(const struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
                                uint32_t count) {
     uint16_t rows[TD_SETS * TD_MAX_TOP_K];
+    if ((size_t)td->num_layers * TD_SETS * td->num_experts * td->stride * sizeof *td->set_weights < TD_FAR) return;
     uint32_t num_rows = td_active_rows(td, stream, layer, experts, count, rows);
     const char *weights = (const char *)(td->set_weights + (size_t)layer * TD_SETS * td->num_experts * td->stride);
     const size_t nbytes = td->stride * sizeof *td->set_weights;
