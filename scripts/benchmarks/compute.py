@@ -30,7 +30,7 @@ from hotset.workers.compute import _kernels
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-WIDTH, INTERMEDIATE = 2048, 768  # of an expert of Qwen3-30B-A3B
+WIDTH, INTERMEDIATE, TOP_K = 2048, 768, 8  # of Qwen3-30B-A3B
 SINGLE_VALUE_TYPES = {
     WeightFormat.FLOAT32: np.dtype(np.float32),
     WeightFormat.FLOAT16: np.dtype(np.float16),
@@ -108,12 +108,15 @@ def one_row_products(pool: Pool) -> Candidate:
 
 
 def one_row_experts(pool: Pool) -> Candidate:
-    hidden, outputs = np.ones((1, WIDTH), np.float32), np.empty((1, 1, WIDTH), np.float32)
-    assignments = np.zeros(1, np.int64)
+    """As many in one call as a token uses in a layer."""
+    hidden, outputs = np.ones((1, WIDTH), np.float32), np.empty((1, TOP_K, WIDTH), np.float32)
+    assignments = np.split(np.arange(TOP_K), TOP_K)
+    layers = [list(pool.experts[first : first + TOP_K]) for first in range(0, len(pool.experts), TOP_K)]
 
     def run() -> None:
-        for expert in pool.experts:
-            _kernels.experts(hidden, [assignments], [expert], [int(pool.format)], INTERMEDIATE, outputs)
+        for experts in layers:
+            formats = [int(pool.format)] * len(experts)
+            _kernels.experts(hidden, assignments[: len(experts)], experts, formats, INTERMEDIATE, outputs)
 
     return Candidate(f"hotset {pool.format.name} expert", run, pool.nbytes)
 
