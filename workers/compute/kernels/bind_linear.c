@@ -34,6 +34,16 @@ static int is_row_of(const Py_buffer *weight, enum weight_format format, Py_ssiz
     return expect(weight->shape[1], nbytes, "the number of bytes in a row of weight");
 }
 
+/* The arguments x, weight, out[, format] of a product; the weight's format, or -1 with an exception. */
+static int take_product(struct arrays *arrays, PyObject *const *args, Py_ssize_t count, Py_buffer **x,
+                        Py_buffer **weight, Py_buffer **out) {
+    if (!count_is_between(count, 3, 4) || !(*x = take(arrays, args[0], "x", KIND_FLOAT32, 2, 0)) ||
+        !(*weight = take(arrays, args[1], "weight", ANY_KIND, 2, 0)) ||
+        !(*out = take(arrays, args[2], "out", KIND_FLOAT32, 2, WRITABLE)))
+        return -1;
+    return format_of(&arrays->held[1], count > 3 ? args[3] : NULL);
+}
+
 static void linear_part(void *op, size_t begin, size_t end) { kernels->linear(op, begin, end); }
 
 static void linear_transposed_part(void *op, size_t begin, size_t end) { kernels->linear_transposed(op, begin, end); }
@@ -42,12 +52,7 @@ PyObject *py_linear_transposed(PyObject *self, PyObject *const *args, Py_ssize_t
     (void)self;
     struct arrays arrays = {.count = 0};
     Py_buffer *x, *weight, *out;
-    if (!count_is_between(count, 3, 4)) return NULL;
-    if (!(x = take(&arrays, args[0], "x", KIND_FLOAT32, 2, 0)) ||
-        !(weight = take(&arrays, args[1], "weight", ANY_KIND, 2, 0)) ||
-        !(out = take(&arrays, args[2], "out", KIND_FLOAT32, 2, WRITABLE)))
-        goto failed;
-    int format = format_of(&arrays.held[1], count > 3 ? args[3] : NULL);
+    int format = take_product(&arrays, args, count, &x, &weight, &out);
     if (format < 0 || !fills_blocks((enum weight_format)format, out->shape[1], "the width of out") ||
         !is_row_of(weight, (enum weight_format)format, out->shape[1], "the width of weight") ||
         !expect(weight->shape[0], x->shape[1], "the number of rows of weight") ||
@@ -76,12 +81,7 @@ PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct arrays arrays = {.count = 0};
     Py_buffer *x, *weight, *out;
-    if (!count_is_between(count, 3, 4)) return NULL;
-    if (!(x = take(&arrays, args[0], "x", KIND_FLOAT32, 2, 0)) ||
-        !(weight = take(&arrays, args[1], "weight", ANY_KIND, 2, 0)) ||
-        !(out = take(&arrays, args[2], "out", KIND_FLOAT32, 2, WRITABLE)))
-        goto failed;
-    int format = format_of(&arrays.held[1], count > 3 ? args[3] : NULL);
+    int format = take_product(&arrays, args, count, &x, &weight, &out);
     if (format < 0 || !fills_blocks((enum weight_format)format, x->shape[1], "the width of x")) goto failed;
     size_t inputs = (size_t)x->shape[1];
     if (!is_row_of(weight, (enum weight_format)format, x->shape[1], "the width of weight") ||
