@@ -2,8 +2,12 @@
 #ifndef HOTSET_ROUTE_ALONE_H
 #define HOTSET_ROUTE_ALONE_H
 
+#if ROUTE_AVX512
+#include "route_divided.h"
+#else
 #include "route_report.h"
 #include "route_weights.h"
+#endif
 
 static inline int alone_applies(const struct route_rule *rule, const struct route_call *call) {
     return call->policy <= POLICY_BONUS && !route_is_plain(rule) && rule->top_k <= NETWORK_ROWS &&
@@ -16,7 +20,7 @@ static inline int route_alone(struct route_tile *tile, const struct route_rule *
                               struct route_tally *tally) {
     struct route_row *row = &tile->row[0];
     uint32_t experts = rule->num_experts, k = rule->top_k;
-    float strength = call->strengths ? call->strengths[0] : call->strength;
+    float strength = call->policy == POLICY_OFF ? 0 : call->strengths ? call->strengths[0] : call->strength;
     tile->rule = rule;
     tile->snapshot = snapshot;
     tile->stride = tile_stride(experts);
@@ -34,7 +38,10 @@ static inline int route_alone(struct route_tile *tile, const struct route_rule *
         row->logits = tile->logits;
     }
     row->scores = row->logits;
-    vector_prefer(row->logits, snapshot->preferred, call->policy == POLICY_OFF ? 0 : strength, tile->stride, tile->adjusted);
+#if ROUTE_AVX512
+    if (experts > NETWORK_ROWS && divided_route(tile, row, strength, weights, tally)) return 1;
+#endif
+    vector_prefer(row->logits, snapshot->preferred, strength, tile->stride, tile->adjusted);
     vector_select(tile->adjusted, experts, k, ids);
     block selected = vector_selected(row->logits, ids, k);
     if (rule->renormalize) vector_softmax(selected, k, rule->weight_scale, weights);

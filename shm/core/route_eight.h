@@ -7,6 +7,7 @@
 #ifndef HOTSET_ROUTE_EIGHT_H
 #define HOTSET_ROUTE_EIGHT_H
 
+#include "route_eight_sums.h"
 #include "route_report.h"
 
 static inline int eight_applies(const struct route_rule *rule, const struct route_call *call) {
@@ -81,10 +82,11 @@ static inline float eight_lost(struct route_tile *tile, const float *logits, int
     return report_outsider(tile, row, least, __builtin_ctz(outsiders), tally);
 }
 
-/* One tile of rows, `bonus` for each. Sets `contested`: a bit for each row that an expert left out might belong to. 0 if
- * it has a logit that is not finite, or a row in which the keys do not tell the best apart; then nothing is written. */
-static inline int eight_tile(const struct route_tile *tile, block bonus, const float *logits, int32_t *ids, float *weights,
-                             uint64_t *contested) {
+/* One tile of rows, `bonus` for each; `left` rows of the call from its first one on. Sets `contested`: a bit for each row
+ * that an expert left out might belong to. 0 if it has a logit that is not finite, or a row in which the keys do not tell
+ * the best apart; then nothing is written. */
+static inline int eight_tile(const struct route_tile *tile, block bonus, const float *logits, uint32_t left, int32_t *ids,
+                             float *weights, struct eight_sums *sums, uint64_t *contested) {
     block z[8], scores[8], kept = block_all(tile->columns.kept);
     block_transpose(logits, 8, z);
 #pragma GCC unroll 8
@@ -101,6 +103,7 @@ static inline int eight_tile(const struct route_tile *tile, block bonus, const f
     block selected[2] = {rows_gather(logits, chosen[0]), rows_gather(logits, chosen[1])};
     block reaching = eight_reaching(z, block_min(selected[0], selected[1]));
     block mixing[2];
+    eight_sums_add(sums, chosen, left);
     eight_weights(tile->rule, z, chosen, selected, mixing);
     block_store_pairs(chosen[0], chosen[1], (float *)ids);
     block_store_pairs(mixing[0], mixing[1], weights);
@@ -112,7 +115,7 @@ static inline int eight_tile(const struct route_tile *tile, block bonus, const f
  * are looked at together: each end of a loop over a few of them would be mispredicted. */
 static inline uint32_t eight_route(struct route_tile *tile, const struct route_call *call, const float *strengths,
                                    const float *logits, uint32_t rows, int32_t *ids, float *weights,
-                                   struct route_tally *tally) {
+                                   struct eight_sums *sums, struct route_tally *tally) {
     uint64_t contested = 0, of_tile;
     uint32_t done = 0;
     tile->transposed = 0; /* the contested rows are looked at one by one */
@@ -120,7 +123,7 @@ static inline uint32_t eight_route(struct route_tile *tile, const struct route_c
         block bonus = call->policy == POLICY_OFF ? block_all(0)
                       : strengths                ? block_load(strengths + done)
                                                  : block_all(call->strength);
-        if (!eight_tile(tile, bonus, logits + done * 8, ids + done * 2, weights + done * 2, &of_tile)) break;
+        if (!eight_tile(tile, bonus, logits + done * 8, rows - done, ids + done * 2, weights + done * 2, sums, &of_tile)) break;
         contested |= of_tile << done;
     }
     if (call->policy == POLICY_OFF) return done;

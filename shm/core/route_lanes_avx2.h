@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#define ROUTE_AVX512 0
 #define BLOCK_LANES 8u
 #define KEY_LANES 4u
 

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#define ROUTE_AVX512 1
 #define BLOCK_LANES 16u
 #define KEY_LANES 8u
 

@@ -8,6 +8,7 @@
 
 #include <emmintrin.h>
 
+#define ROUTE_AVX512 0
 #define BLOCK_LANES 8u
 #define KEY_LANES 2u
 

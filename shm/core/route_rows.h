@@ -110,6 +110,8 @@ static __attribute__((noinline)) void route_tiles(const struct route_rule *rule,
     for (uint32_t r = 0; r < TILE_ROWS; r++) strengths[r] = call->policy == POLICY_OFF ? 0 : call->strength;
 #if ROUTE_VECTOR
     int eight = eight_applies(rule, call);
+    struct eight_sums sums = {.counted = 0};
+    if (eight) eight_sums_begin(&sums, boosts, rows);
     if (columns_apply(rule, call, rows)) columns_prepare(&tile);
 #endif
     for (uint32_t first = 0, done; first < rows; first += done) {
@@ -118,7 +120,8 @@ static __attribute__((noinline)) void route_tiles(const struct route_rule *rule,
         int32_t *row_ids = ids + (size_t)first * k;
         float *row_weights = weights + (size_t)first * k;
 #if ROUTE_VECTOR
-        done = !eight ? 0 : eight_route(&tile, call, by_row ? by_row + first : NULL, given, left, row_ids, row_weights, tally);
+        done = !eight ? 0 : eight_route(&tile, call, by_row ? by_row + first : NULL, given, left, row_ids, row_weights,
+                                          &sums, tally);
         if (done) continue;
 #endif
         done = tile.rows = left < room ? left : room;
@@ -134,7 +137,12 @@ static __attribute__((noinline)) void route_tiles(const struct route_rule *rule,
         rows_route(&tile, call, strengths, row_weights, tally);
     }
     /* After all tiles: a tile's loads and stores of single words would keep the next tile waiting in the processor. */
-    if (rows > 1) tally_selections(boosts, rows, k, ids, tally);
+#if ROUTE_VECTOR
+    uint32_t counted = eight ? eight_sums_finish(&sums, tally) : 0;
+#else
+    uint32_t counted = 0;
+#endif
+    if (rows > 1) tally_selections(boosts, rows - counted, k, ids + (size_t)counted * k, tally);
 }
 
 /* A single row's ids are its tally. */

@@ -65,23 +65,24 @@ static inline block block_exp(block x) {
     return block_scale(p, whole);
 }
 
-/* e^(logit - top) of EXP_BLOCKS blocks of logits from `first` on into `share`; added to `sums`. */
+/* e^(logit - top) of EXP_BLOCKS blocks of logits from `first` on: added to `sums`, and into `share` unless it is NULL. */
 static inline void vector_exps(const float *logits, uint32_t first, block top, float *share, block *sums) {
     block x[EXP_BLOCKS];
     for (uint32_t i = 0; i < EXP_BLOCKS; i++) x[i] = block_sub(block_load(logits + first + i * BLOCK_LANES), top);
     for (uint32_t i = 0; i < EXP_BLOCKS; i++) x[i] = block_exp(x[i]);
     for (uint32_t i = 0; i < EXP_BLOCKS; i++) {
-        block_store(share + first + i * BLOCK_LANES, x[i]);
+        if (share) block_store(share + first + i * BLOCK_LANES, x[i]);
         sums[i % SUM_BLOCKS] = block_add(sums[i % SUM_BLOCKS], x[i]);
     }
 }
 
-/* Padding adds 2^-126 each, which does not reach the sum: that is at least 1. */
-static inline float vector_shares(const float *logits, uint32_t count, float max, float *share) {
+/* The factor that makes shares probabilities, and the shares themselves unless `share` is NULL. Padding adds 2^-126 each,
+ * which does not reach the sum: that is at least 1. Inlined, so that callers know which of the two they want. */
+static inline __attribute__((always_inline)) float vector_shares(const float *logits, uint32_t count, float max, float *share) {
     block sums[SUM_BLOCKS], top = block_all(max);
     if (count <= 8) {
         sums[0] = block_exp(block_sub(block_load(logits), top));
-        block_store(share, sums[0]);
+        if (share) block_store(share, sums[0]);
         return 1.0f / block_fold_sum(sums[0]);
     }
     for (uint32_t i = 0; i < SUM_BLOCKS; i++) sums[i] = block_all(0);

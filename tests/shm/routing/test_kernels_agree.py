@@ -122,6 +122,59 @@ def test_kernels_agree_on_logits_that_differ_in_their_last_bits_only(policy: str
             assert scores == results[0][1]
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    experts=st.one_of(st.integers(1, 70), st.sampled_from([100, 127, 128, 129, 192, 256, 300, 1024])),
+    kind=st.sampled_from(["close", "ordinary", "tied", "odd", "denormal", "huge", "zeros"]),
+    policy=st.sampled_from(["off", "bonus"]),
+    strength=st.sampled_from([0.0, 1e-6, 0.15, 1.0, 30.0]),
+    resident_share=st.sampled_from([0, 0.05, 0.5, 0.9, 1]),
+    renormalize=st.booleans(),
+    data=st.data(),
+)
+def test_kernels_agree_on_rows_that_come_alone(
+    seed: int,
+    experts: int,
+    kind: str,
+    policy: str,
+    strength: float,
+    resident_share: float,
+    renormalize: bool,
+    data: st.DataObject,
+) -> None:
+    """Preferred experts and others are ranked apart then, by keys that leave some bits out."""
+    rng = np.random.default_rng(seed)
+    rows = logits(seed, 12, experts, kind)
+    if kind == "close":
+        rows = (1 + rows * np.float32(10.0 ** -rng.integers(3, 8))).astype(np.float32)
+    elif kind == "zeros":
+        rows = np.where(rows < 0, np.float32(-0.0), np.float32(0)).astype(np.float32)
+    resident = np.flatnonzero(rng.random(experts) < resident_share).tolist()
+    top_k = data.draw(st.integers(1, min(experts, 9)))
+    config = RouterConfig(experts, top_k, policy=policy, renormalize=renormalize)  # type: ignore[arg-type]
+    for row in range(len(rows)):
+        plain, scores = routed(config, rows[row : row + 1], resident, "plain", strength)
+        for kernel in KERNELS:
+            result, its_scores = routed(config, rows[row : row + 1], resident, kernel, strength)
+            assert_same(result, plain)
+            assert its_scores == scores, kernel
+
+
+def test_kernels_agree_on_rows_that_come_alone_and_are_close() -> None:
+    rng = np.random.default_rng(13)
+    for experts, k in ((9, 1), (20, 3), (26, 8), (64, 1), (64, 6), (64, 8), (129, 5), (256, 8)):
+        for scale in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
+            rows = (1 + rng.normal(size=(40, experts)) * scale).astype(np.float32)
+            resident = np.flatnonzero(rng.random(experts) < rng.choice([0.1, 0.5, 0.9])).tolist()
+            config = RouterConfig(experts, k, policy="bonus")
+            strength = float(rng.choice([0, scale, 30]))
+            for row in range(len(rows)):
+                results = [routed(config, rows[row : row + 1], resident, kernel, strength)[0] for kernel in KERNELS]
+                for result in results:
+                    assert_same(result, results[-1])
+
+
 def test_kernels_agree_where_the_preference_exceeds_all_floats() -> None:
     rng = np.random.default_rng(3)
     rows = rng.normal(scale=1e38, size=(40, 24)).astype(np.float32)
