@@ -12,15 +12,25 @@ static inline int columns_apply(const struct route_rule *rule, const struct rout
            rule->num_experts <= COLUMN_EXPERTS && !call->want_prefetch;
 }
 
-/* Policies that choose row by row among what columns have ranked. */
-static inline int columns_go_by_row(uint32_t policy) { return policy == POLICY_RANGE || policy == POLICY_SUBSTITUTE; }
+/* Whether a preference can change anything. */
+static inline int columns_are_mixed(const struct route_columns *columns) {
+    return columns->num_preferred > 0 && columns->num_preferred < columns->num_all;
+}
+
+/* Policies that choose row by row among what columns have ranked. POLICY_SUBSTITUTE only where the last eight of the
+ * residents may be in the true top k. */
+static inline int columns_go_by_row(const struct route_tile *tile, uint32_t policy) {
+    return policy == POLICY_RANGE || (policy == POLICY_SUBSTITUTE && columns_are_mixed(&tile->columns) &&
+                                      tile->columns.num_resident < NETWORK_ROWS + tile->rule->top_k);
+}
 
 /* A bit for each row of the tile. */
 static inline uint32_t tile_all_rows(const struct route_tile *tile) { return (uint32_t)((UINT64_C(1) << tile->rows) - 1); }
 
-/* Appends the experts of a set to the order. */
-static inline void columns_order(struct route_columns *columns, const uint64_t *mask, uint64_t flipped, uint32_t experts) {
-    uint32_t count = columns->num_all;
+/* Appends the experts of a set to the order, which has `count`; returns how many it has then. Column `filling` stands for
+ * those that are missing of a multiple of eight. */
+static inline uint32_t columns_order(struct route_columns *columns, uint32_t count, const uint64_t *mask, uint64_t flipped,
+                                     uint32_t experts, uint32_t filling) {
     for (uint32_t first = 0; first < experts; first += 64) {
         uint64_t left = (mask[first / 64] ^ flipped) & (experts - first < 64 ? (UINT64_C(1) << (experts - first)) - 1 : UINT64_MAX);
         for (; left; left &= left - 1) {
@@ -28,12 +38,12 @@ static inline void columns_order(struct route_columns *columns, const uint64_t *
             columns->order[count++] = (struct ordered_column){e * BLOCK_LANES, float_from_bits(e)};
         }
     }
-    while (count % NETWORK_ROWS) columns->order[count++] = (struct ordered_column){experts * BLOCK_LANES, 0};
-    columns->num_all = count;
+    while (count % NETWORK_ROWS) columns->order[count++] = (struct ordered_column){filling * BLOCK_LANES, 0};
+    return count;
 }
 
 /* Once for a call: what all its tiles have in common. */
-static inline void columns_prepare(struct route_tile *tile) {
+static inline void columns_prepare(struct route_tile *tile, uint32_t policy) {
     struct route_columns *columns = &tile->columns;
     const uint64_t *preferred = tile->snapshot->preferred;
     uint32_t experts = tile->rule->num_experts, ids = 1;
@@ -41,10 +51,13 @@ static inline void columns_prepare(struct route_tile *tile) {
     columns->id_mask = (int32_t)ids - 1;
     columns->kept = float_from_bits(~(ids - 1));
     columns->resolution = (float)ids / (1 << 23);
-    columns->num_all = 0;
-    columns_order(columns, preferred, 0, experts);
-    columns->num_preferred = columns->num_all;
-    columns_order(columns, preferred, UINT64_MAX, experts);
+    columns->num_preferred = columns_order(columns, 0, preferred, 0, experts, experts);
+    columns->num_all = columns_order(columns, columns->num_preferred, preferred, UINT64_MAX, experts, experts);
+    if (policy != POLICY_SUBSTITUTE) return;
+    columns->num_resident = 0;
+    for (uint32_t word = 0; word * 64 < experts; word++)
+        columns->num_resident += (uint32_t)__builtin_popcountll(tile->snapshot->resident[word]);
+    columns->end_resident = columns_order(columns, columns->num_all, tile->snapshot->resident, 0, experts, experts + 1);
 }
 
 static inline block column(const struct route_tile *tile, uint32_t expert) {
@@ -94,7 +107,8 @@ static inline int columns_begin(struct route_tile *tile, const float *logits, in
         sum = block_add(BLOCK_TREE(block_add, columns), sum); /* NaN and infinities stay in it */
     }
     if (!block_is_zero(block_sub(sum, sum))) return 0;
-    block_store(tile->logits + experts * BLOCK_LANES, block_all(-INFINITY));
+    block_store(tile->logits + experts * BLOCK_LANES, block_all(-INFINITY)); /* see columns_order() */
+    block_store(tile->logits + (experts + 1) * BLOCK_LANES, block_all(INFINITY));
     block_store(tile->columns.max, max);
     block_store(tile->columns.min, min);
     tile->given = logits;

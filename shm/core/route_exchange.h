@@ -1,15 +1,13 @@
-/* The policies that let preferred experts take the places of others (mass, resnorm), in columns.
+/* The policies that let preferred experts take the places of others (mass, resnorm, substitute), in columns.
  *
  * As in route_preference.h the preferred experts and the others are ranked apart, here by their logits alone. Pair i is
  * the preferred expert of rank k - 1 - i and the other one of rank i. The better one of each pair is in the true top k;
  * where that is the other one, the policy decides whether the preferred one takes its place. From the last pair on, that
- * is best substitute first and worst expert out first. */
+ * is best substitute first and worst expert out first. POLICY_SUBSTITUTE puts another preferred one in its place. */
 #ifndef HOTSET_ROUTE_EXCHANGE_H
 #define HOTSET_ROUTE_EXCHANGE_H
 
 #include "route_policy.h"
-
-static inline int exchange_applies(uint32_t policy) { return policy == POLICY_MASS || policy == POLICY_RESNORM; }
 
 struct exchange_pair {
     block in, out;             /* keys: the preferred expert, and the other one */
@@ -43,8 +41,8 @@ static inline lane_mask exchange_begin(struct route_tile *tile, struct exchange_
     struct column_ranking preferred, others;
     uint32_t k = tile->rule->top_k;
     block kept = block_all(columns->kept);
-    ranking_of(tile, tile->logits, 0, columns->num_preferred, NULL, NULL, k == NETWORK_ROWS, &preferred);
-    ranking_of(tile, tile->logits, columns->num_preferred, columns->num_all, NULL, NULL, k == NETWORK_ROWS, &others);
+    ranking_of(tile, tile->logits, 0, columns->num_preferred, (struct ranking_scores){NULL}, k == NETWORK_ROWS, &preferred);
+    ranking_of(tile, tile->logits, columns->num_preferred, columns->num_all, (struct ranking_scores){NULL}, k == NETWORK_ROWS, &others);
     lane_mask unsure = mask_or(exchange_tied(tile, &preferred), exchange_tied(tile, &others));
     for (uint32_t i = 0; i < k; i++) {
         struct exchange_pair *pair = &pairs[i];
@@ -70,6 +68,59 @@ static inline void exchange_within_mass(const struct route_tile *tile, struct ex
         open = mask_and(open, block_at_least(budget, lost));
         pair->taken = mask_and(pair->possible, open);
     }
+}
+
+/* row_weight_scale() of each row. */
+static inline block exchange_weight_scale(const struct route_tile *tile, const struct exchange_pair *pairs) {
+    uint32_t k = tile->rule->top_k;
+    block truth[NETWORK_ROWS], shares[SUM_LANES];
+    if (!tile->rule->renormalize) return block_load(tile->scale);
+    for (uint32_t i = 0; i < NETWORK_ROWS; i++) truth[i] = i < k ? block_max(pairs[i].in, pairs[i].out) : block_all(-INFINITY);
+    block_sort(truth);
+    for (uint32_t i = 0; i < k; i++) shares[i] = exchange_shares(tile, truth[i]);
+    return block_div(block_all(1), columns_fold(shares, k));
+}
+
+/* Of each row, the entry whose number `counts` holds. */
+static inline block exchange_entry(const struct route_tile *tile, float (*entries)[BLOCK_LANES], block counts) {
+    _Alignas(64) int32_t numbers[BLOCK_LANES];
+    block_store((float *)numbers, block_tags(block_add(counts, block_all(1 << 23)), block_all(tile->columns.kept)));
+    return column_gather(entries[0], numbers);
+}
+
+/* POLICY_SUBSTITUTE: while it changes the residual by less than `limit`, worst first; those that come are the residents of
+ * the last ranks, which are not in the true top k: columns_go_by_row(). Returns the rows in which these are not certain. */
+static inline lane_mask exchange_for_last(const struct route_tile *tile, struct exchange_pair *pairs, block limit) {
+    const struct route_columns *columns = &tile->columns;
+    uint32_t k = tile->rule->top_k;
+    struct column_ranking last;
+    _Alignas(64) float keys[NETWORK_ROWS][BLOCK_LANES], shares[NETWORK_ROWS][BLOCK_LANES];
+    block sign = block_all(-0.0f), none = block_all(0), one = block_all(1), scale = exchange_weight_scale(tile, pairs);
+    ranking_of(tile, tile->logits, columns->num_all, columns->end_resident, (struct ranking_scores){.flipped = &sign},
+               k == NETWORK_ROWS, &last);
+    for (uint32_t i = 0; i < k; i++) {
+        block key = block_xor(last.best[i], sign);
+        block_store(keys[i], key);
+        block_store(shares[i], exchange_shares(tile, key));
+    }
+    lane_mask open = block_above(limit, none);
+    block count = none;
+    for (uint32_t i = k; i-- > 0;) {
+        struct exchange_pair *pair = &pairs[i];
+        block p = block_mul(pair->share_out, scale), q = block_mul(exchange_entry(tile, shares, count), scale);
+        lane_mask little = block_above(block_mul(limit, limit), block_add(block_mul(p, p), block_mul(q, q)));
+        open = mask_and(open, mask_or(little, block_at_least(pair->in, pair->out)));
+        pair->taken = mask_and(pair->possible, open);
+        count = block_add(count, block_where(pair->possible, one));
+    }
+    /* The last rank of all is reported for the best expert that went, as report_against_truth() does. */
+    count = none;
+    for (uint32_t i = 0; i < k; i++) {
+        struct exchange_pair *pair = &pairs[i];
+        pair->in = block_choose(pair->taken, exchange_entry(tile, keys, count), pair->in);
+        count = block_add(count, block_where(pair->taken, one));
+    }
+    return exchange_tied(tile, &last);
 }
 
 /* The bits of a key of POLICY_RESNORM's order: the kind, and the rank within it upside down. */
@@ -123,7 +174,7 @@ static inline void exchange_ids_by_share(struct route_tile *tile, const struct e
     }
 }
 
-/* The same for POLICY_MASS, where the order is that of the logits. Returns the rows in which it is not certain. */
+/* The same for the other policies, where the order is that of the logits. Returns the rows in which it is not certain. */
 static inline lane_mask exchange_ids_by_logit(struct route_tile *tile, const struct exchange_pair *pairs) {
     uint32_t k = tile->rule->top_k;
     struct column_ranking ranking = {.ninth = block_all(-INFINITY)};
@@ -148,6 +199,7 @@ static inline void exchange_row(struct route_tile *tile, uint32_t policy, uint32
     others.count = select_of_kind(given, rule->num_experts, rule->top_k, preferred_mask, 0, others.ids);
     row_merge(&row, rule, &preferred, &others, 0, row.truth);
     if (policy == POLICY_RESNORM) row_merge(&row, rule, &preferred, &others, strength, ids);
+    else if (policy == POLICY_SUBSTITUTE) row_substitute(tile, &row, strength);
     else {
         for (uint32_t i = 0; i < rule->top_k; i++) ids[i] = i < preferred.count ? preferred.ids[i] : others.ids[0];
         row_exchange_within_mass(tile, &row, strength);
@@ -166,7 +218,8 @@ static inline void columns_exchange(struct route_tile *tile, uint32_t policy, co
         unsure = mask_or(unsure, exchange_by_share(tile, pairs, limit, sorted));
         exchange_ids_by_share(tile, pairs, sorted);
     } else {
-        exchange_within_mass(tile, pairs, limit);
+        if (policy == POLICY_SUBSTITUTE) unsure = mask_or(unsure, exchange_for_last(tile, pairs, limit));
+        else exchange_within_mass(tile, pairs, limit);
         unsure = mask_or(unsure, exchange_ids_by_logit(tile, pairs));
     }
     columns->unsure = mask_bits(unsure) & tile_all_rows(tile);

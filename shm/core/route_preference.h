@@ -41,16 +41,16 @@ static inline uint32_t columns_compare(struct route_tile *tile, const struct col
 static inline void columns_prefer(struct route_tile *tile, const float *amounts) {
     struct route_columns *columns = &tile->columns;
     uint32_t preferred_end = columns->num_preferred, end = columns->num_all, unsure;
-    int want_ninth = tile->rule->top_k == NETWORK_ROWS, mixed = preferred_end > 0 && preferred_end < end;
+    int want_ninth = tile->rule->top_k == NETWORK_ROWS;
     struct column_ranking selected, others;
     block bonus = block_load(amounts);
-    if (preferred_end == 0) ranking_of(tile, tile->logits, 0, end, NULL, NULL, want_ninth, &selected);
-    else ranking_of(tile, tile->logits, 0, preferred_end, &bonus, NULL, want_ninth, &selected);
+    if (preferred_end == 0) ranking_of(tile, tile->logits, 0, end, (struct ranking_scores){NULL}, want_ninth, &selected);
+    else ranking_of(tile, tile->logits, 0, preferred_end, (struct ranking_scores){.added = &bonus}, want_ninth, &selected);
     columns->unsure = 0;
     for (uint32_t word = 0; word < COLUMN_WORDS; word++) columns->changed[word] = 0;
-    if (mixed) {
+    if (columns_are_mixed(columns)) {
         struct column_ranking preferred = selected;
-        ranking_of(tile, tile->logits, preferred_end, end, NULL, NULL, want_ninth, &others);
+        ranking_of(tile, tile->logits, preferred_end, end, (struct ranking_scores){NULL}, want_ninth, &others);
         ranking_merge(&selected, &others, want_ninth);
         columns->unsure = columns_compare(tile, &preferred, &others, &selected, bonus);
     }

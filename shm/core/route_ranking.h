@@ -30,35 +30,42 @@ static inline void ranking_merge(struct column_ranking *ranking, const struct co
     block_merge(ranking->best, other->best);
 }
 
-/* Keys of the first `count` experts of `order`, sorted. Their scores: `columns`, plus `added` if it is given, and at least
- * `least` if that is. */
+/* How scores come from columns; what is NULL or 0 is left out. */
+struct ranking_scores {
+    const block *flipped; /* bits, at first */
+    const block *added;
+    int clamped; /* infinite scores count as the largest finite ones, with which they tie */
+};
+
+/* Keys of the first `count` experts of `order`, sorted. */
 static inline void ranking_begin(const struct route_tile *tile, const float *columns, const struct ordered_column *order,
-                                 uint32_t count, const block *added, const block *least, struct column_ranking *ranking) {
+                                 uint32_t count, struct ranking_scores how, struct column_ranking *ranking) {
     block kept = block_all(tile->columns.kept);
     ranking->ninth = block_all(-INFINITY);
 #pragma GCC unroll 8
     for (uint32_t i = 0; i < NETWORK_ROWS; i++) {
         block score = i < count ? block_load(columns + order[i].at) : block_all(-INFINITY);
-        if (added) score = block_add(score, *added);
-        if (least) score = block_max(score, *least);
+        if (how.flipped) score = block_xor(score, *how.flipped);
+        if (how.added) score = block_add(score, *how.added);
+        if (how.clamped) score = block_min(block_max(score, block_all(-FLT_MAX)), block_all(FLT_MAX));
         ranking->best[i] = i < count ? block_tagged(score, block_all(order[i].tag), kept) : score;
     }
     if (count > 4) block_sort(ranking->best);
     else block_sort_four(ranking->best);
 }
 
-/* Ranks the experts from position `first` of the order up to `end`, more than none; the scores as above. */
+/* Ranks the experts from position `first` of the order up to `end`, more than none. */
 static inline void ranking_of(const struct route_tile *tile, const float *columns, uint32_t first, uint32_t end,
-                              const block *added, const block *least, int want_ninth, struct column_ranking *ranking) {
+                              struct ranking_scores how, int want_ninth, struct column_ranking *ranking) {
     const struct ordered_column *order = tile->columns.order;
     struct column_ranking next;
     if (first + NETWORK_ROWS == end && order[first + 4].at == tile->rule->num_experts * BLOCK_LANES) { /* at most four */
-        ranking_begin(tile, columns, order + first, 4, added, least, ranking);
+        ranking_begin(tile, columns, order + first, 4, how, ranking);
         return;
     }
-    ranking_begin(tile, columns, order + first, NETWORK_ROWS, added, least, ranking);
+    ranking_begin(tile, columns, order + first, NETWORK_ROWS, how, ranking);
     for (uint32_t at = first + NETWORK_ROWS; at < end; at += NETWORK_ROWS) {
-        ranking_begin(tile, columns, order + at, NETWORK_ROWS, added, least, &next);
+        ranking_begin(tile, columns, order + at, NETWORK_ROWS, how, &next);
         ranking_merge(ranking, &next, want_ninth);
     }
 }
@@ -101,9 +108,8 @@ static inline void ranking_ids(const struct route_tile *tile, const struct colum
 /* The best of each row by the scores in `columns`, infinite ones too. */
 static inline void columns_select(const struct route_tile *tile, const float *columns, int32_t (*chosen)[BLOCK_LANES]) {
     struct column_ranking ranking;
-    block least = block_all(-FLT_MAX);
     int want_ninth = tile->rule->top_k == NETWORK_ROWS;
-    ranking_of(tile, columns, 0, tile->columns.num_all, NULL, &least, want_ninth, &ranking);
+    ranking_of(tile, columns, 0, tile->columns.num_all, (struct ranking_scores){.clamped = 1}, want_ninth, &ranking);
     ranking_ids(tile, &ranking, ranking_unsure(tile, &ranking), columns, NULL, chosen);
 }
 

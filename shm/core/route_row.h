@@ -30,9 +30,11 @@ struct ordered_column {
 
 /* What only tiles of columns need. */
 struct route_columns {
-    /* Of a call. The preferred experts, then the others, each filled up to a multiple of eight with a column of -inf. */
-    struct ordered_column order[COLUMN_EXPERTS + 2 * NETWORK_ROWS];
-    uint32_t num_preferred, num_all;
+    /* Of a call. The preferred experts, then the others, each filled up to a multiple of eight with a column of -inf.
+     * For POLICY_SUBSTITUTE the resident ones follow, filled up with a column of +inf: they are ranked from below. */
+    struct ordered_column order[2 * COLUMN_EXPERTS + 3 * NETWORK_ROWS];
+    uint32_t num_preferred, num_all, end_resident; /* where each set ends */
+    uint32_t num_resident;
     float kept;       /* the bits of a score that its key keeps; not a number */
     float resolution; /* two scores that a key does not tell apart differ by less than their magnitude times this */
     int32_t id_mask;  /* the bits of a key that hold the id */

@@ -54,12 +54,11 @@ static inline void columns_collect(struct route_tile *tile) {
 /* All steps of a tile of columns but the last. */
 static inline void columns_route(struct route_tile *tile, uint32_t policy, const float *strengths, struct route_tally *tally) {
     const float none[TILE_ROWS] = {0};
-    int mixed = tile->columns.num_preferred > 0 && tile->columns.num_preferred < tile->columns.num_all;
-    if (columns_go_by_row(policy)) {
+    if (columns_go_by_row(tile, policy)) {
         tile_apply_policy(tile, policy, strengths, tally);
         columns_collect(tile);
         tile_report(tile, policy, tally);
-    } else if (exchange_applies(policy) && mixed) {
+    } else if (policy >= POLICY_MASS && columns_are_mixed(&tile->columns)) {
         columns_exchange(tile, policy, strengths);
         columns_report(tile, tally);
     } else {
@@ -112,7 +111,7 @@ static __attribute__((noinline)) void route_tiles(const struct route_rule *rule,
     int eight = eight_applies(rule, call);
     struct eight_sums sums = {.counted = 0};
     if (eight) eight_sums_begin(&sums, boosts, rows);
-    if (columns_apply(rule, call, rows)) columns_prepare(&tile);
+    if (columns_apply(rule, call, rows)) columns_prepare(&tile, call->policy);
 #endif
     for (uint32_t first = 0, done; first < rows; first += done) {
         const float *given = logits + (size_t)first * rule->num_experts;

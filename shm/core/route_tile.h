@@ -12,7 +12,7 @@ static inline void tile_load(struct route_tile *tile, const struct route_call *c
     tile->transposed = 0;
 #if ROUTE_VECTOR
     tile->transposed = columns_apply(tile->rule, call, tile->rows) && columns_begin(tile, logits, call->policy == POLICY_RANGE);
-    if (tile->transposed && columns_go_by_row(call->policy)) columns_rows(tile, ids);
+    if (tile->transposed && columns_go_by_row(tile, call->policy)) columns_rows(tile, ids);
 #else
     (void)call;
 #endif

@@ -175,13 +175,43 @@ def test_kernels_agree_on_rows_that_come_alone_and_are_close() -> None:
                     assert_same(result, results[-1])
 
 
-def test_kernels_agree_where_the_preference_exceeds_all_floats() -> None:
+@pytest.mark.parametrize(("policy", "strength"), [("bonus", 3e38), ("range", 2.0)])
+def test_kernels_agree_where_the_preference_exceeds_all_floats(policy: str, strength: float) -> None:
     rng = np.random.default_rng(3)
     rows = rng.normal(scale=1e38, size=(40, 24)).astype(np.float32)
-    config = RouterConfig(24, 4, policy="bonus")
-    results = [routed(config, rows, list(range(0, 24, 2)), kernel, 3e38)[0] for kernel in KERNELS]
+    config = RouterConfig(24, 4, policy=policy)  # type: ignore[arg-type]
+    results = [routed(config, rows, list(range(0, 24, 2)), kernel, strength)[0] for kernel in KERNELS]
     for result in results:
         assert_same(result, results[0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    experts=st.sampled_from([8, 20, 32, 64, 100, 256]),
+    kind=st.sampled_from(["ordinary", "tied", "denormal", "huge"]),
+    policy=st.sampled_from(["mass", "resnorm", "substitute"]),
+    resident_share=st.sampled_from([0.1, 0.3, 0.5, 0.9]),
+    renormalize=st.booleans(),
+    by_row=st.booleans(),
+)
+def test_kernels_agree_where_residents_take_the_places_of_others(
+    seed: int, experts: int, kind: str, policy: str, resident_share: float, renormalize: bool, by_row: bool
+) -> None:
+    """At strengths at which some of what is missing is replaced, and some is not."""
+    rng = np.random.default_rng(seed)
+    rows = logits(seed, 37, experts, kind)
+    resident = np.flatnonzero(rng.random(experts) < resident_share).tolist()
+    strength = (
+        rng.random(37).astype(np.float32) * np.float32(0.3) if by_row else float(rng.choice([0.0, 0.02, 0.1, 0.4]))
+    )
+    top_k = int(rng.integers(1, 9))
+    config = RouterConfig(experts, top_k, policy=policy, renormalize=renormalize, weight_scale=1.5)  # type: ignore[arg-type]
+    plain, scores = routed(config, rows, resident, "plain", strength)
+    for kernel in KERNELS:
+        result, its_scores = routed(config, rows, resident, kernel, strength)
+        assert_same(result, plain)
+        assert its_scores == scores, kernel
 
 
 @settings(max_examples=60, deadline=None)
