@@ -95,6 +95,8 @@ static inline void tally_selections(const struct route_boosts *boosts, uint32_t 
                 tally->selections[ids[i]] =
                     (tally->selections[ids[i]] & boosts->keep) + (boosts->by_age[r] << ROUTE_COUNT_BITS) + 1;
     } else if (k == 2) tally_rows(boosts, rows, 2, ids, tally);
+    else if (k == 4) tally_rows(boosts, rows, 4, ids, tally);
+    else if (k == 6) tally_rows(boosts, rows, 6, ids, tally);
     else if (k == 8) tally_rows(boosts, rows, 8, ids, tally);
     else tally_rows(boosts, rows, k, ids, tally);
 }
