@@ -17,11 +17,14 @@ static inline int columns_are_mixed(const struct route_columns *columns) {
     return columns->num_preferred > 0 && columns->num_preferred < columns->num_all;
 }
 
-/* Policies that choose row by row among what columns have ranked. POLICY_SUBSTITUTE only where the last eight of the
- * residents may be in the true top k. */
+/* Policies that choose row by row among what columns have ranked. POLICY_SUBSTITUTE only where it would have to know how
+ * many of the true top k are resident: their kind tells if they are the preferred ones, and where there are many residents
+ * the last eight of them are not in the true top k at all. */
 static inline int columns_go_by_row(const struct route_tile *tile, uint32_t policy) {
-    return policy == POLICY_RANGE || (policy == POLICY_SUBSTITUTE && columns_are_mixed(&tile->columns) &&
-                                      tile->columns.num_resident < NETWORK_ROWS + tile->rule->top_k);
+    const struct route_columns *columns = &tile->columns;
+    return policy == POLICY_RANGE ||
+           (policy == POLICY_SUBSTITUTE && columns_are_mixed(columns) && columns->some_loading &&
+            columns->num_resident < NETWORK_ROWS + tile->rule->top_k);
 }
 
 /* A bit for each row of the tile. */
@@ -55,8 +58,11 @@ static inline void columns_prepare(struct route_tile *tile, uint32_t policy) {
     columns->num_all = columns_order(columns, columns->num_preferred, preferred, UINT64_MAX, experts, experts);
     if (policy != POLICY_SUBSTITUTE) return;
     columns->num_resident = 0;
-    for (uint32_t word = 0; word * 64 < experts; word++)
+    columns->some_loading = 0;
+    for (uint32_t word = 0; word * 64 < experts; word++) {
         columns->num_resident += (uint32_t)__builtin_popcountll(tile->snapshot->resident[word]);
+        columns->some_loading |= tile->snapshot->resident[word] != preferred[word];
+    }
     columns->end_resident = columns_order(columns, columns->num_all, tile->snapshot->resident, 0, experts, experts + 1);
 }
 

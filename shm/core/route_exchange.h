@@ -88,8 +88,9 @@ static inline block exchange_entry(const struct route_tile *tile, float (*entrie
     return column_gather(entries[0], numbers);
 }
 
-/* POLICY_SUBSTITUTE: while it changes the residual by less than `limit`, worst first; those that come are the residents of
- * the last ranks, which are not in the true top k: columns_go_by_row(). Returns the rows in which these are not certain. */
+/* POLICY_SUBSTITUTE: while it changes the residual by less than `limit`, worst first. Those that come are the residents of
+ * the last ranks, as far as they are not in the true top k, where residents have the first ranks of their kind. Returns
+ * the rows in which they are not certain. */
 static inline lane_mask exchange_for_last(const struct route_tile *tile, struct exchange_pair *pairs, block limit) {
     const struct route_columns *columns = &tile->columns;
     uint32_t k = tile->rule->top_k;
@@ -103,15 +104,19 @@ static inline lane_mask exchange_for_last(const struct route_tile *tile, struct 
         block_store(keys[i], key);
         block_store(shares[i], exchange_shares(tile, key));
     }
+    /* How many residents are not in the true top k: see columns_go_by_row(). */
+    block count = none, spare = block_all((float)columns->num_resident - (float)k);
+    for (uint32_t i = 0; i < k; i++) spare = block_add(spare, block_where(block_above(pairs[i].out, pairs[i].in), one));
     lane_mask open = block_above(limit, none);
-    block count = none;
     for (uint32_t i = k; i-- > 0;) {
         struct exchange_pair *pair = &pairs[i];
+        lane_mask missing = block_above(pair->out, pair->in); /* and in the true top k */
         block p = block_mul(pair->share_out, scale), q = block_mul(exchange_entry(tile, shares, count), scale);
         lane_mask little = block_above(block_mul(limit, limit), block_add(block_mul(p, p), block_mul(q, q)));
-        open = mask_and(open, mask_or(little, block_at_least(pair->in, pair->out)));
-        pair->taken = mask_and(pair->possible, open);
-        count = block_add(count, block_where(pair->possible, one));
+        lane_mask pass = mask_and(little, block_above(spare, count));
+        open = mask_and(open, mask_or(pass, block_at_least(pair->in, pair->out)));
+        pair->taken = mask_and(missing, open);
+        count = block_add(count, block_where(missing, one));
     }
     /* The last rank of all is reported for the best expert that went, as report_against_truth() does. */
     count = none;

@@ -35,6 +35,7 @@ struct route_columns {
     struct ordered_column order[2 * COLUMN_EXPERTS + 3 * NETWORK_ROWS];
     uint32_t num_preferred, num_all, end_resident; /* where each set ends */
     uint32_t num_resident;
+    int some_loading; /* preferred, but not resident */
     float kept;       /* the bits of a score that its key keeps; not a number */
     float resolution; /* two scores that a key does not tell apart differ by less than their magnitude times this */
     int32_t id_mask;  /* the bits of a key that hold the id */
