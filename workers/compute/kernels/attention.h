@@ -281,6 +281,7 @@ static TARGET void V(attention)(const struct attention *op, size_t begin, size_t
         size_t count = whole_groups && in_group == group ? whole_groups : in_group < most ? in_group : most;
         if (count > op->num_heads - head) count = op->num_heads - head;
         if (count > end - begin) count = end - begin;
+        if (count > group) count -= count % group; /* where a part of the task ends within a group */
         V(attend)(op, row, head, head + count);
         begin += count;
     }

@@ -28,13 +28,22 @@ INLINE TARGET void V(dot_block)(const int rows, const int outs, enum weight_form
     }
 }
 
-/* Asks memory for the same block of the next tile's weights. With one row the processor does not run ahead far enough by
- * itself, and its own prefetching stops at every page, which is every few rows of weights. */
-INLINE void V(fetch_next_tile)(const int outs, enum weight_format format, struct matrix weight, size_t block) {
+/* Asks memory for as much of the next tile's weights as a block is of this one's. With one row the processor does not run
+ * ahead far enough by itself, and its own prefetching stops at every page, which is every few rows of weights. Lines of
+ * the cache that hold a whole part of a block are asked for row after row, in the order in which they will be used;
+ * smaller blocks, which share lines, from the first to the last line of the tile, each once. `share` is what of the tile
+ * belongs to a block. */
+INLINE void V(fetch_next_tile)(const int outs, enum weight_format format, struct matrix weight, size_t block,
+                               size_t share) {
     size_t nbytes = BLOCK_VALUES / format_values_per_block(format) * format_block_nbytes(format);
-    const uint8_t *next = matrix_from_row(weight, (size_t)outs).bytes + block * nbytes;
+    const uint8_t *next = matrix_from_row(weight, (size_t)outs).bytes;
+    if (nbytes < 64) {
+        for (size_t at = 0; at < outs * nbytes; at += 64) __builtin_prefetch(next + block * share + at);
+        return;
+    }
     for (int o = 0; o < outs; o++)
-        for (size_t at = 0; at < nbytes; at += 64) __builtin_prefetch(next + o * weight.row_stride + at);
+        for (size_t at = 0; at < nbytes; at += 64)
+            __builtin_prefetch(next + o * weight.row_stride + block * nbytes + at);
 }
 
 /* rows x outs dot products of length n. `rows` and `outs` are constants at every call, so that the accumulators are
@@ -44,9 +53,10 @@ INLINE TARGET void V(dot_tile)(const int rows, const int outs, enum weight_forma
     V(vec) sum[MAX_TILE_ROWS * MAX_TILE_OUTS][VEC_PARTS]; /* of row r and output o: r * outs + o */
     for (int t = 0; t < rows * outs; t++)
         for (int p = 0; p < VEC_PARTS; p++) sum[t][p] = V(zero)();
-    size_t block = 0, rest = n % BLOCK_VALUES;
-    for (; block < n / BLOCK_VALUES; block++) {
-        if (rows == 1) V(fetch_next_tile)(outs, format, weight, block);
+    size_t block = 0, blocks = n / BLOCK_VALUES, rest = n % BLOCK_VALUES;
+    size_t share = blocks ? outs * weight.row_stride / blocks : 0;
+    for (; block < blocks; block++) {
+        if (rows == 1) V(fetch_next_tile)(outs, format, weight, block, share);
         V(dot_block)(rows, outs, format, x + block * BLOCK_VALUES, x_stride, weight, block, sum);
     }
     if (rest && format_values_per_block(format) == 1) { /* the last values, filled up with zeros to a block */

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdint.h>
 
 #define MIN_PARALLEL_WORK 400000 /* multiply-adds; below, waking a thread costs more than it saves */
 
@@ -10,32 +11,93 @@
  * one another within a few us, so a thread looks for the next one so often before it sleeps: for 5 to 25 us. */
 #define LOOKS_BEFORE_SLEEP 500
 
+/* Each thread has a part of the loop and takes pieces from its front, half of what is left each time; when it has none
+ * left, half of what another has, from the back: then a slow or late thread holds up little, and a thread mostly goes
+ * through neighbouring rows, which are on their way from memory. No piece is smaller than this share of a part. */
+#define PIECES_OF_A_PART 16
+
+/* The pool's state in one word: the number of the current loop, whether threads may still join it (none has to: one that
+ * wakes late is not waited for), and how many have joined it and not left. Joining and leaving are one atomic operation
+ * each. A mutex there is contended whenever a loop begins, and puts threads to sleep that are about to work. */
+#define JOINED ((uint64_t)0xffff)
+#define OPEN ((uint64_t)0x10000)
+#define LOOP ((uint64_t)0x20000)
+
+/* What of a thread's part nobody has taken: its begin in the low half, its end in the high one. */
+struct part_left {
+    _Alignas(64) _Atomic uint64_t range;
+};
+
 static struct {
     pthread_mutex_t busy; /* held by the thread whose loop the pool runs */
-    pthread_mutex_t lock; /* guards what follows, except for reading the atomics */
+    pthread_mutex_t lock; /* who sleeps has it between a last look and sleeping, who wakes has had it */
     pthread_cond_t start, done;
     pthread_t threads[MAX_THREADS];
-    int size;   /* threads besides the caller */
-    int wanted; /* a thread with an index from here on ends */
-    int open;   /* threads may still join the current loop; none has to: one that wakes late is not waited for */
-    atomic_int running; /* threads that joined it and have not left */
-    atomic_ulong loop;  /* number of loops since the threads were started */
+    int size;            /* threads besides the caller */
+    atomic_int wanted;   /* a thread with an index from here on ends */
+    atomic_int sleeping; /* threads that have to be woken */
+    _Atomic uint64_t state;
+    /* Written by the caller while nobody has joined. */
     loop_part *part;
     void *context;
-    size_t count, step;
-    atomic_size_t next;
+    size_t least, grain;
+    struct part_left left[MAX_THREADS];
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .start = PTHREAD_COND_INITIALIZER,
           .done = PTHREAD_COND_INITIALIZER};
 
-static void pool_work(void) {
-    for (;;) {
-        size_t begin = atomic_fetch_add_explicit(&pool.next, pool.step, memory_order_relaxed);
-        if (begin >= pool.count) return;
-        size_t end = pool.count - begin < pool.step ? pool.count : begin + pool.step;
+static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+static uint64_t range_of(size_t begin, size_t end) { return (uint64_t)end << 32 | begin; }
+static size_t begin_of(uint64_t range) { return (uint32_t)range; }
+static size_t end_of(uint64_t range) { return range >> 32; }
+static size_t length_of(uint64_t range) { return end_of(range) - begin_of(range); }
+
+/* How much of `left` is taken at once. */
+static size_t piece_of(size_t left) {
+    size_t piece = round_up(left / 2 > pool.least ? left / 2 : pool.least, pool.grain);
+    return piece < left ? piece : left;
+}
+
+/* Does the part that is thread `index`'s, but for what others take of it. All orders here are relaxed: a range says only
+ * who does what; the loop itself was known to whoever joined it. */
+static void work_on_part(size_t index) {
+    _Atomic uint64_t *own = &pool.left[index].range;
+    uint64_t range = atomic_load_explicit(own, memory_order_relaxed);
+    while (length_of(range)) {
+        size_t begin = begin_of(range), end = begin + piece_of(length_of(range));
+        if (!atomic_compare_exchange_weak_explicit(own, &range, range_of(end, end_of(range)), memory_order_relaxed,
+                                                   memory_order_relaxed))
+            continue;
         pool.part(pool.context, begin, end);
+        range = atomic_load_explicit(own, memory_order_relaxed);
     }
+}
+
+/* Makes the back of what another thread has left the part of thread `index`, which has none; 0 if nobody has any. */
+static int take_from_another(size_t index) {
+    for (;;) {
+        _Atomic uint64_t *longest = NULL;
+        uint64_t range = 0;
+        for (int other = 0; other < pool_threads(); other++) {
+            uint64_t its = atomic_load_explicit(&pool.left[other].range, memory_order_relaxed);
+            if (length_of(its) > length_of(range)) longest = &pool.left[other].range, range = its;
+        }
+        if (!longest) return 0;
+        size_t length = length_of(range), kept = (length - piece_of(length)) / pool.grain * pool.grain;
+        size_t begin = begin_of(range) + kept, end = end_of(range);
+        if (!atomic_compare_exchange_weak_explicit(longest, &range, range_of(begin_of(range), begin),
+                                                   memory_order_relaxed, memory_order_relaxed))
+            continue;
+        atomic_store_explicit(&pool.left[index].range, range_of(begin, end), memory_order_relaxed);
+        return 1;
+    }
+}
+
+static void pool_work(size_t index) {
+    do work_on_part(index);
+    while (take_from_another(index));
 }
 
 static void pause_briefly(void) {
@@ -46,71 +108,116 @@ static void pause_briefly(void) {
 #endif
 }
 
-static void await_next_loop(unsigned long seen) {
-    /* Relaxed: only a hint, the thread looks again under the lock. */
-    for (int i = 0; i < LOOKS_BEFORE_SLEEP && atomic_load_explicit(&pool.loop, memory_order_relaxed) == seen; i++)
+static int is_new(uint64_t state, uint64_t seen) { return (state & OPEN) && state / LOOP != seen; }
+
+/* Until there is a loop that may be joined, or the thread is to end. */
+static void await_loop(int index, uint64_t seen) {
+    for (int i = 0; i < LOOKS_BEFORE_SLEEP; i++) {
+        if (is_new(atomic_load_explicit(&pool.state, memory_order_relaxed), seen)) return; /* a hint: join looks again */
         pause_briefly();
+    }
+    pthread_mutex_lock(&pool.lock);
+    /* Sequentially consistent, as in parallel_for: either this thread sees the loop, or its caller sees the sleeper. */
+    atomic_fetch_add(&pool.sleeping, 1);
+    while (!is_new(atomic_load(&pool.state), seen) && index < atomic_load(&pool.wanted))
+        pthread_cond_wait(&pool.start, &pool.lock);
+    atomic_fetch_sub(&pool.sleeping, 1);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+/* Whether it has joined a loop, whose number is then in *seen. */
+static int join_loop(uint64_t *seen) {
+    uint64_t state = atomic_load_explicit(&pool.state, memory_order_relaxed);
+    while (is_new(state, *seen))
+        if (atomic_compare_exchange_weak_explicit(&pool.state, &state, state + 1, memory_order_acquire,
+                                                  memory_order_relaxed)) {
+            *seen = state / LOOP;
+            return 1;
+        }
+    return 0;
+}
+
+static void leave_loop(void) {
+    uint64_t before = atomic_fetch_sub_explicit(&pool.state, 1, memory_order_release);
+    if ((before & (OPEN | JOINED)) != 1) return; /* others are at it, or the caller has not yet asked who is */
+    pthread_mutex_lock(&pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_cond_signal(&pool.done);
 }
 
 static void *pool_thread(void *argument) {
     int index = (int)(ptrdiff_t)argument;
-    unsigned long seen = 0; /* not pool.loop: the first loop may have begun before this thread did */
-    pthread_mutex_lock(&pool.lock);
-    for (;;) {
-        /* Relaxed here and below: the lock orders them. */
-        while ((!pool.open || atomic_load_explicit(&pool.loop, memory_order_relaxed) == seen) && index < pool.wanted)
-            pthread_cond_wait(&pool.start, &pool.lock);
-        if (index >= pool.wanted) break;
-        seen = atomic_load_explicit(&pool.loop, memory_order_relaxed);
-        atomic_fetch_add_explicit(&pool.running, 1, memory_order_relaxed);
-        pthread_mutex_unlock(&pool.lock);
-        pool_work();
-        pthread_mutex_lock(&pool.lock);
-        if (atomic_fetch_sub_explicit(&pool.running, 1, memory_order_relaxed) == 1) pthread_cond_signal(&pool.done);
-        pthread_mutex_unlock(&pool.lock);
-        await_next_loop(seen);
-        pthread_mutex_lock(&pool.lock);
+    uint64_t seen = 0; /* not the current loop, which may have begun before this thread did */
+    while (index < atomic_load(&pool.wanted)) {
+        if (join_loop(&seen)) {
+            pool_work((size_t)index + 1);
+            leave_loop();
+        } else {
+            await_loop(index, seen);
+        }
     }
-    pthread_mutex_unlock(&pool.lock);
     return NULL;
 }
 
 void pool_forget(void) {
-    pool.size = pool.wanted = pool.open = 0;
-    atomic_init(&pool.running, 0);
+    pool.size = 0;
+    atomic_init(&pool.wanted, 0);
+    atomic_init(&pool.sleeping, 0);
+    atomic_init(&pool.state, 0);
     pthread_mutex_init(&pool.busy, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.start, NULL);
     pthread_cond_init(&pool.done, NULL);
 }
 
+static void wake_all(void) {
+    pthread_mutex_lock(&pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_cond_broadcast(&pool.start);
+}
+
 int pool_resize(int threads) {
     int error = 0;
     pthread_mutex_lock(&pool.busy);
-    pthread_mutex_lock(&pool.lock);
-    pool.wanted = 0;
-    pthread_cond_broadcast(&pool.start);
-    pthread_mutex_unlock(&pool.lock);
+    atomic_store(&pool.wanted, 0);
+    wake_all();
     for (int i = 0; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
-    pthread_mutex_lock(&pool.lock); /* the new threads wait for it until they are all there */
-    atomic_store_explicit(&pool.loop, 0, memory_order_relaxed); /* under the lock */
-    pool.wanted = threads - 1;
+    atomic_store(&pool.wanted, threads - 1);
     sigset_t all, before; /* the host's signals are for its own threads */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (pool.size = 0; pool.size < pool.wanted && !error; pool.size += !error)
+    for (pool.size = 0; pool.size < threads - 1 && !error; pool.size += !error)
         error = pthread_create(&pool.threads[pool.size], NULL, pool_thread, (void *)(ptrdiff_t)pool.size);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pool.wanted = pool.size;
-    pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.busy);
     return error;
 }
 
 int pool_threads(void) { return pool.size + 1; }
 
+/* Until all who joined have left; nobody can join any more. */
+static void await_others(void) {
+    for (int i = 0; i < LOOKS_BEFORE_SLEEP; i++) {
+        if (!(atomic_load_explicit(&pool.state, memory_order_acquire) & JOINED)) return;
+        pause_briefly();
+    }
+    pthread_mutex_lock(&pool.lock);
+    while (atomic_load_explicit(&pool.state, memory_order_acquire) & JOINED) pthread_cond_wait(&pool.done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void share_out(size_t count, size_t grain) {
+    size_t threads = (size_t)pool_threads(), step = round_up((count + threads - 1) / threads, grain);
+    pool.grain = grain;
+    pool.least = step / PIECES_OF_A_PART > 0 ? step / PIECES_OF_A_PART : 1;
+    for (size_t i = 0, begin = 0, end; i < threads; i++, begin = end) {
+        end = count - begin < step ? count : begin + step;
+        atomic_store_explicit(&pool.left[i].range, range_of(begin, end), memory_order_relaxed); /* the state orders it */
+    }
+}
+
 void parallel_for(size_t count, size_t grain, double work, loop_part *part, void *context) {
-    int alone = work < MIN_PARALLEL_WORK || pthread_mutex_trylock(&pool.busy);
+    int alone = work < MIN_PARALLEL_WORK || count > UINT32_MAX || pthread_mutex_trylock(&pool.busy);
     if (!alone && pool.size == 0) {
         pthread_mutex_unlock(&pool.busy);
         alone = 1;
@@ -119,26 +226,13 @@ void parallel_for(size_t count, size_t grain, double work, loop_part *part, void
         part(context, 0, count);
         return;
     }
-    size_t pieces = (size_t)pool_threads() * 4; /* more than threads: a slow core then holds up less */
-    pthread_mutex_lock(&pool.lock);
-    pool.step = (count + pieces - 1) / pieces;
-    pool.step = (pool.step + grain - 1) / grain * grain;
     pool.part = part;
     pool.context = context;
-    pool.count = count;
-    /* Relaxed: the lock orders them. */
-    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
-    atomic_fetch_add_explicit(&pool.loop, 1, memory_order_relaxed);
-    pool.open = 1;
-    pthread_cond_broadcast(&pool.start);
-    pthread_mutex_unlock(&pool.lock);
-    pool_work();
-    /* Relaxed: a hint as in await_next_loop. */
-    for (int i = 0; i < LOOKS_BEFORE_SLEEP && atomic_load_explicit(&pool.running, memory_order_relaxed); i++)
-        pause_briefly();
-    pthread_mutex_lock(&pool.lock);
-    pool.open = 0;
-    while (atomic_load_explicit(&pool.running, memory_order_relaxed)) pthread_cond_wait(&pool.done, &pool.lock);
-    pthread_mutex_unlock(&pool.lock);
+    share_out(count, grain);
+    uint64_t state = atomic_load_explicit(&pool.state, memory_order_relaxed);
+    atomic_store(&pool.state, (state / LOOP + 1) * LOOP | OPEN);
+    if (atomic_load(&pool.sleeping)) wake_all();
+    pool_work(0);
+    if (atomic_fetch_and_explicit(&pool.state, ~OPEN, memory_order_acquire) & JOINED) await_others();
     pthread_mutex_unlock(&pool.busy);
 }
