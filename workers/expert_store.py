@@ -16,7 +16,7 @@ from hotset.runtime.model.pack_manifest import PackManifest
 from hotset.runtime.model.tensor_index import STORED_DTYPES, TensorLocation
 from hotset.shm.layout import WeightFormat
 
-CHUNK_NBYTES = 1 << 20  # about what one read takes; between two of them an urgent load may go first
+CHUNK_NBYTES = 256 << 10  # about the least that one read takes: see reading/core/lanes.h
 
 
 class ExpertReadError(HotsetError):

@@ -7,6 +7,7 @@ bits. See shm/core/residency.h for the protocol, whose pager side this is.
 
 from __future__ import annotations
 
+import gc
 import select
 import sys
 import time
@@ -257,6 +258,7 @@ class Pager:
 
 def serve(channel: Channel[ToPager], start: StartPager) -> None:
     pager = Pager(channel, start)
+    gc.freeze()  # what a model of 10,000 experts needs to be known of it: looking through it all takes 10 ms and more
     try:
         pager.run()
     finally:

@@ -224,6 +224,7 @@ def test_matrices_are_turned_as_the_slot_is_to_have_them(file: int) -> None:
 
 
 def test_what_the_page_cache_had_is_told_from_what_the_disk_was_read_for(file: int) -> None:
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # as the store does; else one folio may hold many pages
     lanes = _core.Lanes([np.zeros(FILE_NBYTES, np.uint8)], 2)
 
     def from_disk() -> bool:

@@ -30,7 +30,7 @@ static const char *fill_load(struct load *load, const int64_t *rows, uint32_t co
         if ((uint64_t)rows[PIECE_OFFSET] != chunk->offset + chunk->nbytes || rows[CHUNK_FD] != chunk->fd)
             return "the pieces of a chunk do not follow one another in a file";
         chunk->nbytes += nbytes;
-        if (++chunk->count > MAX_PIECES_OF_CHUNK) return "a chunk has too many pieces";
+        if (++chunk->count > MAX_PIECES_OF_RUN) return "a chunk has too many pieces";
         if (alignment && chunk->count > 1) return "direct reads take a piece at a time";
         uint64_t touched = alignment ? (nbytes + alignment - 1) / alignment * alignment : nbytes;
         if (start > slot_nbytes || touched > slot_nbytes - start) return "a piece lies outside of the slot";

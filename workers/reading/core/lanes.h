@@ -1,8 +1,10 @@
 /* The read lanes: threads that fill slots from files and hash what they read, urgent loads strictly before a prefetch.
  *
- * A single load is spread over all lanes, several loads over a lane each: then a load's bytes stay in one core's cache.
- * A prefetch is read by one lane, one chunk after the other, and only while no urgent load is under way: what an urgent
- * load may find before it is at most one chunk.
+ * A single load is spread over all lanes, for a disk is fastest with several requests; several loads over a lane each:
+ * then a load's bytes stay in one core's cache. A lane takes the more chunks at once the more are waiting: fewer reads,
+ * but no lane idle at the end.
+ * A prefetch is read by one lane, and only while no urgent load is under way: what an urgent load may find before it is
+ * at most one lane at one run of chunks.
  *
  * One lock guards all of it; it is held for some looks at the few loads under way, never while reading or hashing. */
 #ifndef HOTSET_LANES_H
@@ -13,6 +15,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/eventfd.h>
+
+#define MOST_CHUNKS 4 /* that a lane takes at once: of a large expert a MiB (expert_store.py) */
 
 struct lanes {
     pthread_mutex_t lock;
@@ -32,21 +36,24 @@ struct lanes {
 /* Something is finished. Not under the lock: who is told would wake only to wait for it. */
 static inline void lanes_tell(struct lanes *lanes) { eventfd_write(lanes->finished_fd, 1); }
 
-/* The next chunk to read; it then counts as being read. Under the lock. */
-static inline struct load *lanes_take(struct lanes *lanes, uint32_t *chunk) {
+/* The next chunks to read, as one; they then count as being read. Under the lock. */
+static inline struct load *lanes_take(struct lanes *lanes, struct chunk *run) {
     struct load *best = NULL;
     bool urgent_under_way = false, prefetch_is_read = false;
+    size_t unread = 0;
     for (size_t i = 0; i < lanes->count; i++) {
         struct load *load = lanes->loads[i];
         if (load->finished) continue;
         urgent_under_way |= load->urgent;
         prefetch_is_read |= !load->urgent && load->reading;
         if (!load_has_unread(load)) continue;
+        unread += load->num_chunks - load->next_chunk;
         bool first = !best || load->urgent > best->urgent;
         if (first || (load->urgent == best->urgent && load->reading < best->reading)) best = load;
     }
     if (!best || (!best->urgent && (urgent_under_way || prefetch_is_read))) return NULL;
-    *chunk = best->next_chunk++;
+    size_t share = unread / (lanes->num_threads ? lanes->num_threads : unread);
+    *run = load_take(best, share < MOST_CHUNKS ? (uint32_t)share : MOST_CHUNKS, lanes->alignment);
     best->reading++;
     return best;
 }

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define END_OF_FILE (-1) /* in the place of an errno */
+#define MAX_PIECES_OF_RUN 64 /* that one read fills */
 
 /* A part of the slot that comes from one place of a file. */
 struct piece {
@@ -18,7 +19,7 @@ struct piece {
     uint64_t present; /* bytes from its start that are in the slot */
 };
 
-/* Bytes of a file that follow one another, read between two looks at the queue: `count` pieces from `first` on. */
+/* Bytes of a file that follow one another, for `count` pieces from `first` on. */
 struct chunk {
     int fd;
     uint64_t offset, nbytes;
@@ -40,7 +41,7 @@ struct load {
     struct transposed *transposed;
     uint32_t num_chunks, num_pieces, num_transposed;
     uint32_t next_chunk; /* the first that no lane has taken */
-    uint32_t reading;    /* chunks that lanes are at */
+    uint32_t reading;    /* lanes that are at it */
     bool urgent, cancelled, finished, from_disk;
     int error; /* why it cannot be had: an errno or END_OF_FILE, at `error_offset` of `error_fd` */
     int error_fd;
@@ -80,6 +81,22 @@ static inline bool load_prepare(struct load *load) {
 }
 
 static inline bool load_has_unread(const struct load *load) { return load->next_chunk < load->num_chunks; }
+
+/* The next chunks, `most` at most (and at least one), as one: as far as they follow one another in the file. `alignment`
+ * of direct reads, or 0. */
+static inline struct chunk load_take(struct load *load, uint32_t most, uint64_t alignment) {
+    struct chunk run = load->chunks[load->next_chunk++];
+    for (; most > 1 && load_has_unread(load); most--) {
+        const struct chunk *next = &load->chunks[load->next_chunk];
+        if (next->fd != run.fd || next->offset != run.offset + run.nbytes || run.count + next->count > MAX_PIECES_OF_RUN)
+            break;
+        if (alignment && load->pieces[next->first].start != load->pieces[run.first].start + run.nbytes) break;
+        run.nbytes += next->nbytes;
+        run.count += next->count;
+        load->next_chunk++;
+    }
+    return run;
+}
 
 /* Whole blocks of the checksum from the start of the slot that are all there, in bytes. */
 static inline uint64_t load_hashable(struct load *load) {

@@ -100,10 +100,11 @@ static PyObject *lanes_type_take(PyObject *self, PyObject *ignored) {
     (void)ignored;
     LanesObject *object = lanes_of(self);
     if (!object) return NULL;
-    uint32_t chunk;
+    struct chunk run;
     pthread_mutex_lock(&object->lanes.lock);
-    struct load *load = lanes_take(&object->lanes, &chunk);
+    struct load *load = lanes_take(&object->lanes, &run);
     unsigned long long id = load ? load->id : 0;
+    unsigned chunk = load ? load->next_chunk - 1 : 0;
     pthread_mutex_unlock(&object->lanes.lock);
     if (!load) Py_RETURN_NONE;
     return Py_BuildValue("KI", id, chunk);
@@ -120,7 +121,7 @@ static PyObject *lanes_type_read(PyObject *self, PyObject *args) {
     pthread_mutex_unlock(&object->lanes.lock);
     if (!is_read) return PyErr_Format(PyExc_ValueError, "chunk %u of load %llu was not taken", chunk, id);
     Py_BEGIN_ALLOW_THREADS
-    lane_read(&object->lanes, load, chunk);
+    lane_read(&object->lanes, load, &load->chunks[chunk]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

@@ -1,4 +1,4 @@
-/* Reading a chunk into its slot, and what a lane does with one. */
+/* Reading a run of chunks into its slot, and what a lane does with one. */
 #ifndef HOTSET_READ_H
 #define HOTSET_READ_H
 
@@ -11,7 +11,6 @@
 /* What the page cache has is copied so much at a time and hashed while it is in the core's second-level cache: hashing
  * then takes a tenth of what copying does, from memory it would take half. */
 #define CACHED_NBYTES (256 << 10)
-#define MAX_PIECES_OF_CHUNK 64
 
 /* Buffers for the next bytes of a chunk, of which `done` are read, `most` at most; returns how many there are. */
 static inline int read_buffers(const struct load *load, const struct chunk *chunk, uint64_t done, uint64_t most,
@@ -24,7 +23,10 @@ static inline int read_buffers(const struct load *load, const struct chunk *chun
             continue;
         }
         uint64_t take = nbytes - done < most ? nbytes - done : most;
-        buffers[count++] = (struct iovec){load->slot + start + done, take};
+        uint8_t *to = load->slot + start + done;
+        if (count && (uint8_t *)buffers[count - 1].iov_base + buffers[count - 1].iov_len == to)
+            buffers[count - 1].iov_len += take;
+        else buffers[count++] = (struct iovec){to, take};
         most -= take;
         done = 0;
     }
@@ -55,9 +57,9 @@ static inline int read_chunk(struct lanes *lanes, struct load *load, const struc
     while (*done < chunk->nbytes) {
         uint64_t most = chunk->nbytes - *done;
         if (!*from_disk && most > CACHED_NBYTES) most = CACHED_NBYTES;
-        struct iovec buffers[MAX_PIECES_OF_CHUNK];
+        struct iovec buffers[MAX_PIECES_OF_RUN];
         int count = read_buffers(load, chunk, *done, most, buffers);
-        if (lanes->direct) /* a single piece; the last one of an expert ends within its block */
+        if (lanes->direct) /* a single place of the slot; the last one of an expert ends within its block */
             buffers[0].iov_len = (buffers[0].iov_len + lanes->alignment - 1) / lanes->alignment * lanes->alignment;
         ssize_t got = preadv2(chunk->fd, buffers, count, (off_t)(chunk->offset + *done), *from_disk ? 0 : RWF_NOWAIT);
         if (got == 0) return END_OF_FILE;
@@ -75,9 +77,8 @@ static inline int read_chunk(struct lanes *lanes, struct load *load, const struc
     return 0;
 }
 
-/* What a lane does with a chunk that it took. */
-static inline void lane_read(struct lanes *lanes, struct load *load, uint32_t index) {
-    const struct chunk *chunk = &load->chunks[index];
+/* What a lane does with chunks that it took. */
+static inline void lane_read(struct lanes *lanes, struct load *load, const struct chunk *chunk) {
     uint64_t done;
     bool from_disk;
     int error = read_chunk(lanes, load, chunk, &done, &from_disk);
@@ -106,14 +107,14 @@ static inline void *lane_run(void *argument) {
     struct lanes *lanes = argument;
     pthread_mutex_lock(&lanes->lock);
     while (!lanes->closing) {
-        uint32_t chunk;
-        struct load *load = lanes_take(lanes, &chunk);
+        struct chunk run;
+        struct load *load = lanes_take(lanes, &run);
         if (!load) {
             pthread_cond_wait(&lanes->work, &lanes->lock);
             continue;
         }
         pthread_mutex_unlock(&lanes->lock);
-        lane_read(lanes, load, chunk);
+        lane_read(lanes, load, &run);
         pthread_mutex_lock(&lanes->lock);
     }
     pthread_mutex_unlock(&lanes->lock);
