@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import check_field_types
+from hotset.runtime.argument_types import check_field_types, check_instance, integer
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
@@ -64,6 +64,8 @@ class ExpertAffinity:
     def __init__(
         self, config: AffinityConfig, *, num_layers: int = 1, segment: Segment | None = None, process: int = 0
     ) -> None:
+        check_instance("config", config, AffinityConfig)
+        num_layers, process = integer("num_layers", num_layers, 1), integer("process", process, 0)
         if segment is None:
             segment = Segment.private(Geometry(num_layers=num_layers, num_experts=config.num_experts))
         geometry = segment.layout.geometry

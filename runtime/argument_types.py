@@ -30,6 +30,12 @@ def check_field_types(struct: msgspec.Struct) -> None:
             msgspec.structs.force_setattr(struct, name, value)
 
 
+def check_instance(name: str, given: Any, kind: type) -> None:
+    """Raises `ValueError` if `given` is not of this class."""
+    if not isinstance(given, kind):
+        raise ValueError(f"{name} is {given!r}, expected one of class {kind.__name__}")
+
+
 def integer(name: str, given: Any, least: int | None = None) -> int:
     """`given` as an int; raises `ValueError` if it is none, or less than `least`."""
     value = _fitting(given, int)

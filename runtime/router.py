@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
+from hotset.runtime.argument_types import check_instance, integer
 from hotset.runtime.config import STRENGTH_OPTIONS
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.metrics import MoeMetrics
@@ -105,6 +106,8 @@ class MemoryAwareRouter:
         process: int = 0,
         selection_bias: Float32 | None = None,
     ) -> None:
+        check_instance("config", config, RouterConfig)
+        num_layers, process = integer("num_layers", num_layers, 1), integer("process", process, 0)
         self.config = config
         self._owns_memory = segment is None
         self._segment = segment or Segment.private(Geometry(num_layers=num_layers, num_experts=config.num_experts))
@@ -324,9 +327,10 @@ class MemoryAwareRouter:
             )
 
     def _checked_id(self, expert: int) -> int:
+        expert = integer("expert id", expert)
         if not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert id is {expert}, expected 0 <= id < {self.config.num_experts}")
-        return int(expert)
+        return expert
 
 
 def _epochs(epochs: int | None) -> int:
