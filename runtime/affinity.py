@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import check_field_types, check_instance, integer
+from hotset.runtime.argument_types import check_field_types, check_instance, integer, integers, takes
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
@@ -61,12 +61,15 @@ class ExpertAffinity:
         process: whose row counts this object's activations.
     """
 
+    @takes("config", AffinityConfig)
     def __init__(
         self, config: AffinityConfig, *, num_layers: int = 1, segment: Segment | None = None, process: int = 0
     ) -> None:
         check_instance("config", config, AffinityConfig)
         num_layers, process = integer("num_layers", num_layers, 1), integer("process", process, 0)
-        if segment is None:
+        if segment is not None:
+            check_instance("segment", segment, Segment)
+        else:
             segment = Segment.private(Geometry(num_layers=num_layers, num_experts=config.num_experts))
         geometry = segment.layout.geometry
         if config.num_experts != geometry.num_experts:
@@ -80,11 +83,11 @@ class ExpertAffinity:
 
     def update(self, ids: Iterable[int], layer: int = 0) -> None:
         """One epoch: everything decays, then `ids` are boosted. Changes nothing if one of them is out of range."""
-        experts = np.fromiter(ids, np.int64)
-        if experts.size and not 0 <= int(experts.min()) <= int(experts.max()) < self.config.num_experts:
-            wrong = next(int(e) for e in experts if not 0 <= e < self.config.num_experts)
-            raise ValueError(f"expert id is {wrong}, expected 0 <= id < {self.config.num_experts}")
-        self.core.update(layer, experts.astype(np.int32))
+        experts = integers("ids", ids)
+        for expert in experts:
+            if not self._known(expert):
+                raise ValueError(f"expert id is {expert}, expected 0 <= id < {self.config.num_experts}")
+        self.core.update(self._layer(layer), np.array(experts, np.int32))
 
     def snapshot(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint64]]:
         """Scores decayed to now and epochs of the last activation, both [layers, experts]."""
@@ -94,37 +97,40 @@ class ExpertAffinity:
 
     def scores(self, layer: int = 0) -> npt.NDArray[np.float32]:
         """Scores now, [experts]."""
-        return self.snapshot()[0][layer]
+        return self.snapshot()[0][self._layer(layer)]
 
     def score(self, expert: int, layer: int = 0) -> float:
-        return float(self.scores(layer)[expert]) if 0 <= expert < self.config.num_experts else 0.0
+        return float(self.scores(layer)[expert]) if self._known(expert) else 0.0
 
     def activation_counts(self, layer: int = 0) -> npt.NDArray[np.uint64]:
         """How often each expert was activated by any process since the last `reset`, [experts]."""
         totals = np.empty(self._shape, np.uint64)
         self._segment.arena.activation_totals(totals)
-        return (totals - self._baseline)[layer]
+        return (totals - self._baseline)[self._layer(layer)]
 
     def activation_count(self, expert: int, layer: int = 0) -> int:
-        return int(self.activation_counts(layer)[expert]) if 0 <= expert < self.config.num_experts else 0
+        return int(self.activation_counts(layer)[expert]) if self._known(expert) else 0
 
     def top_k_by_affinity(self, k: int, layer: int = 0) -> list[int]:
         """The `k` experts with the largest scores, largest first, ties to the lowest id."""
-        return np.argsort(-self.scores(layer), kind="stable")[: max(k, 0)].tolist()
+        return np.argsort(-self.scores(layer), kind="stable")[: max(integer("k", k), 0)].tolist()
 
     def top_k_by_frequency(self, k: int, layer: int = 0) -> list[int]:
         """The `k` most activated experts, ties to the lowest id."""
-        return np.argsort(-self.activation_counts(layer).astype(np.int64), kind="stable")[: max(k, 0)].tolist()
+        return np.argsort(-self.activation_counts(layer).astype(np.int64), kind="stable")[
+            : max(integer("k", k), 0)
+        ].tolist()
 
     def least_affinity(self, candidates: Iterable[int], layer: int = 0) -> int | None:
         """The candidate to evict: smallest score, then oldest activation, then lowest id. None without candidates."""
         scores, epochs = self.snapshot()
-        known = [e for e in candidates if 0 <= e < self.config.num_experts]
+        layer = self._layer(layer)
+        known = [e for e in integers("candidates", candidates) if self._known(e)]
         return min(known, key=lambda e: (scores[layer, e], epochs[layer, e], e), default=None)
 
     def frequency_percentile(self, expert: int, layer: int = 0) -> float:
         """Mid-rank of the expert's activation count among all, 0 to 1: 0.5 when all are equal."""
-        if not 0 <= expert < self.config.num_experts:
+        if not self._known(expert):
             return 0.0
         counts = self.activation_counts(layer)
         below = np.count_nonzero(counts < counts[expert])
@@ -136,3 +142,12 @@ class ExpertAffinity:
         for layer in range(self.num_layers):
             self.core.reset(layer)
         self._segment.arena.activation_totals(self._baseline)
+
+    def _known(self, expert: int) -> bool:
+        return 0 <= integer("expert", expert) < self.config.num_experts
+
+    def _layer(self, layer: int) -> int:
+        layer = integer("layer", layer)
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer is {layer}, expected 0 <= layer < {self.num_layers}")
+        return layer

@@ -7,27 +7,37 @@ and a wrong one would be found in another process.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "True or False", type(None): "None"}
 _PLURALS: dict[Any, str] = {int: "integers", float: "numbers", str: "texts"}
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 
 def check_field_types(struct: msgspec.Struct) -> None:
     """Raises `ValueError` for the first field that has not its declared type; makes Python's own numbers of numpy's."""
     for name, declared in _fields(type(struct)):
         given = getattr(struct, name)
-        value = _fitting(given, declared)
-        if value is _WRONG:
-            raise ValueError(f"{name} is {given!r}, expected {_words(declared)}")
+        value = fitting(name, given, declared)
         if value is not given:
             msgspec.structs.force_setattr(struct, name, value)
+
+
+def fitting(name: str, given: Any, declared: Any) -> Any:
+    """`given`, or the same number as a Python number; raises `ValueError` if it is not of the declared type."""
+    value = _fitting(given, declared)
+    if value is _WRONG:
+        raise ValueError(f"{name} is {given!r}, expected {_words(declared)}")
+    return value
 
 
 def check_instance(name: str, given: Any, kind: type) -> None:
@@ -36,24 +46,95 @@ def check_instance(name: str, given: Any, kind: type) -> None:
         raise ValueError(f"{name} is {given!r}, expected one of class {kind.__name__}")
 
 
-def integer(name: str, given: Any, least: int | None = None) -> int:
-    """`given` as an int; raises `ValueError` if it is none, or less than `least`."""
-    value = _fitting(given, int)
-    if value is _WRONG or (least is not None and value < least):
-        raise ValueError(
-            f"{name} is {given!r}, expected {_WORDS[int]}{'' if least is None else f' of at least {least}'}"
-        )
+def check_settings(given: Mapping[str, Any], whose: str, kind: type[msgspec.Struct]) -> None:
+    """Raises `ValueError` for names that are no fields of `kind`."""
+    fields = kind.__struct_fields__
+    if unknown := {name: value for name, value in given.items() if name not in fields}:
+        raise ValueError(f"{whose} is given {_listed(unknown)}, expected {', '.join(fields)}")
+
+
+def takes(
+    parameter: str, kind: type[msgspec.Struct]
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """For a function that is given its options as one object, `parameter`, of class `kind`.
+
+    A call that does not fit is a `ValueError` that says how it is meant, above all when the options themselves were
+    given, and not Python's `TypeError`. One that fits costs nothing but the way through here.
+    """
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            try:
+                return function(*args, **kwargs)
+            except TypeError:
+                problem = _misfit(function, args, kwargs, parameter, kind)
+                if problem is None:
+                    raise
+            raise ValueError(problem)
+
+        return call
+
+    return decorate
+
+
+def integer(name: str, given: Any, least: int | None = None, most: int | None = None) -> int:
+    """`given` as an int; raises `ValueError` if it is none, or less than `least`, or more than `most`."""
+    value = given if type(given) is int else _fitting(given, int)
+    if value is _WRONG or (least is not None and value < least) or (most is not None and value > most):
+        limits = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} is {given!r}, expected {_WORDS[int]}{limits}")
     return value
+
+
+def check_integers(**given: Any) -> None:
+    """Raises `ValueError` for the first that is no integer: for where a `TypeError` has said that one is not."""
+    for name, value in given.items():
+        integer(name, value)
 
 
 def integers(name: str, given: Any) -> list[int]:
     """Every integer of an iterable; raises `ValueError` if it is none, or holds anything else."""
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
         raise ValueError(f"{name} is {given!r}, expected several integers")
-    return [integer(f"one of {name}", value) for value in cast("Iterable[Any]", given)]
+    values = list(cast("Iterable[Any]", given))
+    if set(map(type, values)) <= {int}:
+        return values
+    return [integer(f"one of {name}", value) for value in values]
 
 
 _WRONG: Any = object()
+
+
+def _misfit(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    parameter: str,
+    kind: type[msgspec.Struct],
+) -> str | None:
+    """Why a call does not fit the function's parameters, and what would; None if it does."""
+    signature = inspect.signature(function)
+    names = [name for name in signature.parameters if name != "self"]
+    called = function.__qualname__.removesuffix(".__init__")
+    if unknown := {name: value for name, value in kwargs.items() if name not in names}:
+        options = unknown.keys() <= set(kind.__struct_fields__)
+        expected = f"{parameter}={kind.__name__}({_listed(unknown)})" if options else ", ".join(names)
+        return f"{called} is given {_listed(unknown)}, expected {expected}"
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = {*list(signature.parameters)[: len(args)], *kwargs}
+        for name in names:
+            if name not in given and signature.parameters[name].default is inspect.Parameter.empty:
+                expected = f"{kind.__name__}(...)" if name == parameter else ", ".join(names)
+                return f"{called} is given no {name}, expected {expected}"
+        return f"{called}: {error}, expected {', '.join(names)}"
+    return None
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 @functools.cache

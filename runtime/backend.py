@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.answers import AnswerText, Completion, Piece, join_pieces
-from hotset.runtime.argument_types import integer, integers
+from hotset.runtime.argument_types import check_settings, integer, integers, takes
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, RequestFailed, TooManyPins
@@ -93,6 +93,7 @@ class Backend:
         given: Any = model
         if not isinstance(given, str | PathLike | None) or model == "":
             raise ValueError(f"model is {model!r}, expected the path of a checkpoint folder or a GGUF file, or None")
+        check_settings(settings, "Backend", BackendConfig)
         folder = TRAINED_MODEL if model is None else Path(model)
         self.config = BackendConfig(model=str(model_folder(folder)), **settings)
         name = new_instance_name() if self.config.name is None else self.config.name
@@ -130,6 +131,7 @@ class Backend:
 
     # ---- answers
 
+    @takes("params", SamplingParams)
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer, piece by piece. The request is sent at once; closing the iterator aborts it.
 
@@ -145,6 +147,7 @@ class Backend:
     def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Completion]: ...
     @overload
     def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Completion: ...
+    @takes("params", SamplingParams)
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> Completion | list[Completion]:
@@ -177,6 +180,7 @@ class Backend:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Completion]: ...
+    @takes("params", SamplingParams)
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.runtime.argument_types import check_instance, integer
+from hotset.runtime.argument_types import check_instance, integer, takes
 from hotset.runtime.config import STRENGTH_OPTIONS
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.metrics import MoeMetrics
@@ -97,6 +97,7 @@ class MemoryAwareRouter:
             there.
     """
 
+    @takes("config", RouterConfig)
     def __init__(
         self,
         config: RouterConfig,
@@ -108,6 +109,8 @@ class MemoryAwareRouter:
     ) -> None:
         check_instance("config", config, RouterConfig)
         num_layers, process = integer("num_layers", num_layers, 1), integer("process", process, 0)
+        if segment is not None:
+            check_instance("segment", segment, Segment)
         self.config = config
         self._owns_memory = segment is None
         self._segment = segment or Segment.private(Geometry(num_layers=num_layers, num_experts=config.num_experts))
@@ -199,9 +202,13 @@ class MemoryAwareRouter:
         tokens = np.shape(logits)[0] if np.ndim(logits) == 2 else 0
         experts = np.empty((tokens, self.config.top_k), np.int32)
         weights = np.empty((tokens, self.config.top_k), np.float32)
-        report = self._core.route(
-            logits, experts, weights, layer, self._policy(policy), strength, _epochs(epochs), prefetch
-        )
+        try:
+            report = self._core.route(
+                logits, experts, weights, layer, self._policy(policy), strength, _epochs(epochs), prefetch
+            )
+        except TypeError:
+            integer("layer", layer)
+            raise
         return BatchRouteResult(experts, weights, *report)
 
     def bind(
@@ -314,7 +321,10 @@ class MemoryAwareRouter:
 
     def _vector(self, values: Any, name: str) -> Float32:
         """`values` as float32 [num_experts]; lists are converted, arrays must be right."""
-        vector = cast("Float32", values) if isinstance(values, np.ndarray) else np.asarray(values, np.float32)
+        try:
+            vector = cast("Float32", values) if isinstance(values, np.ndarray) else np.asarray(values, np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is {values!r}, expected {self.config.num_experts} numbers") from None
         if vector.shape != (self.config.num_experts,):
             raise ValueError(f"{name} has shape {vector.shape}, expected ({self.config.num_experts},)")
         return vector

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import Any
+
 from hotset.runtime.argument_types import integer
 from hotset.runtime.kv.errors import ExceedsArena, OutOfBounds, UnknownSequence
 from hotset.runtime.kv.sequence import CachedSequence
@@ -56,8 +59,9 @@ class BlockTables(SequenceTables):
             OutOfPages: not enough pages are available.
         """
         state = self._state(sequence)
-        reserved = max(state.reserved, state.length, num_tokens)
-        pages = self._cover(state, reserved, max(state.length, written or 0))
+        reserved = max(state.reserved, state.length, integer("num_tokens", num_tokens, 0))
+        written = state.length if written is None else max(state.length, integer("written", written, 0))
+        pages = self._cover(state, reserved, written)
         state.reserved = reserved
         return pages
 
@@ -69,13 +73,16 @@ class BlockTables(SequenceTables):
         """
         try:
             state = self._sequences[sequence]
-        except KeyError:
+        except (KeyError, TypeError):
             raise UnknownSequence(sequence) from None
         length = state.length
         if length < state.append_limit:
-            state.length = length + 1
             if state.publishable:
-                state.tokens.append(token)
+                try:
+                    state.tokens.append(token)
+                except (TypeError, OverflowError):
+                    raise _no_token(token) from None
+            state.length = length + 1
         else:
             self._append_at_limit(sequence, state, token)
 
@@ -86,6 +93,7 @@ class BlockTables(SequenceTables):
             OutOfBounds: the sequence is shorter, or a page that the next token would see was given back.
         """
         state = self._state(sequence)
+        length = integer("length", length)
         unseen = self._first_blocks(length)
         if not state.released[0] * self.block_size <= length <= state.length or any(
             state.released[group] > unseen[group] for group, _ in self._windowed
@@ -111,6 +119,7 @@ class BlockTables(SequenceTables):
             OutOfBounds: the sequence is shorter.
         """
         state = self._state(sequence)
+        position = integer("position", position)
         if not 0 <= position <= state.length:
             raise OutOfBounds(sequence, position, state.length)
         return self._release_blocks(state, 0, position // self.block_size)
@@ -175,6 +184,11 @@ class BlockTables(SequenceTables):
                 f"sequence {sequence} has committed {state.length} of the {len(state.tokens)} tokens "
                 "of its prompt; commit them before appending"
             )
+        if state.publishable:
+            try:
+                array("i", (token,))  # before anything is done
+            except (TypeError, OverflowError):
+                raise _no_token(token) from None
         length = state.length
         if length < min(map(len, state.tables)) * self.block_size:
             self.writable_page(sequence, length)
@@ -188,3 +202,7 @@ class BlockTables(SequenceTables):
         self._settle(state)
         if self._windowed:
             self._move_windows(state)
+
+
+def _no_token(token: Any) -> ValueError:
+    return ValueError(f"token is {token!r}, expected an integer of 32 bits")

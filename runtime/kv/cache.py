@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import integer
+from hotset.runtime.argument_types import fitting, integer, integers
 from hotset.runtime.kv import statistics
 from hotset.runtime.kv.compaction import plan_moves
 from hotset.runtime.kv.config import CacheConfig
@@ -72,6 +72,7 @@ class PagedKvCache(SharedPrompts):
         """
         memory = self._page_memory()
         self.slot(sequence, position, group)
+        memory.check_layer(layer)
         rows = memory.encode_rows(keys, values)
         end = position + rows.shape[1]
         self.slot(sequence, max(position, end - 1), group)
@@ -93,7 +94,9 @@ class PagedKvCache(SharedPrompts):
             OutOfBounds: some of them are not written, or were given back.
         """
         memory = self._page_memory()
+        memory.check_layer(layer)
         length = self._state(sequence).length
+        start, stop = integer("start", start), integer("stop", stop)
         if not 0 <= start <= stop <= length:
             raise OutOfBounds(sequence, start if start > length else stop, length)
         slots = self.slot_mapping(sequence, start, stop, group)
@@ -103,21 +106,30 @@ class PagedKvCache(SharedPrompts):
 
     def pin(self, pages: Sequence[int]) -> None:
         """Keeps pages where they are, with their bytes, until `unpin`: neither eviction nor compaction takes them."""
-        self._pool.pin(pages)
+        self._pool.pin(integers("pages", pages))
 
     def unpin(self, pages: Sequence[int]) -> None:
         """Takes back one `pin` of the same pages."""
+        pages = integers("pages", pages)
         self._pool.unpin(pages)
         for page in pages:
             self._release((page,), int(page in self._prefixes.windowed))
 
     def references(self, page: int) -> int:
         """Block tables that name the page + its pins."""
-        return self._pool.references[page]
+        try:
+            return self._pool.references[page]
+        except (TypeError, IndexError):
+            integer("page", page, 0, self.num_pages)
+            raise
 
     def generation(self, page: int) -> int:
         """How often the page was handed out: who kept an older number must not take its bytes for the old ones."""
-        return self._pool.generations[page]
+        try:
+            return self._pool.generations[page]
+        except (TypeError, IndexError):
+            integer("page", page, 0, self.num_pages)
+            raise
 
     @property
     def num_free_pages(self) -> int:
@@ -136,6 +148,7 @@ class PagedKvCache(SharedPrompts):
 
     def pages_for(self, num_tokens: int) -> int:
         """The most pages that one sequence holds at a time while it grows to `num_tokens` tokens."""
+        num_tokens = integer("num_tokens", num_tokens, 0)
         return pages_of_sequence(self.windows, num_tokens, self.block_size, self.max_step)
 
     @property
@@ -195,7 +208,7 @@ class PagedKvCache(SharedPrompts):
 
     def should_defragment(self, threshold: float = 0.3) -> bool:
         """Whether more than this share of the used pages has a hole in front."""
-        return self.fragmentation().ratio > threshold
+        return self.fragmentation().ratio > fitting("threshold", threshold, float)
 
     def defragment(self, max_moves: int | None = None) -> dict[int, int]:
         """Moves pages so that the used ones lie together at the front, at most `max_moves`. See `plan_moves`, also for

@@ -30,7 +30,7 @@ class UnknownSequence(KvCacheError):
     """The sequence was never allocated, or is freed already."""
 
     def __init__(self, sequence: int) -> None:
-        super().__init__(f"there is no sequence {sequence}")
+        super().__init__(f"there is no sequence {sequence!r}")
         self.sequence = sequence
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.argument_types import integer
 from hotset.shm.kv_page_format import Bytes, Floats, KvPageLayout, decode, encode
 
 
@@ -43,11 +44,16 @@ class KvPageMemory:
         Raises:
             ValueError: another shape. UnrepresentableValue: the position is (keys or values, token, head, dimension).
         """
-        rows = np.asarray([keys, values], np.float32)
+        rows = _numbers("keys", keys), _numbers("values", values)
         expected = (self.layout.num_kv_heads, self.layout.head_dim)
-        if rows.ndim != 4 or rows.shape[2:] != expected:
-            raise ValueError(f"keys and values have the shape {rows.shape[1:]}, expected (tokens, {expected})")
-        return encode(rows, self.layout.format)
+        for name, given in zip(("keys", "values"), rows, strict=True):
+            if given.ndim != 3 or given.shape[1:] != expected or len(given) != len(rows[0]):
+                raise ValueError(f"{name} have the shape {given.shape}, expected (tokens, {expected}) as both have")
+        return encode(np.stack(rows), self.layout.format)
+
+    def check_layer(self, layer: int) -> None:
+        """Raises `ValueError` if the pages have no such layer."""
+        integer("layer", layer, 0, self.layout.num_layers - 1)
 
     def write_rows(self, page: int, offset: int, layer: int, rows: Bytes) -> None:
         """Stores encoded rows of tokens from `offset` on; they must fit the page."""
@@ -61,3 +67,10 @@ class KvPageMemory:
         """Keys and values of tokens, float32 `[2, tokens, num_kv_heads, head_dim]`."""
         rows = self.bytes[pages, layer, :, offsets].swapaxes(0, 1)
         return decode(rows, self.layout.format, self.layout.head_dim)
+
+
+def _numbers(name: str, given: npt.ArrayLike) -> Floats:
+    try:
+        return np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {given!r}, expected numbers") from None

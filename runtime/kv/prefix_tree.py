@@ -94,7 +94,10 @@ class PrefixTree:
         The prefix ends where the node ends: a node that agrees only in part is split.
         """
         size = self.page_nbytes
-        root = self._roots.get(salt)
+        try:
+            root = self._roots.get(salt)
+        except TypeError:
+            raise ValueError(f"salt is {salt!r}, expected something that can be hashed") from None
         node = root.children.get(tokens[:size]) if root is not None else None
         if node is None:
             return None

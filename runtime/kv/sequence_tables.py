@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.argument_types import check_integers, integer
 from hotset.runtime.kv.config import CacheConfig
 from hotset.runtime.kv.errors import OutOfBounds, UnknownSequence
 from hotset.runtime.kv.page_pool import NO_PAGE, PagePool
@@ -32,7 +33,7 @@ class SequenceTables:
 
     def block_table(self, sequence: int, group: int = 0) -> list[int]:
         """Page numbers in the order of the tokens; `NO_PAGE` for those that were given back."""
-        return self._state(sequence).tables[group].copy()
+        return self._table(self._state(sequence), group).copy()
 
     def num_blocks(self, sequence: int) -> int:
         """Entries that the block tables of all groups have: there is room for so many blocks of tokens."""
@@ -40,7 +41,9 @@ class SequenceTables:
 
     def num_released(self, sequence: int, group: int = 0) -> int:
         """Entries of the block table in front whose pages were given back."""
-        return self._state(sequence).released[group]
+        state = self._state(sequence)
+        self._table(state, group)
+        return state.released[group]
 
     def length(self, sequence: int) -> int:
         """Written tokens."""
@@ -53,11 +56,16 @@ class SequenceTables:
             OutOfBounds: no page is held for the position.
         """
         state = self._state(sequence)
-        table = state.tables[group]
-        index, offset = divmod(position, self.block_size)
-        if not state.released[group] <= index < len(table):
-            raise OutOfBounds(sequence, position, len(table) * self.block_size)
-        return table[index], offset
+        try:
+            table = state.tables[group]
+            index, offset = divmod(position, self.block_size)
+            if not state.released[group] <= index < len(table):
+                raise OutOfBounds(sequence, position, len(table) * self.block_size)
+            return table[index], offset
+        except (TypeError, IndexError):
+            self._table(state, group)
+            check_integers(position=position)
+            raise
 
     def page_for(self, sequence: int, position: int, group: int = 0) -> int:
         """The page of a token; raises like `slot`."""
@@ -66,7 +74,8 @@ class SequenceTables:
     def slot_mapping(self, sequence: int, start: int, stop: int, group: int = 0) -> npt.NDArray[np.int64]:
         """`page * block_size + offset` of tokens, int64 `[stop - start]`; raises like `slot`."""
         state = self._state(sequence)
-        table, released = state.tables[group], state.released[group]
+        table = self._table(state, group)
+        start, stop, released = integer("start", start), integer("stop", stop), state.released[group]
         capacity = len(table) * self.block_size
         for position in (start, stop - 1):
             if start < stop and not released * self.block_size <= position < capacity:
@@ -79,8 +88,15 @@ class SequenceTables:
     def _state(self, sequence: int) -> CachedSequence:
         try:
             return self._sequences[sequence]
-        except KeyError:
+        except (KeyError, TypeError):  # TypeError: it cannot even be looked up
             raise UnknownSequence(sequence) from None
+
+    def _table(self, state: CachedSequence, group: int) -> list[int]:
+        try:
+            return state.tables[group]
+        except (TypeError, IndexError):
+            integer("group", group, 0, len(state.tables) - 1)
+            raise
 
     def _add(self, state: CachedSequence) -> int:
         self._settle(state)

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from hotset.runtime.argument_types import integer
+from hotset.runtime.argument_types import fitting, integer
 from hotset.runtime.kv.block_tables import BlockTables
 from hotset.runtime.kv.config import CacheConfig
 from hotset.runtime.kv.errors import ExceedsArena, OutOfBounds, OutOfPages
@@ -66,6 +66,8 @@ class SharedPrompts(BlockTables):
         Raises:
             ExceedsArena: more pages than the arena has; OutOfPages: more than are available besides the hit.
         """
+        if priority != DEFAULT_PRIORITY or retention is not None:
+            priority, retention = integer("priority", priority), fitting("retention", retention, float | None)
         packed = pack_tokens(tokens)
         num_tokens = len(packed) // 4
         hit = self._longest_hit(packed[: (num_tokens - 1) // self.block_size * self.block_size * 4], salt)
@@ -104,6 +106,8 @@ class SharedPrompts(BlockTables):
             OutOfBounds: that is less than was written, or more than there are pages or known tokens for.
         """
         state = self._state(sequence)
+        if type(length) is not int:
+            length = integer("length", length)
         limit = min(map(len, state.tables)) * self.block_size
         if state.publishable:
             limit = min(limit, len(state.tokens))

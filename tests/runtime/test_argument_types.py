@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from hotset.runtime import AffinityConfig, BackendConfig, PagedKvCache, RouterConfig, SamplingParams
+from hotset.runtime import (
+    AffinityConfig,
+    BackendConfig,
+    KvPageMemory,
+    PagedKvCache,
+    RouterConfig,
+    SamplingParams,
+    UnknownSequence,
+)
 from hotset.runtime.kv.config import CacheConfig
+from hotset.shm.kv_page_format import KvPageLayout
 
 CONFIGS: list[type[msgspec.Struct]] = [BackendConfig, SamplingParams, RouterConfig, AffinityConfig, CacheConfig]
 NEEDED = {CacheConfig: {"num_pages": 4}}
@@ -90,3 +100,76 @@ def test_the_cache_refuses_wrong_numbers_of_tokens_and_wrong_ids() -> None:
             cache.admit(tokens)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="num_blocks"):
         PagedKvCache(8, num_blocks=3)
+
+
+WRONG_CACHE_CALLS: list[tuple[str, Callable[[Any, int], object], str]] = [
+    ("append", lambda cache, own: cache.append(own, "x"), "token is 'x', expected an integer"),
+    ("append at a page's end", lambda cache, own: cache.append(own, None), "token is None, expected an integer"),
+    ("commit", lambda cache, own: cache.commit(own, "x"), "length is 'x', expected an integer"),
+    ("truncate", lambda cache, own: cache.truncate(own, 1.5), "length is 1.5, expected an integer"),
+    ("reserve", lambda cache, own: cache.reserve(own, None), "num_tokens is None, expected an integer of at least 0"),
+    ("written", lambda cache, own: cache.reserve(own, 9, written="x"), "written is 'x', expected an integer"),
+    ("release_before", lambda cache, own: cache.release_before(own, [1]), "position is [1], expected an integer"),
+    ("slot", lambda cache, own: cache.slot(own, "x"), "position is 'x', expected an integer"),
+    ("page_for", lambda cache, own: cache.page_for(own, 1.5), "position is 1.5, expected an integer"),
+    ("writable_page", lambda cache, own: cache.writable_page(own, None), "position is None, expected an integer"),
+    ("slot_mapping", lambda cache, own: cache.slot_mapping(own, 0, 1.5), "stop is 1.5, expected an integer"),
+    ("group", lambda cache, own: cache.block_table(own, "x"), "group is 'x', expected an integer from 0 to 0"),
+    ("another group", lambda cache, own: cache.slot(own, 0, 1), "group is 1, expected an integer from 0 to 0"),
+    ("num_released", lambda cache, own: cache.num_released(own, None), "group is None, expected an integer"),
+    ("pin", lambda cache, own: cache.pin("x"), "pages is 'x', expected several integers"),
+    ("pin one", lambda cache, own: cache.pin(1), "pages is 1, expected several integers"),
+    ("pin no number", lambda cache, own: cache.pin(["x"]), "one of pages is 'x', expected an integer"),
+    ("unpin", lambda cache, own: cache.unpin(None), "pages is None, expected several integers"),
+    ("references", lambda cache, own: cache.references("x"), "page is 'x', expected an integer from 0 to 8"),
+    ("generation", lambda cache, own: cache.generation(10**9), "page is 1000000000, expected an integer from 0 to 8"),
+    ("pages_for", lambda cache, own: cache.pages_for(None), "num_tokens is None, expected an integer of at least 0"),
+    ("should_defragment", lambda cache, own: cache.should_defragment("x"), "threshold is 'x', expected a number"),
+    ("match", lambda cache, own: cache.match([1], salt=[]), "salt is [], expected something that can be hashed"),
+    ("admit", lambda cache, own: cache.admit([1], salt={}), "salt is {}, expected something that can be hashed"),
+    ("priority", lambda cache, own: cache.admit([1], priority="x"), "priority is 'x', expected an integer"),
+    ("retention", lambda cache, own: cache.admit([1], retention="x"), "retention is 'x', expected a number or None"),
+    ("an unhashable sequence", lambda cache, own: cache.free([own]), "there is no sequence [1]"),
+    ("append to one", lambda cache, own: cache.append([own]), "there is no sequence [1]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"), [case[1:] for case in WRONG_CACHE_CALLS], ids=[case[0] for case in WRONG_CACHE_CALLS]
+)
+@pytest.mark.parametrize("length", [20, 31, 32], ids=["within a page", "filling a page", "at a page's end"])
+def test_the_cache_names_what_is_wrong_and_has_changed_nothing(
+    call: Callable[[Any, int], object], sentence: str, length: int
+) -> None:
+    cache = PagedKvCache(8, 16)
+    own = cache.admit(list(range(length))).sequence
+    cache.commit(own, length)
+    before = cache.stats(), cache.block_table(own), cache.length(own), cache.capacity_tokens
+    with pytest.raises((ValueError, UnknownSequence)) as caught:
+        call(cache, own)
+    assert sentence in str(caught.value)
+    assert before == (cache.stats(), cache.block_table(own), cache.length(own), cache.capacity_tokens)
+    cache.check()
+    cache.append(own, 7)
+    assert cache.match(list(range(length))) == length // 16 * 16
+
+
+def test_rows_name_what_is_wrong_of_them() -> None:
+    layout = KvPageLayout(num_layers=2, block_size=16, num_kv_heads=1, head_dim=2)
+    cache: Any = PagedKvCache(4, 16, memory=KvPageMemory(layout, 4))
+    own, rows = cache.allocate(20), np.zeros((1, 1, 2))
+    for call, sentence in (
+        (lambda: cache.write(own, "x", rows, rows), "position is 'x', expected an integer"),
+        (lambda: cache.write(own, 0, "x", rows), "keys is 'x', expected numbers"),
+        (lambda: cache.write(own, 0, rows, None), "values have the shape (), expected (tokens, (1, 2))"),
+        (lambda: cache.write(own, 0, rows, np.zeros((2, 1, 2))), "values have the shape (2, 1, 2), expected"),
+        (lambda: cache.write(own, 0, rows, rows, layer="x"), "layer is 'x', expected an integer from 0 to 1"),
+        (lambda: cache.write(own, 0, rows, rows, layer=2), "layer is 2, expected an integer from 0 to 1"),
+        (lambda: cache.read(own, None, 3), "start is None, expected an integer"),
+        (lambda: cache.read(own, 0, 1.5), "stop is 1.5, expected an integer"),
+        (lambda: cache.read(own, 0, 3, layer=None), "layer is None, expected an integer from 0 to 1"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert sentence in str(caught.value)
+    assert not cache.read(own, 0, 20).any()

@@ -40,6 +40,31 @@ def test_parameters_are_SamplingParams(backend: Backend, params: Any) -> None:
         backend.generate(PROMPTS, params)
 
 
+def test_sampling_options_go_into_SamplingParams(backend: Backend) -> None:
+    ask: Any
+    for ask, name in ((backend.generate, "generate"), (backend.stream, "stream"), (backend.chat, "chat")):
+        with pytest.raises(ValueError) as caught:
+            ask(PROMPTS[0], max_tokens=5, temperature=0)
+        assert str(caught.value) == (
+            f"Backend.{name} is given max_tokens=5, temperature=0, "
+            "expected params=SamplingParams(max_tokens=5, temperature=0)"
+        )
+    ask = backend.generate
+    for call, sentence in (
+        (lambda: ask(PROMPTS[0], max_new_tokens=5), "is given max_new_tokens=5, expected prompts, params"),
+        (lambda: ask(), "is given no prompts, expected prompts, params"),
+        (lambda: ask("x", SHORT, 5), "too many positional arguments, expected prompts, params"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    assert backend.generate(PROMPTS[0], params=SHORT).token_ids
+
+
+def test_a_setting_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^Backend is given max_tokens=5, expected model, workers, memory, .*, name$"):
+        Backend(max_tokens=5)
+
+
 @pytest.mark.parametrize("messages", [5, None, "hi", []])
 def test_a_conversation_is_a_list_of_messages(backend: Backend, messages: Any) -> None:
     with pytest.raises(ValueError, match=r"messages is .*, expected dicts with 'role' and 'content'"):
