@@ -35,6 +35,7 @@ class Counter(enum.IntEnum):
     EXPERT_WAIT_NANOSECONDS = 26
     TRIAL_NANOSECONDS_WITH = 27  # of decode steps that prefetched, and of as many that did not, in turn
     TRIAL_NANOSECONDS_WITHOUT = 28
+    COMPUTING = 29  # not a sum: 1 while the worker has something to compute (workers/core_share.py)
     # the pager
     URGENT_PAGE_INS = 32
     PREFETCH_PAGE_INS = 33

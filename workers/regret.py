@@ -26,7 +26,7 @@ from hotset.workers.eviction.replay import MIN, replay
 
 WINDOW_DEMANDS = 16_384  # of one step and layer each
 READ_SECONDS = 0.1  # the rings hold more than is written in that time
-REST = 4  # times as long as the last replay took
+REST = 32  # times as long as the last replay took
 
 
 class DemandWindow:
@@ -98,6 +98,8 @@ def follow(channel: Channel[ToRegret], start: StartRegret) -> None:
 
 def main(arguments: list[str]) -> int:
     os.nice(19)
+    # A nice process still keeps a core from a worker's thread that wakes on it for a while; an idle one does not.
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     return run_child(arguments, ToRegret, StartRegret, follow)
 
 

@@ -6,7 +6,6 @@ that has room. What it writes, per sequence and in this order: KV rows, the samp
 
 from __future__ import annotations
 
-import os
 import select
 import sys
 from pathlib import Path
@@ -39,10 +38,10 @@ from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import PrefetchSource, Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
-from hotset.workers.compute import _kernels
 from hotset.workers.compute.gates import selection_bias
 from hotset.workers.compute.sampler import sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
+from hotset.workers.core_share import CoreShare
 from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
 from hotset.workers.moe import MixtureOfExperts, router_config
 from hotset.workers.prefetch.kept_table import KeptTable
@@ -79,23 +78,18 @@ class Sequence:
         return self.known - self.committed > 1
 
 
-def threads_per_worker(num_workers: int) -> int:
-    """A worker's share of the cores that it may run on; with more workers than cores it computes alone."""
-    return min(_kernels.MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // num_workers))
-
-
 class Worker:
     def __init__(self, channel: Channel[ToWorker], start: StartWorker) -> None:
         self._channel = channel
         self._process = start.process
         self._config = start.config
         self._plan = start.plan
-        _kernels.set_num_threads(threads_per_worker(start.plan.num_workers))
         geometry = start.plan.geometry
         model = ModelConfig.load(start.config.model)
         self._checkpoint = checkpoint = Checkpoint.open(start.config.model, model)
         self._segment = Segment.attach(start.instance, geometry)
         self._arena = self._segment.arena
+        self._cores = CoreShare(self._arena, start.process, start.plan.num_workers)
         self._token_ids = self._segment.view(Section.TOKEN_IDS)
         self._block_tables = self._segment.block_tables()
         router = MemoryAwareRouter(
@@ -249,11 +243,13 @@ class Worker:
                     return
             prefill, parts = self._next_step()
             if not parts:
+                self._cores.rest()
                 select.select([self._channel], [self._channel] if self._channel.pending_nbytes else [], [])
                 self._channel.flush()
                 continue
             if self._kept_table is not None:
                 self._kept_table.save_if_due()
+            self._cores.take()
             try:
                 self._step(prefill, parts)
             except ExpertUnavailable as error:

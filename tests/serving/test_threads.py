@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from instances import wait_until
 
@@ -27,9 +28,22 @@ def threads_of(pid: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_share_the_cores(workers: int) -> None:
+def test_a_worker_that_computes_alone_has_all_cores(workers: int) -> None:
     with Backend(workers=workers) as backend:
-        assert {threads_of(pid) for pid in backend.worker_pids} == {max(1, len(CORES) // workers)}
+        backend.generate(LONG_PROMPT, GREEDY)
+        assert max(threads_of(pid) for pid in backend.worker_pids) == len(CORES)
+
+
+def test_workers_that_compute_at_once_share_the_cores() -> None:
+    with Backend(workers=2) as backend:
+        long = msgspec.structs.replace(GREEDY, max_tokens=400)
+        streams = [backend.stream(LONG_PROMPT, long) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        each = max(1, len(CORES) // 2)
+        assert wait_until(lambda: {threads_of(pid) for pid in backend.worker_pids} == {each})
+        for stream in streams:
+            stream.close()
 
 
 @pytest.mark.usefixtures("affinity")
