@@ -23,6 +23,11 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+class WrongCall(TypeError, ValueError):
+    """A call that names an argument which there is not, or leaves out one that is needed: Python's `TypeError`, and a
+    `ValueError` like everything else that is refused here."""
+
+
 def check_field_types(struct: msgspec.Struct) -> None:
     """Raises `ValueError` for the first field that has not its declared type; makes Python's own numbers of numpy's."""
     for name, declared in _fields(type(struct)):
@@ -47,10 +52,10 @@ def check_instance(name: str, given: Any, kind: type) -> None:
 
 
 def check_settings(given: Mapping[str, Any], whose: str, kind: type[msgspec.Struct]) -> None:
-    """Raises `ValueError` for names that are no fields of `kind`."""
+    """Raises `WrongCall` for names that are no fields of `kind`."""
     fields = kind.__struct_fields__
     if unknown := {name: value for name, value in given.items() if name not in fields}:
-        raise ValueError(f"{whose} is given {_listed(unknown)}, expected {', '.join(fields)}")
+        raise WrongCall(f"{whose} is given {_listed(unknown)}, expected {', '.join(fields)}")
 
 
 def takes(
@@ -58,8 +63,8 @@ def takes(
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """For a function that is given its options as one object, `parameter`, of class `kind`.
 
-    A call that does not fit is a `ValueError` that says how it is meant, above all when the options themselves were
-    given, and not Python's `TypeError`. One that fits costs nothing but the way through here.
+    A call that does not fit is a `WrongCall` that says how it is meant, above all when the options themselves were
+    given. One that fits costs nothing but the way through here.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -71,7 +76,7 @@ def takes(
                 problem = _misfit(function, args, kwargs, parameter, kind)
                 if problem is None:
                     raise
-            raise ValueError(problem)
+            raise WrongCall(problem)
 
         return call
 
