@@ -27,7 +27,7 @@ from hotset.runtime.answers import AnswerText, Completion, Piece, join_pieces
 from hotset.runtime.argument_types import check_settings, integer, integers, takes
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
-from hotset.runtime.errors import BackendError, RequestFailed, TooManyPins
+from hotset.runtime.errors import BackendError, HotsetError, RequestFailed, TooManyPins
 from hotset.runtime.memory_tiers import PageCache
 from hotset.runtime.messages import (
     Abort,
@@ -37,6 +37,7 @@ from hotset.runtime.messages import (
     GetStats,
     InstanceFailed,
     InstanceReady,
+    MessageRefused,
     PageOutExperts,
     PinExperts,
     Reply,
@@ -98,8 +99,8 @@ class Backend:
         self.config = BackendConfig(model=str(model_folder(folder)), **settings)
         name = new_instance_name() if self.config.name is None else self.config.name
         self.instance = check_instance_name(name)
-        self._answers: dict[int, queue.SimpleQueue[Generated | BackendError]] = {}
-        self._replies: dict[int, queue.SimpleQueue[Reply | BackendError]] = {}
+        self._answers: dict[int, queue.SimpleQueue[Generated | HotsetError]] = {}
+        self._replies: dict[int, queue.SimpleQueue[Reply | HotsetError]] = {}
         self._next_number = 0
         self._lock = threading.Lock()  # of the three above and of sending
         self._page_cache_lock = threading.Lock()
@@ -241,7 +242,11 @@ class Backend:
             number = self._next_number
             self._next_number += 1
             self._answers[number] = queue.SimpleQueue()
-        self._send(Submit(number, prompt.tobytes(), params))
+        try:
+            self._send(Submit(number, prompt.tobytes(), params))
+        except BaseException:
+            self._answers.pop(number, None)
+            raise
         return number
 
     def _pieces(self, number: int, params: SamplingParams) -> Iterator[Piece]:
@@ -252,7 +257,7 @@ class Backend:
             yield Piece("", [])
             while not finished:
                 answer = answers.get()
-                if isinstance(answer, BackendError):
+                if isinstance(answer, HotsetError):
                     finished = True
                     raise answer
                 finished = answer.finish is not None
@@ -303,7 +308,7 @@ class Backend:
             replies = self._replies[number] = queue.SimpleQueue()
         self._send(question(number))
         reply = replies.get()
-        if isinstance(reply, BackendError):
+        if isinstance(reply, HotsetError):
             raise reply
         return reply
 
@@ -416,6 +421,8 @@ class Backend:
                             self._ready.set()
                         case InstanceFailed():
                             reason = message.reason
+                        case MessageRefused():
+                            self._fail(message.number, RequestFailed(message.reason))
                         case _:
                             self._replies.pop(message.query).put(message)
                 select.select([channel], [], [])
@@ -424,6 +431,12 @@ class Backend:
         if not self._closing:
             how = self._reap(STOP_SECONDS)
             self._die(BackendError((reason or f"the coordinator {how}") + self._last_words()))
+
+    def _fail(self, number: int, error: HotsetError) -> None:
+        """Whoever waits for the answer of this number gets `error`."""
+        for waiting in (self._answers.get(number), self._replies.pop(number, None)):
+            if waiting is not None:
+                waiting.put(error)
 
     def _reap(self, timeout: float) -> str:
         """Waits for the coordinator's end, by force if need be, and cleans up after it. Says how it ended."""

@@ -1,4 +1,4 @@
-"""Messages between processes: msgspec structs, length-prefixed, over a Unix stream socket."""
+"""Messages between processes: msgspec structs over a Unix stream socket, each behind a header with its length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-_LENGTH = struct.Struct("<I")
+from hotset.runtime.errors import HotsetError
+
+HEADER = struct.Struct("<4sI")  # MAGIC, bytes of the message
+MAGIC = b"\xc1hot"  # MessagePack never begins a value with 0xc1
 MAX_MESSAGE_NBYTES = 1 << 28
 RECEIVE_NBYTES = 1 << 16
 
@@ -21,6 +24,26 @@ Received = TypeVar("Received")
 
 class ChannelClosed(Exception):
     """The process at the other end has closed its socket, or is dead."""
+
+
+class UnreadableMessage(ChannelClosed):
+    """What came is no message of the types that are accepted here. `body` is its content, if that much was clear.
+
+    Whoever wants to go on calls `receive` again; others take it as the end of the channel.
+    """
+
+    def __init__(self, reason: str, body: bytes = b"") -> None:
+        super().__init__(reason)
+        self.body = body
+
+
+class MessageTooLong(HotsetError):
+    """Nobody would take the message, so it is not sent."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(f"the message takes {needed} bytes, expected at most {available}")
+        self.needed = needed
+        self.available = available
 
 
 class Channel(Generic[Received]):
@@ -36,6 +59,7 @@ class Channel(Generic[Received]):
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(received).decode
         self._input = bytearray()
+        self._is_lost = False  # looking for the next header
         self._output: deque[memoryview] = deque()
         self.pending_nbytes = 0
 
@@ -43,9 +67,11 @@ class Channel(Generic[Received]):
         return self._socket.fileno()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Sends, or queues, one message; raises `ChannelClosed` if nobody is there."""
+        """Sends, or queues, one message; raises `ChannelClosed` if nobody is there, or `MessageTooLong`."""
         data = self._encode(message)
-        frame = memoryview(_LENGTH.pack(len(data)) + data)
+        if len(data) > MAX_MESSAGE_NBYTES:
+            raise MessageTooLong(len(data), MAX_MESSAGE_NBYTES)
+        frame = memoryview(HEADER.pack(MAGIC, len(data)) + data)
         self._output.append(frame)
         self.pending_nbytes += len(frame)
         self.flush()
@@ -67,7 +93,11 @@ class Channel(Generic[Received]):
                 self._output[0] = frame[sent:]
 
     def receive(self) -> Iterator[Received]:
-        """The messages that have arrived whole; raises `ChannelClosed` at end of file, after yielding them."""
+        """The messages that have arrived whole; raises `ChannelClosed` at end of file, after yielding them.
+
+        What is no message raises `UnreadableMessage`, once for all bytes up to the next one; the next call goes on
+        behind it.
+        """
         closed = False
         while True:
             try:
@@ -91,21 +121,52 @@ class Channel(Generic[Received]):
             for message in self.receive():
                 return message
 
+    @property
+    def waiting_nbytes(self) -> int:
+        """Of a message that has begun to arrive."""
+        return len(self._input)
+
     def _messages(self) -> Iterator[Received]:
         start = 0
         try:
-            while len(self._input) - start >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(self._input, start)
+            while True:
+                header = self._find_header(start)
+                skipped, start = header - start, header
+                if skipped and not self._is_lost:
+                    self._is_lost = True
+                    raise UnreadableMessage(f"{skipped} bytes or more came that begin no message, expected a message")
+                if len(self._input) - start < HEADER.size:
+                    return
+                self._is_lost = False
+                _, length = HEADER.unpack_from(self._input, start)
                 if length > MAX_MESSAGE_NBYTES:
-                    raise ChannelClosed(f"a message of {length} bytes was announced")
-                end = start + _LENGTH.size + length
+                    self._is_lost = True
+                    start += HEADER.size
+                    raise UnreadableMessage(f"a message of {length} bytes came, expected at most {MAX_MESSAGE_NBYTES}")
+                end = start + HEADER.size + length
                 if len(self._input) < end:
                     return
-                body = bytes(self._input[start + _LENGTH.size : end])
+                body = bytes(self._input[start + HEADER.size : end])
                 start = end
-                yield self._decode(body)
+                yield self._read(body)
         finally:
             del self._input[:start]
+
+    def _find_header(self, start: int) -> int:
+        """Where the next header begins, or may begin when more has come."""
+        if self._input.startswith(MAGIC, start):
+            return start
+        found = self._input.find(MAGIC, start)
+        if found >= 0:
+            return found
+        end = len(self._input)
+        return next(at for at in range(max(start, end - len(MAGIC) + 1), end + 1) if MAGIC.startswith(self._input[at:]))
+
+    def _read(self, body: bytes) -> Received:
+        try:
+            return self._decode(body)
+        except (msgspec.MsgspecError, ValueError, ArithmeticError, RecursionError) as error:
+            raise UnreadableMessage(f"a message of {len(body)} bytes cannot be read: {error}", body) from None
 
     def close(self) -> None:
         self._socket.close()

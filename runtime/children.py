@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from hotset.runtime.channel import ChannelClosed
+from hotset.runtime.channel import ChannelClosed, UnreadableMessage
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.messages import (
     FromPager,
@@ -172,6 +172,8 @@ class Children:
                         pass
                 self._listener.on_worker(process, message)
             channel.flush()  # what its socket did not take while it was busy: now it reads again
+        except UnreadableMessage as error:
+            self._end_unreadable(self._workers[process], f"worker {process}", error)
         except ChannelClosed:
             self._unregister(channel)  # its pidfd tells the rest; until then it would be readable all the time
         self._listener.on_progress()
@@ -187,6 +189,8 @@ class Children:
                     case _:
                         pass
                 self._listener.on_pager(message)
+        except UnreadableMessage as error:
+            self._end_unreadable(self._pager, "the pager", error)
         except ChannelClosed:
             self._unregister(self._pager.channel)
 
@@ -199,8 +203,16 @@ class Children:
                     print(f"the regret helper ended: {message.reason}", file=sys.stderr, flush=True)
                 else:
                     self._listener.on_helper(message)
+        except UnreadableMessage as error:
+            self._end_unreadable(self._helper, "the regret helper", error)
         except ChannelClosed:
             self._unregister(self._helper.channel)
+
+    def _end_unreadable(self, child: Child[Any], who: str, error: UnreadableMessage) -> None:
+        """Whatever is wrong with it, its messages are missing from now on: another takes its place."""
+        print(f"{who}: {error}", file=sys.stderr, flush=True)
+        self._unregister(child.channel)
+        child.kill()
 
     # ---- their end
 

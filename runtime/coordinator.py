@@ -9,7 +9,7 @@ from __future__ import annotations
 import selectors
 import sys
 
-from hotset.runtime.channel import Channel, ChannelClosed
+from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage
 from hotset.runtime.children import Children, Fatal
 from hotset.runtime.disk_reads import DiskReads
 from hotset.runtime.dispatcher import Dispatcher
@@ -30,6 +30,7 @@ from hotset.runtime.messages import (
     GetStats,
     InstanceFailed,
     InstanceReady,
+    MessageRefused,
     PageOutExperts,
     PagerReady,
     PinExperts,
@@ -46,6 +47,7 @@ from hotset.runtime.messages import (
     UnpinExperts,
     WarmStartProblem,
     WorkerReady,
+    number_of,
 )
 from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
 from hotset.runtime.supervision import enter_child
@@ -139,33 +141,53 @@ class Coordinator:
     # ---- the client
 
     def _on_client(self) -> None:
-        for message in self._client.receive():
-            match message:
-                case Submit():
-                    self._dispatcher.submit(message)
-                case Abort(request):
-                    self._dispatcher.abort(request)
-                case GetStats(query):
-                    self._client.send(StatsReply(query, self._stats(), self._instance.arena.resident_experts()))
-                case Defragment():
-                    self._dispatcher.defragment(message)
-                case CheckCache(query):
-                    self._dispatcher.check_cache(query)
-                case PinExperts(query, layer, experts):
-                    self._client.send(ExpertsPinned(query, self._user_pins.pin(layer, experts)))
-                case UnpinExperts(query, layer, experts):
-                    self._user_pins.unpin(layer, experts)
-                    self._client.send(ExpertsPinned(query, len(self._user_pins.pinned())))
-                case PageOutExperts(query, layer, experts):
-                    self._client.send(ExpertsPagedOut(query, self._user_pins.page_out(layer, experts)))
-                case ResetStats():
-                    self._counters.reset()
-                    self._disk_reads.reset(self._children.pager_pid)
-                    self._regret = None
-                    self._children.send_helper(ForgetDemands())
-                case StartInstance() | Shutdown():
-                    raise ChannelClosed("the client is done")
+        while True:
+            try:
+                for message in self._client.receive():
+                    self._answer(message)
+                break
+            except UnreadableMessage as error:  # those behind it are as good as any
+                self._refuse(number_of(error.body), str(error))
         self._dispatcher.dispatch(self._children.ready_workers)
+
+    def _answer(self, message: FromClient) -> None:
+        match message:
+            case Submit():
+                self._dispatcher.submit(message)
+            case Abort(request):
+                self._dispatcher.abort(request)
+            case GetStats(query):
+                self._client.send(StatsReply(query, self._stats(), self._instance.arena.resident_experts()))
+            case Defragment():
+                self._dispatcher.defragment(message)
+            case CheckCache(query):
+                self._dispatcher.check_cache(query)
+            case (
+                PinExperts(query, layer, experts)
+                | UnpinExperts(query, layer, experts)
+                | PageOutExperts(query, layer, experts)
+            ) if problem := self._user_pins.problem(layer, experts):
+                self._refuse(query, problem)
+            case PinExperts(query, layer, experts):
+                self._client.send(ExpertsPinned(query, self._user_pins.pin(layer, experts)))
+            case UnpinExperts(query, layer, experts):
+                self._user_pins.unpin(layer, experts)
+                self._client.send(ExpertsPinned(query, len(self._user_pins.pinned())))
+            case PageOutExperts(query, layer, experts):
+                self._client.send(ExpertsPagedOut(query, self._user_pins.page_out(layer, experts)))
+            case ResetStats():
+                self._counters.reset()
+                self._disk_reads.reset(self._children.pager_pid)
+                self._regret = None
+                self._children.send_helper(ForgetDemands())
+            case StartInstance() | Shutdown():
+                raise ChannelClosed("the client is done")
+
+    def _refuse(self, number: int | None, reason: str) -> None:
+        """One line of the log, and an error for who waits for the answer to this message, if that is known."""
+        print(f"the client: {reason}", file=sys.stderr, flush=True)
+        if number is not None:
+            self._client.send(MessageRefused(number, reason))
 
     def _stats(self) -> BackendStats:
         return self._counters.stats(
@@ -215,11 +237,11 @@ def main(arguments: list[str]) -> int:
             return 0
         coordinator = Coordinator(client, start)
         coordinator.run()
-    except ChannelClosed:
-        return 0
-    except (Fatal, HotsetError, SegmentError, OSError) as error:
+    except (Fatal, UnreadableMessage, HotsetError, SegmentError, OSError) as error:
         client.send(InstanceFailed(str(error)))
         return 1
+    except ChannelClosed:
+        return 0
     finally:
         if coordinator is not None:
             coordinator.close()

@@ -72,6 +72,10 @@ class Dispatcher:
 
     def submit(self, message: Submit) -> None:
         params = message.params
+        if not message.prompt or len(message.prompt) % 4:
+            reason = f"the prompt takes {len(message.prompt)} bytes, expected token ids of 4 bytes each, at least one"
+            self._client.send(Generated(message.request, b"", "error", reason))
+            return
         # Rows computed under a cache preference must not be reused by a request that wants none.
         salt = ("off" if params.routing == "off" else self._config.routing,)
         try:

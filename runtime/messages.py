@@ -107,6 +107,13 @@ class Generated(Message, frozen=True, tag=True):
     cached_tokens: int = 0
 
 
+class MessageRefused(Message, frozen=True, tag=True):
+    """The request or query of this number cannot be read, or asks for what there is not."""
+
+    number: int
+    reason: str
+
+
 class StatsReply(Message, frozen=True, tag=True):
     """With the ids of all resident experts: the client looks for the others in the page cache."""
 
@@ -281,6 +288,24 @@ FromClient = (
     | ResetStats
     | Shutdown
 )
+
+
+class _Numbered(msgspec.Struct):
+    """What can be seen of a message of which nothing else fits."""
+
+    request: int | None = None
+    query: int | None = None
+
+
+def number_of(body: bytes) -> int | None:
+    """The number by which the client waits for the answer to a message that cannot be read, if it has one."""
+    try:
+        numbered = msgspec.msgpack.decode(body, type=_Numbered)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return numbered.query if numbered.request is None else numbered.request
+
+
 Reply = StatsReply | Defragmented | CacheChecked | ExpertsPinned | ExpertsPagedOut
 
 
@@ -316,7 +341,7 @@ class CalibrationDone(Message, frozen=True, tag=True):
     calibration: Calibration
 
 
-ToClient = InstanceReady | InstanceFailed | Generated | Reply
+ToClient = InstanceReady | InstanceFailed | Generated | MessageRefused | Reply
 ToWorker = StartWorker | RunSequence | PagesGranted | StopSequence | StopWorking
 FromWorker = WorkerReady | Progress | SequenceStopped | SequenceFailed | ProcessFailed
 ToPager = StartPager | StopWorking

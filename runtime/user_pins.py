@@ -22,7 +22,17 @@ class UserPins:
         self.limit = limit
         self._arena = segment.arena
         self._queue = queue
+        self._num_layers = segment.layout.geometry.num_layers
         self._num_experts = segment.layout.geometry.num_experts
+
+    def problem(self, layer: int, experts: Sequence[int]) -> str | None:
+        """Which of them there is not, in one sentence; None if there are all."""
+        if not 0 <= layer < self._num_layers:
+            return f"layer is {layer}, expected 0 <= layer < {self._num_layers}"
+        for expert in experts:
+            if not 0 <= expert < self._num_experts:
+                return f"expert id is {expert}, expected 0 <= id < {self._num_experts}"
+        return None
 
     def pin(self, layer: int, experts: Sequence[int]) -> int:
         """Pins all of them and asks for those that are absent, or pins none if there would be more than `limit`;
