@@ -241,6 +241,33 @@ class MemoryAwareRouter:
         self._core.top_k(logits, experts, layer)
         return experts
 
+    def foresee(
+        self,
+        logits: Float32,
+        layer: int = 0,
+        *,
+        policy: Policy | None = None,
+        strength: float | Float32 | None = None,
+        residual_ratio: Float32 | None = None,
+    ) -> dict[int, float]:
+        """What `route_batch` would select now that is neither in memory nor being loaded: each such expert, with the
+        largest weight that a token would give it. Counts nothing and changes nothing, so `logits` may be a guess.
+
+        The arguments are those of `route_batch`.
+        """
+        if residual_ratio is not None:
+            strength = self._residual_strength(policy, strength, residual_ratio)
+        tokens = np.shape(logits)[0] if np.ndim(logits) == 2 else 0
+        experts = np.empty((tokens, self.config.top_k), np.int32)
+        weights = np.empty((tokens, self.config.top_k), np.float32)
+        missing = self._core.foresee(logits, experts, weights, layer, self._policy(policy), strength)
+        foreseen: dict[int, float] = {}
+        if missing:
+            for expert, weight in zip(experts.ravel().tolist(), weights.ravel().tolist(), strict=True):
+                if expert in missing:
+                    foreseen[expert] = max(weight, foreseen.get(expert, weight))
+        return foreseen
+
     def apply_cache_bonus(self, scores: Float32, layer: int = 0) -> Float32:
         """A copy of `scores` [num_experts], the cache bonus added to resident experts if `memory_aware`."""
         adjusted = self._vector(scores, "scores").copy()

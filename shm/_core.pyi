@@ -129,4 +129,15 @@ class Router:
     def set_resident(self, layer: int, expert: int, resident: bool, /) -> None: ...
     def resident(self, layer: int, /) -> frozenset[int]: ...
     def top_k(self, logits: Array, ids: Array, layer: int, /) -> None: ...
+    def foresee(
+        self,
+        logits: Array,
+        experts: Array,
+        weights: Array,
+        layer: int,
+        policy: int | None,
+        strength: float | Array | None,
+        /,
+    ) -> frozenset[int]:
+        """Writes what `route` would, and returns which of it is neither in memory nor being loaded. Counts nothing."""
     def select(self, scores: Array, ids: Array, /) -> None: ...

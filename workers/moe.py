@@ -107,7 +107,8 @@ class MixtureOfExperts:
             self._access.note_demand(layer, wanted, self._streams)
         look_ahead = None
         if self._prefetcher is not None and self._streams is not None:
-            step = LayerStep(layer, routed.experts, gate_logits, residual)
+            foresee = partial(self._foresee, row_norms(residual))
+            step = LayerStep(layer, routed.experts, gate_logits, residual, foresee)
             look_ahead = partial(self._prefetcher.after_routing, step)
         for found in self._access.resident_together(layer, list(selections), look_ahead):
             experts_forward(
@@ -126,13 +127,22 @@ class MixtureOfExperts:
 
     def _route(self, layer: int, gate_logits: Float32, residual: Float32) -> BatchRouteResult:
         """A step is one epoch of affinity, however many rows it has."""
+        options = self._preference(layer, row_norms(residual) if self._measures_norms else None)
+        return self._router.route_batch(gate_logits, layer, epochs=1, **options)
+
+    def _foresee(self, residual_norms: Float32, layer: int, gate_logits: Float32) -> dict[int, float]:
+        return self._router.foresee(gate_logits, layer, **self._preference(layer, residual_norms))
+
+    def _preference(self, layer: int, residual_norms: Float32 | None) -> dict[str, Any]:
+        """How far the step's rows may go from what the layer's gate chooses: arguments of the router."""
         if self._exact is True:
-            return self._router.route_batch(gate_logits, layer, policy="off", epochs=1)
-        strength = None
+            return {"policy": "off"}
+        options: dict[str, Any] = {}
         if self._exact is not False:  # 0 is "off" for a row
-            strength = np.where(self._exact, np.float32(0), np.float32(self._router.strength))
-        ratio = residual_ratio(self._arena, layer, row_norms(residual)) if self._measures_norms else None
-        return self._router.route_batch(gate_logits, layer, strength=strength, epochs=1, residual_ratio=ratio)
+            options["strength"] = np.where(self._exact, np.float32(0), np.float32(self._router.strength))
+        if self._measures_norms and residual_norms is not None:
+            options["residual_ratio"] = residual_ratio(self._arena, layer, residual_norms)
+        return options
 
 
 def residual_ratio(arena: _core.Arena, layer: int, residual_norms: Float32) -> Float32:

@@ -108,7 +108,7 @@ class Worker:
         prefetcher = None
         self._kept_table: KeptTable | None = None
         if prefetch.sources:
-            sources = make_sources(prefetch.sources, start.config, checkpoint, self._segment, router)
+            sources = make_sources(prefetch.sources, start.config, checkpoint, router)
             table = sources.get(PrefetchSource.TRANSITIONS)
             if isinstance(table, Transitions) and start.process == 0 and start.config.warm_start:
                 self._kept_table = KeptTable(table, Path(start.config.model))

@@ -6,7 +6,8 @@ Held-out text through the model, all experts in memory, exact routing, one token
 for the sources that need no more than which experts were used. `recall` is of the true top-k among a source's best k
 and 2k candidates. What counts for prefetching is what is absent: a layer's experts are kept by affinity in so many
 slots, and `absent` is how many of the named experts that were absent the layer's next step used, `misses` how many of
-its misses had been named, `asked` and `saved` the same for what serving would ask for (confidence.py).
+its misses had been named, `asked` and `saved` the same for what serving would ask for (confidence.py). A later gate is
+ranked by its probabilities here, for the recall; in serving its candidates are what the router would miss.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from hotset.workers.prefetch.affinity import Affinity
 from hotset.workers.prefetch.confidence import Confidence
 from hotset.workers.prefetch.gate_ahead import GateAhead
 from hotset.workers.prefetch.runners_up import RunnersUp
-from hotset.workers.prefetch.source import Float32, Int32, LayerStep, Source
+from hotset.workers.prefetch.source import Float32, Int32, LayerStep, RankedSource
 from hotset.workers.prefetch.transitions import Transitions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -60,7 +61,7 @@ class Row(msgspec.Struct, frozen=True):
     buckets: list[str]
 
 
-class PreviousToken(Source):
+class PreviousToken(RankedSource):
     """What the layer used a token ago, and a token before that ...: popularity of the shortest memory."""
 
     edges = (0.0, 0.1, 0.3, 0.6)
@@ -79,6 +80,26 @@ class PreviousToken(Source):
         return scores
 
 
+class RankedGate(RankedSource):
+    """The score is the gate probability that `distance` layers on would give."""
+
+    edges = GateAhead.edges
+
+    def __init__(self, gates: Gates, distance: int) -> None:
+        self._gates = gates
+        self._distance = distance
+
+    def target(self, layer: int) -> int | None:
+        return self._gates.ahead(layer, self._distance)
+
+    def scores(self, step: LayerStep) -> Float32:
+        layer = self.target(step.layer)
+        assert layer is not None, "name_candidates asks for no other"
+        logits = self._gates(layer, step.residual)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return (weights / weights.sum(axis=1, keepdims=True)).max(axis=0)
+
+
 class Recorder(Experts):
     """Computes with all experts in memory, and keeps what every layer was given."""
 
@@ -89,6 +110,11 @@ class Recorder(Experts):
     def __call__(self, layer: int, hidden: Float32, gate_logits: Float32, residual: Float32) -> Float32:
         self.layers.append((layer, gate_logits.copy(), residual.copy()))
         return super().__call__(layer, hidden, gate_logits, residual)
+
+
+def foresee_nothing(layer: int, logits: Float32) -> dict[int, float]:
+    """There is no router."""
+    return {}
 
 
 def steps_of_model(config: ModelConfig, checkpoint: Checkpoint, model: Path, tokens: int) -> Iterator[LayerStep]:
@@ -108,14 +134,16 @@ def steps_of_model(config: ModelConfig, checkpoint: Checkpoint, model: Path, tok
             for row in range(len(rows)):
                 for layer, logits, residual in recorder.layers:
                     chosen = np.argsort(-logits[row], kind="stable")[:top_k].astype(np.int32)
-                    yield LayerStep(layer, chosen[np.newaxis], logits[row : row + 1], residual[row : row + 1])
+                    yield LayerStep(
+                        layer, chosen[np.newaxis], logits[row : row + 1], residual[row : row + 1], foresee_nothing
+                    )
 
 
 def steps_of_trace(ids: npt.NDArray[np.uint16], num_experts: int, tokens: int) -> Iterator[LayerStep]:
     nothing = np.zeros((1, num_experts), np.float32)
     for token in ids[:tokens].astype(np.int32):
         for layer, experts in enumerate(token):
-            yield LayerStep(layer, experts[np.newaxis], nothing, nothing)
+            yield LayerStep(layer, experts[np.newaxis], nothing, nothing, foresee_nothing)
 
 
 class Slots:
@@ -140,7 +168,7 @@ class Slots:
 class Tally:
     """Outcomes of one source at one budget. `pending[layer]` is what was named for the layer's next step."""
 
-    def __init__(self, source: Source, name: str, top_k: int) -> None:
+    def __init__(self, source: RankedSource, name: str, top_k: int) -> None:
         self.name = name
         self.source = source
         self.top_k = top_k
@@ -181,7 +209,7 @@ class Tally:
         order = np.argsort(-scores, kind="stable")[: 2 * self.top_k].astype(np.int32)
         order = order[scores[order] >= self.source.edges[0]]
         absent = ~slots.resident[layer, order]
-        buckets = np.array(self.confidence.buckets(scores[order]), np.int64)
+        buckets = np.array([self.confidence.bucket(score) for score in scores[order].tolist()], np.int64)
         trusted = np.array([self.confidence.trusts(bucket) for bucket in buckets], np.bool_)
         self.pending[layer] = order, absent, buckets, absent & trusted
 
@@ -217,7 +245,7 @@ def measure(steps: Sequence[LayerStep], budget: float, num_experts: int, gates: 
         Tally(PreviousToken(0.999), "popularity", top_k),
     ]
     if gates is not None:
-        tallies += [Tally(GateAhead(gates, d, top_k), f"gate-ahead, {d} on", top_k) for d in (1, 2)]
+        tallies += [Tally(RankedGate(gates, d), f"gate-ahead, {d} on", top_k) for d in (1, 2)]
         tallies.append(Tally(RunnersUp(0.01), "runners-up", top_k))
     for step in steps:
         for tally in tallies:

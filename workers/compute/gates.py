@@ -9,7 +9,7 @@ from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tensors import layer_tensors
 from hotset.workers.compute import _kernels
-from hotset.workers.compute.weights import Floats, Projection, as_float32, sigmoid
+from hotset.workers.compute.weights import Floats, Projection, as_float32
 
 
 def selection_bias(checkpoint: Checkpoint) -> Floats | None:
@@ -35,7 +35,6 @@ class Gates:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self._epsilon = config.rms_norm_eps
         self._gates: dict[int, tuple[Floats, Projection]] = {}
-        self._bias = selection_bias(checkpoint)
         for layer in range(config.num_layers):
             tensors = layer_tensors(config, layer)
             if "router" in tensors:
@@ -57,7 +56,3 @@ class Gates:
         normed = np.empty_like(residual)
         _kernels.rms_norm(residual, norm, self._epsilon, normed)
         return gate(normed)
-
-    def scores(self, layer: int, logits: Floats) -> Floats:
-        """What the layer ranks experts by, whose logits are [n, num_experts]; groups of experts are not regarded."""
-        return logits if self._bias is None else sigmoid(logits) + self._bias[layer]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hotset.workers.prefetch.source import Float32, LayerStep, Source
+from hotset.workers.prefetch.source import Float32, LayerStep, RankedSource
 
 
-class Affinity(Source):
+class Affinity(RankedSource):
     """The score is the affinity, 0 to 1, as it was before the step's first layer.
 
     Args:

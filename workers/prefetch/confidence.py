@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from bisect import bisect_right
 
 from hotset.runtime.prefetch import LEAST_PRECISION
 
@@ -20,13 +19,13 @@ class Confidence:
     """
 
     def __init__(self, edges: tuple[float, ...]) -> None:
-        self._edges = np.array(edges, np.float32)
+        self._edges = edges
         self._named = [DOUBTS] * len(edges)
         self._used = [0.0] * len(edges)
 
-    def buckets(self, scores: npt.NDArray[np.float32]) -> list[int]:
-        """Of scores that are not below the first edge."""
-        return (np.searchsorted(self._edges, scores, "right") - 1).tolist()
+    def bucket(self, score: float) -> int:
+        """Of a score that is not below the first edge."""
+        return bisect_right(self._edges, score) - 1
 
     def precision(self, bucket: int) -> float:
         """As far as known: 0 before anything is."""

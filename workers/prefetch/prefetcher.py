@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import msgspec
-import numpy as np
 
 from hotset.shm.layout import PrefetchSource
 from hotset.workers.expert_access import ExpertAccess
@@ -116,20 +115,16 @@ class Prefetcher:
     def _name(
         self, number: PrefetchSource, source: Source, confidence: Confidence, target: int, step: LayerStep
     ) -> None:
-        scores = source.scores(step)
-        best = np.flatnonzero(scores >= source.edges[0])
-        if len(best) > self._candidates:
-            best = best[np.argpartition(scores[best], -self._candidates)[-self._candidates :]]
-        values = scores[best]
         layer, experts, buckets = self._layers[target], list[int](), list[int]()
         asked: list[tuple[float, int]] = []
-        for expert, bucket, value in zip(best.tolist(), confidence.buckets(values), values.tolist(), strict=True):
+        for expert, score in source.candidates(step, self._candidates).items():
             if self._access.is_resident(target, expert):
                 continue
+            bucket = confidence.bucket(score)
             experts.append(expert)
             buckets.append(bucket)
             if confidence.trusts(bucket) and expert not in layer.asked:
-                asked.append((value, expert))
+                asked.append((score, expert))
         layer.named.append(Named(confidence, experts, buckets))
         if asked:
             # The likeliest last: the pager begins with the latest.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from hotset.workers.prefetch.source import Float32, LayerStep, Source
+from hotset.workers.prefetch.source import Float32, LayerStep, RankedSource
 
 DEFAULT_THRESHOLD = 0.02
 
 
-class RunnersUp(Source):
+class RunnersUp(RankedSource):
     """The score is the largest gate probability that a row gave to an expert that no row uses.
 
     Args:

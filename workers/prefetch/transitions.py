@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hotset.workers.prefetch.source import Float32, Int32, LayerStep, Source
+from hotset.workers.prefetch.source import Float32, Int32, LayerStep, RankedSource
 
 SLOWEST_RATE = 1 / 1024  # of learning: what an expert's tokens did longer ago is forgotten
 
 
-class Transitions(Source):
+class Transitions(RankedSource):
     """A table for every two layers with experts that follow one another: `table[i, r, e]` is how likely a token that
     used expert r in the first uses e in the second, a mean over the tokens seen, later a moving one. The score of e is
     its mean over the r that a token uses now.

@@ -42,7 +42,7 @@ def prefetcher_of(source: Source) -> tuple[Prefetcher, Cache]:
 
 def step_of(layer: int, experts: np.ndarray) -> LayerStep:
     nothing = np.zeros((1, EXPERTS), np.float32)
-    return LayerStep(layer, experts.astype(np.int32)[np.newaxis], nothing, nothing)
+    return LayerStep(layer, experts.astype(np.int32)[np.newaxis], nothing, nothing, lambda *_: {})
 
 
 def deterministic(tokens: int) -> Iterator[list[np.ndarray]]:
@@ -124,7 +124,7 @@ def test_layers_that_hardly_miss_are_looked_at_now_and_then_only() -> None:
 
 def test_confidence_is_none_at_first_and_then_what_was_measured() -> None:
     confidence = Confidence((0.0, 1.0, 2.0))
-    assert confidence.buckets(np.array([0, 0.5, 1, 7], np.float32)) == [0, 0, 1, 2]
+    assert [confidence.bucket(score) for score in (0, 0.5, 1, 7)] == [0, 0, 1, 2]
     assert not any(confidence.trusts(bucket) for bucket in range(3))
     for turn in range(3000):
         confidence.learn(0, used=turn % 2 == 0)
@@ -136,9 +136,9 @@ def test_confidence_is_none_at_first_and_then_what_was_measured() -> None:
 
 def test_runners_up_are_what_no_row_uses_and_the_gate_gave_at_least_the_threshold() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05], [0.01, 0.8, 0.09, 0.1]], np.float32))
-    step = LayerStep(0, np.array([[0], [1]], np.int32), logits, logits)
-    scores = RunnersUp(0.1).scores(step)
-    assert scores == pytest.approx([-np.inf, -np.inf, 0.15, 0.1], rel=1e-5)
+    step = LayerStep(0, np.array([[0], [1]], np.int32), logits, logits, lambda *_: {})
+    assert RunnersUp(0.1).candidates(step, 2) == pytest.approx({2: 0.15, 3: 0.1}, rel=1e-5)
+    assert RunnersUp(0.1).candidates(step, 1) == pytest.approx({2: 0.15}, rel=1e-5)
 
 
 def test_what_a_table_has_learned_survives_in_its_file(tmp_path: Path) -> None:
