@@ -10,6 +10,7 @@ move between workers. Meanwhile reader processes look at pages from outside (G3)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -21,13 +22,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import Any
 
 import numpy as np
 import posix_ipc
+from stress_tests.stop_signals import ignore_stops, stop_in_order
 
 from hotset.runtime import Backend, BackendError, HotsetError, RequestFailed, SamplingParams
 from hotset.runtime.kv.layer_groups import pages_of_sequence
+from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.layout import Section
 from hotset.shm.page_reader import PageReader, StalePage
@@ -50,6 +55,7 @@ KILL_SECONDS = 2.5  # on the average
 ANSWER_SECONDS = 60.0  # without a token for so long a request counts as standing still
 PUBLICATIONS = 100_000
 PUBLICATION_SECONDS = 600.0
+READER_SECONDS = 30.0
 SMALL = Geometry(
     num_layers=1, num_experts=8, num_pages=2, page_nbytes=4096, max_sequences=1, max_model_len=64, num_processes=2
 )
@@ -156,14 +162,16 @@ class Load:
         self._report.check("no request stands still", not alive, f"{len(alive)} requests got no answer any more")
 
 
-def watch_pages(instance: str, geometry: Geometry, seed: int, stop: Any, results: Any) -> None:
-    """A reader process (G3): full pages that it kept have their bytes for as long as they have their generation."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def watch_pages(instance: str, geometry: Geometry, seed: int, parent: Connection) -> None:
+    """A reader process (G3): full pages that it kept have their bytes for as long as they have their generation.
+
+    It ends, and sends what it has found, when the parent says anything, and ends when that is gone.
+    """
+    ignore_stops()
     reader, segment, chance = PageReader(instance, geometry), Segment.attach(instance, geometry), random.Random(seed)
     checked = stale = wrong = 0
     kept: dict[int, tuple[int, bytes]] = {}
-    parent = os.getppid()
-    while not stop.is_set() and os.getppid() == parent:  # the parent may be killed
+    while not parent.poll():
         row, block = chance.randrange(geometry.max_sequences), chance.randrange(geometry.max_blocks)
         before = _full_page(segment, row, block)
         if before:
@@ -182,7 +190,8 @@ def watch_pages(instance: str, geometry: Geometry, seed: int, stop: Any, results
                 stale += 1
                 del kept[page]
         time.sleep(0.002)
-    results.put((checked, stale, wrong))
+    with contextlib.suppress(BrokenPipeError):
+        parent.send((checked, stale, wrong))
 
 
 def _full_page(segment: Segment, row: int, block: int) -> int:
@@ -207,7 +216,7 @@ def change_full_pages(instance: str, geometry: Geometry, stopping: threading.Eve
 
 def publish(name: str, rounds: int) -> None:
     """G2's writer: fills a page with a number and publishes it, when both readers have seen the one before."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
+    _belong_to_parent()
     segment = Segment.attach(name, SMALL)
     arena, page = segment.arena, segment.view(Section.KV_PAGES)[1].view(np.uint64)
     for number in range(1, rounds + 1):
@@ -217,8 +226,9 @@ def publish(name: str, rounds: int) -> None:
             os.sched_yield()
 
 
-def verify(name: str, reader: int, rounds: int, results: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def verify(name: str, reader: int, rounds: int, parent: Connection) -> None:
+    """G2's reader."""
+    _belong_to_parent()
     segment = Segment.attach(name, SMALL)
     arena, page = segment.arena, segment.view(Section.KV_PAGES)[1].view(np.uint64)
     wrong = 0
@@ -227,7 +237,14 @@ def verify(name: str, reader: int, rounds: int, results: Any) -> None:
             os.sched_yield()
         wrong += not (page == number).all()
         arena.store_u64(Section.COUNTERS, reader, 0, number)
-    results.put(wrong)
+    parent.send(wrong)
+
+
+def _belong_to_parent() -> None:
+    ignore_stops()
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid is None or not _core.die_with_parent(parent.pid):
+        os._exit(1)  # it is dead already
 
 
 def check_publication(report: Report, rounds: int) -> None:
@@ -235,20 +252,26 @@ def check_publication(report: Report, rounds: int) -> None:
     context = multiprocessing.get_context("fork")
     name = new_instance_name()
     lock = InstanceLock(name)
+    children: list[ForkProcess] = []
     try:
-        segment, results = Segment.create(name, SMALL), context.Queue()
-        children = [context.Process(target=publish, args=(name, rounds), daemon=True)]
-        children += [
-            context.Process(target=verify, args=(name, reader, rounds, results), daemon=True) for reader in range(2)
-        ]
+        segment = Segment.create(name, SMALL)
+        pipes = [context.Pipe(duplex=False) for _ in range(2)]
+        children.append(context.Process(target=publish, args=(name, rounds), daemon=True))
+        for reader, (_, theirs) in enumerate(pipes):
+            children.append(context.Process(target=verify, args=(name, reader, rounds, theirs), daemon=True))
         for child in children:
             child.start()
-        wrong = sum(results.get(timeout=PUBLICATION_SECONDS) for _ in range(2))
-        for child in children:
-            child.join()
+        deadline = time.monotonic() + PUBLICATION_SECONDS
+        if not all(ours.poll(max(0.0, deadline - time.monotonic())) for ours, _ in pipes):
+            raise TimeoutError(f"G2 was not done after {PUBLICATION_SECONDS:.0f} s")
+        wrong = sum(ours.recv() for ours, _ in pipes)
         segment.close()
         report.check("what is published is whole (G2)", not wrong, f"{wrong} torn reads", times=2 * rounds)
     finally:
+        for child in children:
+            if child.pid is not None:
+                child.kill()  # those that have not ended by themselves
+                child.join()
         remove_ipc_objects(name)
         lock.release()
 
@@ -308,17 +331,20 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
         **sizes,
     ) as backend:
         context = multiprocessing.get_context("spawn")
-        stop, results = context.Event(), context.Queue()
+        # Pipes, and no queue or event: these have named semaphores, which a run that is killed leaves behind.
+        pipes = [context.Pipe() for _ in range(2)]
         readers = [
             context.Process(
                 target=watch_pages,
-                args=(backend.instance, backend.plan.geometry, options.seed + number, stop, results),
+                args=(backend.instance, backend.plan.geometry, options.seed + number, theirs),
                 daemon=True,  # ended with this process when that is interrupted
             )
-            for number in range(2)
+            for number, (_, theirs) in enumerate(pipes)
         ]
         for reader in readers:
             reader.start()
+        for _, theirs in pipes:
+            theirs.close()
         load = Load(backend, answers, report, options.seed)
         load.start()
         murderer = threading.Thread(target=killer, args=(backend, load, chance, kills), daemon=True)
@@ -353,9 +379,12 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
         report.check("all pages come back", not stats.kv_pages_used, f"{stats.kv_pages_used} pages are still used")
         problem = backend.check_cache()
         report.check("the bookkeeping is consistent (A13)", problem is None, str(problem))
-        stop.set()
-        for _ in readers:
-            checked, stale, wrong = results.get(timeout=30)
+        for ours, _ in pipes:
+            ours.send("stop")
+        for ours, _ in pipes:
+            if not ours.poll(READER_SECONDS):
+                raise TimeoutError(f"a reader said nothing for {READER_SECONDS:.0f} s")
+            checked, stale, wrong = ours.recv()
             report.check("kept pages keep their bytes (G3)", not wrong, f"{wrong} pages changed", times=checked)
             report.check("readers learn of reuse (G3)", True, times=stale)
         for reader in readers:
@@ -428,6 +457,7 @@ def main() -> int:
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(2**31)
     report = Report()
+    stop_in_order()
     try:
         check_publication(report, options.publications)
         result = stress(options, report)

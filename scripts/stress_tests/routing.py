@@ -31,6 +31,7 @@ from stress_tests.messages import Planted, StartWorker
 from stress_tests.processes import Processes, Unrecoverable
 from stress_tests.routing_worker import SCOREBOARD
 from stress_tests.score_sampler import ScoreSampler
+from stress_tests.stop_signals import stop_in_order
 from stress_tests.synthetic_experts import SyntheticExperts, classes_of_experts, write_checkpoint
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
@@ -425,19 +426,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def stop(*_: object) -> None:
-    for number in SIGNALS:  # once is enough: cleaning up is not to be interrupted
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    stop_in_order()
     run = StressRun(options)
     try:
         run.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from family_models import VOCAB_SIZE
+from instances import processes_with, wait_until
 from model_factory import make_model
 
 # What scripts/stress kv runs once everything is set up.
@@ -69,3 +71,43 @@ def test_a_planted_write_into_a_full_page_is_found_and_ends_with_status_1() -> N
     status, result = stress("--seconds", "4", "--plant")
     assert status == 1
     assert result["violations"]["kept pages keep their bytes (G3)"] > 0
+
+
+def commands(mark: str) -> list[bytes]:
+    """Of the processes of a run."""
+    found: list[bytes] = []
+    for pid in processes_with("HOTSET_TEST", mark):
+        try:
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["publishing", "recording", "serving"])
+def test_a_run_that_is_stopped_says_nothing_else_and_leaves_nothing(how: signal.Signals, phase: str) -> None:
+    mark = f"{os.getpid()}-{phase}-{how}"
+    run = subprocess.Popen(
+        [*STRESS, "--workers", "1", "--publications", "100000000" if phase == "publishing" else "100"],
+        env=ENVIRONMENT | {"HOTSET_TEST": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    reached = {
+        "publishing": lambda: len(commands(mark)) == 4,
+        "recording": lambda: any(b"runtime.coordinator" in command for command in commands(mark)),
+        "serving": lambda: sum(b"spawn_main" in command for command in commands(mark)) == 2,
+    }
+    try:
+        assert wait_until(reached[phase], 60)
+        run.send_signal(how)
+        said, _ = run.communicate(timeout=20)
+        assert wait_until(lambda: not commands(mark), 5), commands(mark)
+        told = [line for line in said.splitlines() if not line.startswith("recording ")]
+        assert (run.returncode, told) == (130, ["stopped"])
+    finally:
+        run.kill()
+        run.wait()
