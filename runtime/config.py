@@ -72,9 +72,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
             are in memory: "bonus" adds `cache_bonus` to their logits; "range" adds `range_strength` times the running
             mean of a layer's max - min; "mass" replaces others by them while the gate probability given up by a token
             stays within `mass_budget`; "resnorm" adds `resnorm_strength` times the token's largest probability to
-            theirs, the more the less experts add to the token's state; "substitute" replaces others by them while each
-            exchange changes the token's state by less than a share `substitute_limit` of what it is. See
-            `RouterConfig`.
+            theirs, the more the less experts add to the token's state; "substitute" leaves others out while each
+            changes the token's state by less than a share `substitute_limit` of what it is. See `RouterConfig`.
         cache_bonus, range_strength, mass_budget, resnorm_strength, substitute_limit: the strength of the policy whose
             it is; refused with another. None is what `hotset calibrate` found for the model, or else a cautious
             default.

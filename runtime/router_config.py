@@ -43,9 +43,10 @@ class RouterConfig(msgspec.Struct, frozen=True):
             "substitute" replaces experts that are not resident, those of least weight first, by the resident ones of
             least weight, while each time the residual changes by less than a share `substitute_limit`: the outputs of
             two experts are nearly orthogonal and about n long, so that weight q in place of p changes it by
-            sqrt(p^2 + q^2) * n / |x|. What is missing and matters little is so all but left out.
-            With gating "sigmoid", for which it has not been measured, it adds `resnorm_strength` * the token's largest
-            sigmoid * |x| / n to the scores that the gate selects by.
+            sqrt(p^2 + q^2) * n / |x|. What is missing and matters little is so all but left out;
+            who need not compute `top_k` experts may leave it out (workers/moe.py does).
+            With gating "sigmoid", for which it has not been measured, "resnorm" adds `resnorm_strength` * the token's
+            largest sigmoid * |x| / n to the scores that the gate selects by.
         gating: "softmax_top_k" (OLMoE, Qwen) takes probabilities over all experts, "top_k_softmax" (Mixtral,
             gpt-oss) over the selected ones, "sigmoid" (DeepSeek-V3) sigmoid scores; it selects by these, plus the bias
             that `MemoryAwareRouter` is given.

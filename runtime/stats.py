@@ -68,13 +68,15 @@ class PrefetchStats(msgspec.Struct, frozen=True):
 class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot. Counts are since the start, or since the last `reset_stats`.
 
-    Hits and misses are counted per distinct expert per layer step, when the pin succeeds at once.
+    Hits and misses are counted per distinct expert per layer step, when the pin succeeds at once. `experts_left_out` of
+    the hits were in memory and not even computed (`substitute`).
     """
 
     decode_expert_hits: int
     decode_expert_misses: int
     prefill_expert_hits: int
     prefill_expert_misses: int
+    experts_left_out: int
     decode_tokens: int
     prefill_tokens: int
     steps: int
@@ -175,6 +177,7 @@ class InstanceCounters:
             decode_expert_misses=counts[Counter.DECODE_EXPERT_MISSES],
             prefill_expert_hits=counts[Counter.PREFILL_EXPERT_HITS],
             prefill_expert_misses=counts[Counter.PREFILL_EXPERT_MISSES],
+            experts_left_out=counts[Counter.EXPERTS_LEFT_OUT],
             decode_tokens=counts[Counter.DECODE_TOKENS],
             prefill_tokens=counts[Counter.PREFILL_TOKENS],
             steps=counts[Counter.STEPS],

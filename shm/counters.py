@@ -36,6 +36,7 @@ class Counter(enum.IntEnum):
     TRIAL_NANOSECONDS_WITH = 27  # of decode steps that prefetched, and of as many that did not, in turn
     TRIAL_NANOSECONDS_WITHOUT = 28
     COMPUTING = 29  # not a sum: 1 while the worker has something to compute (workers/core_share.py)
+    EXPERTS_LEFT_OUT = 30  # of the hits, those that stood in for what little is missing, and were not computed
     # the pager
     URGENT_PAGE_INS = 32
     PREFETCH_PAGE_INS = 33

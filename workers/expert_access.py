@@ -139,6 +139,11 @@ class ExpertAccess:
             for expert in unasked:
                 self._arena.withdraw_prefetch(first + expert)
 
+    def count_left_out(self, count: int) -> None:
+        """Of a layer's step: experts in memory that were selected, and are not computed. They count as hits."""
+        self._arena.count(self._process, self._hit_counter, count)
+        self._arena.count(self._process, Counter.EXPERTS_LEFT_OUT, count)
+
     def count_trial(self, with_it: int, without: int) -> None:
         """Nanoseconds of steps that prefetched, and of as many that did not."""
         self._arena.count(self._process, Counter.TRIAL_NANOSECONDS_WITH, with_it)

@@ -24,6 +24,7 @@ from hotset.workers.prefetch.prefetcher import Prefetcher
 from hotset.workers.prefetch.source import LayerStep
 
 Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 
 MAX_RESIDUAL_RATIO = 2.0
 """The most that a residual counts as beside the layer's expert outputs. 99 of 100 tokens of the model that the
@@ -72,6 +73,7 @@ class MixtureOfExperts:
         self._prefetcher = prefetcher
         self._config = config
         self._measures_norms = router.config.policy in RESIDUAL_POLICIES
+        self._leaves_out = router.config.policy == "substitute"
         self._exact: npt.NDArray[np.bool_] | bool = False  # per row, or of all rows
         self._streams: npt.NDArray[np.int32] | None = None
 
@@ -96,8 +98,6 @@ class MixtureOfExperts:
         An expert's rows are computed together, once, wherever in the batch they are. Raises `ExpertUnavailable`.
         """
         routed = self._route(layer, gate_logits, residual)
-        selections = group_by_expert(routed.experts)
-        outputs = np.empty((*routed.experts.shape, hidden.shape[1]), np.float32)
         # The demand is what the gate chose, not what was taken instead because it is in memory: that would look useful
         # for ever, and what is displaced useless.
         wanted = self._router.true_top_k(gate_logits, layer) if routed.changed else routed.experts
@@ -105,6 +105,11 @@ class MixtureOfExperts:
             self._access.note_demand(layer, np.unique(wanted)[np.newaxis])
         else:
             self._access.note_demand(layer, wanted, self._streams)
+        kept = in_true_top_k(routed.experts, wanted) if self._leaves_out and routed.changed else None
+        selections = group_by_expert(routed.experts, kept)
+        outputs = (np.empty if kept is None else np.zeros)((*routed.experts.shape, hidden.shape[1]), np.float32)
+        if kept is not None:
+            self._access.count_left_out(np.unique(routed.experts).size - len(selections))
         look_ahead = None
         if self._prefetcher is not None and self._streams is not None:
             foresee = partial(self._foresee, row_norms(residual))
@@ -121,7 +126,8 @@ class MixtureOfExperts:
             )
         if self._measures_norms:
             norms = row_norms(outputs)
-            self._arena.note_expert_norm(layer, float(np.add.reduce(norms, None)) / norms.size, len(outputs))
+            computed = norms.size if kept is None else max(1, np.count_nonzero(kept))
+            self._arena.note_expert_norm(layer, float(np.add.reduce(norms, None)) / computed, len(outputs))
         # In rank order, so that the sum does not depend on which expert arrived first.
         return combine_in_rank_order(outputs, routed.weights)
 
@@ -143,6 +149,15 @@ class MixtureOfExperts:
         if self._measures_norms and residual_norms is not None:
             options["residual_ratio"] = residual_ratio(self._arena, layer, residual_norms)
         return options
+
+
+def in_true_top_k(experts: Int32, wanted: Int32) -> npt.NDArray[np.bool_]:
+    """Which of `experts` [rows, top_k] are among those that the gate chose, `wanted` [rows, top_k].
+
+    Under the policy "substitute" the others are not computed: they are the resident experts of least weight, in the
+    place of what is missing and matters little.
+    """
+    return (experts[:, :, np.newaxis] == wanted[:, np.newaxis, :]).any(axis=2)
 
 
 def residual_ratio(arena: _core.Arena, layer: int, residual_norms: Float32) -> Float32:

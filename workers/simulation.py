@@ -34,7 +34,7 @@ from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer,
 from hotset.workers.eviction._core import Cache
 from hotset.workers.eviction.replay import make_policy
 from hotset.workers.expert_store import read_expert
-from hotset.workers.moe import residual_ratio, router_config
+from hotset.workers.moe import in_true_top_k, residual_ratio, router_config
 
 Floats = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int32]
@@ -131,8 +131,11 @@ class SimulatedInstance:
         routed = self._router.route_batch(
             gate_logits, layer, strength=self._setting.strength, epochs=1, residual_ratio=ratio
         )
-        self.cache.use(layer, routed.experts, self._router.true_top_k(gate_logits, layer))
+        wanted = self._router.true_top_k(gate_logits, layer)
+        self.cache.use(layer, routed.experts, wanted)
         self._resident[:, : self.cache.mask.shape[1]] = self.cache.mask
+        if self._setting.routing == "substitute":  # a worker does not compute them
+            routed.weights[~in_true_top_k(routed.experts, wanted)] = 0
         return routed.experts, routed.weights
 
     def note_norms(self, layer: int, norms: Floats) -> None:

@@ -28,6 +28,7 @@ def generation_report(completions: Sequence[Completion], seconds: float, stats: 
         "tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0,
         "hit_rate": round(stats.decode_hit_rate, 4),
         "prefill_hit_rate": round(stats.prefill_hit_rate, 4),
+        "experts_left_out": stats.experts_left_out,
         "regret": msgspec.to_builtins(stats.regret),
         "page_ins": {
             "urgent": stats.urgent_page_ins,
@@ -70,7 +71,8 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     page_ins, routing, read_mode = report["page_ins"], report["routing_us"], report["read_mode"]["mode"]
     yield "tokens", f"{report['tokens']} in {report['seconds']:.2f} s, ended by {_ending(report['finish_reason'])}"
     yield "tokens/s", f"{report['tokens_per_second']:.1f}"
-    yield "expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}"
+    left_out = f"; {report['experts_left_out']} of the hits left out" if report["experts_left_out"] else ""
+    yield "expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}{left_out}"
     yield "would have hit", _regret_text(report["regret"])
     yield "page-ins", _page_ins_text(page_ins)
     for tier in report["tiers"]:

@@ -1,6 +1,7 @@
-"""How strongly a model's routing may prefer experts in memory: what `hotset calibrate` found, in the model's cache.
+"""How strongly a model's routing may prefer experts in memory: what `hotset calibrate` found.
 
-There is a file for each routing policy. It holds for the weights that were measured: others have another folder.
+There is a file for each routing policy, in the model's cache. It holds for the weights that were measured: others have
+another cache. A model that is passed on can bring such files in its own folder; the user's own go first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import msgspec
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.model_cache import NoCacheFolder, model_cache, replace_file
+
+CALIBRATION = "calibration-"
+"""What the names of such files begin with."""
 
 
 class UnusableCalibration(HotsetError):
@@ -58,27 +62,36 @@ class Calibration(msgspec.Struct, frozen=True):
 
     @staticmethod
     def path(model: Path, routing: str) -> Path:
-        return model_cache(model) / f"calibration-{routing}.json"
+        """In the model's cache."""
+        return model_cache(model) / _file_name(routing)
 
     @classmethod
     def load(cls, model: Path, routing: str) -> Calibration | None:
         """Of the model folder or file; None if it has not been calibrated. Raises `UnusableCalibration`."""
         try:
-            path = cls.path(model, routing)
+            found = _read(cls.path(model, routing))
         except NoCacheFolder:
-            return None
-        try:
-            found = msgspec.json.decode(path.read_bytes(), type=cls)
-        except (FileNotFoundError, NotADirectoryError):  # the latter where the cache folder cannot be
-            return None
-        except (OSError, msgspec.DecodeError) as error:
-            raise UnusableCalibration(path, str(error)) from None
-        if found.routing != routing or not 0 <= found.strength <= 1:  # as what the user gives
-            raise UnusableCalibration(path, f"it is for {found.routing} with strength {found.strength}")
-        return found
+            found = None
+        return found or _read(model / _file_name(routing))
 
     def save(self, model: Path) -> Path:
         """Replaces the file. Raises `OSError`."""
         path = self.path(model, self.routing)
         replace_file(path, msgspec.json.format(msgspec.json.encode(self)))
         return path
+
+
+def _file_name(routing: str) -> str:
+    return f"{CALIBRATION}{routing}.json"
+
+
+def _read(path: Path) -> Calibration | None:
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except (FileNotFoundError, NotADirectoryError):  # the latter where a folder cannot be
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise UnusableCalibration(path, str(error)) from None
+    if path.name != _file_name(found.routing) or not 0 <= found.strength <= 1:  # as what the user gives
+        raise UnusableCalibration(path, f"it is for {found.routing} with strength {found.strength}")
+    return found

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from hotset.runtime.model.calibration import CALIBRATION
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.conversion import convert_rows
 from hotset.runtime.model.expert_formats import CannotPack, PrecisionTiers, choose_formats, read_heat
@@ -205,7 +206,7 @@ class Packer:
         names = {TENSORS_JSON, MANIFEST, "model.safetensors.index.json"}
         for pattern in _COPIED:
             for file in self._checkpoint.folder.glob(pattern):
-                if file.name not in names:
+                if file.name not in names and not file.name.startswith(CALIBRATION):  # of other weights
                     shutil.copyfile(file, self._out / file.name)
         _write_durably(self._out / MANIFEST, msgspec.json.encode(self._manifest(checksums)))
         _write_durably(self._out / TENSORS_JSON, msgspec.json.encode(stored))

@@ -56,6 +56,21 @@ def test_other_weights_have_another_calibration(model: Path) -> None:
     assert preference(model, routing="resnorm").source == "default"
 
 
+def test_a_model_may_bring_its_calibration_and_the_users_own_goes_first(model: Path) -> None:
+    brought = msgspec.structs.replace(FOUND, strength=0.125)
+    (model / "calibration-resnorm.json").write_bytes(msgspec.json.encode(brought))
+    assert preference(model, routing="resnorm") == RoutingPreference("resnorm", 0.125, "calibrated")
+    assert preference(model, routing="range").source == "default"
+    FOUND.save(model)
+    assert preference(model, routing="resnorm").strength == 0.0625
+
+
+def test_a_brought_calibration_that_cannot_be_read_is_an_error(model: Path) -> None:
+    (model / "calibration-resnorm.json").write_bytes(b"{")
+    with pytest.raises(UnusableCalibration, match=f"{model}/calibration-resnorm.json cannot be used"):
+        preference(model, routing="resnorm")
+
+
 def test_a_calibration_is_read_as_it_was_saved(model: Path) -> None:
     FOUND.save(model)
     assert Calibration.load(model, "resnorm") == FOUND

@@ -27,6 +27,10 @@ class Access:
     def __init__(self) -> None:
         self.demands: list[np.ndarray] = []
         self.used: set[int] = set()
+        self.left_out = 0
+
+    def count_left_out(self, count: int) -> None:
+        self.left_out += count
 
     def count_as(self, *, prefill: bool) -> None: ...
 
@@ -68,3 +72,42 @@ def test_a_decode_step_demands_what_the_gate_chose_whatever_was_used_instead(
     (demand,) = access.demands
     assert demand.tolist() == chosen.tolist()
     assert (access.used != {*chosen.ravel().tolist()}) == (routing == "bonus" and not exact)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_stands_in_for_what_is_missing_is_not_computed(rows: int) -> None:
+    model = ModelConfig.load(TRAINED_MODEL)
+    nbytes = 3 * model.hidden_size * model.intermediate_size * 2
+    geometry = Geometry(
+        num_layers=1,
+        num_experts=model.num_experts,
+        pins_per_process=model.experts_per_token,
+        slot_classes=(SlotClass(len(RESIDENT), nbytes),),
+    )
+    with closing(Segment.private(geometry)) as segment:
+        for slot in segment.slots():
+            slot[:] = 0x3C  # a small number in bfloat16
+        for expert in RESIDENT:
+            segment.arena.load_begin(expert, expert)
+            segment.arena.load_publish(expert, 0, nbytes, WeightFormat.BFLOAT16, 0)
+        segment.arena.note_expert_norm(0, 1.0, 1)
+        router = MemoryAwareRouter(
+            router_config(model, policy="substitute", substitute_limit=0.1), num_layers=1, segment=segment
+        )
+        access = Access()
+        layer = MixtureOfExperts(segment, router, model, cast("ExpertAccess", access))
+        random = np.random.default_rng(5)
+        hidden = np.ones((rows, model.hidden_size), np.float32)
+        logits = random.normal(size=(rows, model.num_experts)).astype(np.float32)
+        routed = router.route_batch(logits, residual_ratio=np.full(rows, 2.0, np.float32))
+        chosen = router.true_top_k(logits)
+        assert routed.changed
+        layer.begin_step([False] * rows, prefill=False, streams=[*range(rows)])
+        result = layer(0, hidden, logits, hidden)
+    computed = {*chosen.ravel().tolist()} & {*routed.experts.ravel().tolist()}
+    assert access.used == computed
+    assert access.left_out == len({*routed.experts.ravel().tolist()}) - len(computed)
+    # All experts are alike here, so a row is the sum of the weights that are left.
+    kept = (routed.experts[:, :, None] == chosen[:, None, :]).any(axis=2)
+    one = result[0, 0] / routed.weights[0][kept[0]].sum()
+    assert result[:, 0] == pytest.approx(one * (routed.weights * kept).sum(axis=1), rel=1e-5)

@@ -11,6 +11,7 @@ from family_models import make_family_model
 
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.tokenizer import Tokenizer
+from hotset.workers import simulation as simulation_module
 from hotset.workers.simulation import Outcome, Setting, Simulation, losses_and_divergences, windows_of
 
 SOURCE = Path(__file__).read_text()
@@ -50,6 +51,22 @@ def test_a_preference_costs_likelihood_and_saves_misses(texts: npt.NDArray[np.in
     misses = [outcome.misses.sum() for outcome in outcomes]
     assert divergences == sorted(divergences) and divergences[1] > 0
     assert misses == sorted(misses, reverse=True) and misses[2] < misses[0]
+
+
+def test_what_stands_in_under_substitute_is_left_out(
+    texts: npt.NDArray[np.int32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out: list[bool] = []
+    combine = simulation_module.combine_in_rank_order
+
+    def watch(outputs: npt.NDArray[np.float32], weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        left_out.append(bool((weights[len(texts) :] == 0).any()))
+        assert (weights[: len(texts)] > 0).all()
+        return combine(outputs, weights)
+
+    monkeypatch.setattr(simulation_module, "combine_in_rank_order", watch)
+    run(texts, Setting("substitute", 0.1, "td", 8))
+    assert sum(left_out) > len(left_out) / 2
 
 
 def test_a_setting_alone_does_what_it_does_among_others(texts: npt.NDArray[np.int32]) -> None:

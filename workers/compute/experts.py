@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import compress
 from typing import Final
 
 import numpy as np
@@ -24,12 +25,20 @@ _LAYOUTS: Final[Mapping[ExpertLayout, int]] = {
 }
 
 
-def group_by_expert(expert_ids: NDArray[np.int32]) -> dict[int, NDArray[np.int64]]:
-    """For expert_ids [n, k]: each distinct expert, ascending, with its assignments (row * k + rank), ascending."""
+def group_by_expert(
+    expert_ids: NDArray[np.int32], kept: NDArray[np.bool_] | None = None
+) -> dict[int, NDArray[np.int64]]:
+    """For expert_ids [n, k]: each distinct expert, ascending, with its assignments (row * k + rank), ascending. `kept`
+    [n, k]: which of them to regard."""
     if len(expert_ids) == 1:  # most steps, and numpy would take a tenth of a step's time in all of its layers
-        return dict(sorted(zip(expert_ids[0].tolist(), _single_assignments(expert_ids.shape[1]), strict=True)))
+        pairs = zip(expert_ids[0].tolist(), _single_assignments(expert_ids.shape[1]), strict=True)
+        return dict(sorted(pairs if kept is None else compress(pairs, kept[0].tolist())))
     flat = expert_ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
+    if kept is not None:
+        order = order[kept.reshape(-1)[order]]
+    if not len(order):
+        return {}
     sorted_ids = flat[order]
     starts = np.flatnonzero(np.concatenate(([True], sorted_ids[1:] != sorted_ids[:-1])))
     return dict(zip(sorted_ids[starts].tolist(), np.split(order, starts[1:]), strict=True))

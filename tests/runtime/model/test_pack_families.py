@@ -36,3 +36,10 @@ def test_the_experts_of_gpt_oss_stay_as_they_are(tmp_path: Path) -> None:
         Packer(model, tmp_path / "packed", "q8_0")
     Packer(model, tmp_path / "packed").run(lambda finished: None)
     assert Checkpoint.open(tmp_path / "packed").expert_dtype(0, 0) == "mxfp4"
+
+
+def test_a_calibration_stays_with_the_weights_that_it_is_of(tmp_path: Path) -> None:
+    model = make_family_model(tmp_path / "model", next(iter(FAMILY_MODELS)), dtype="bfloat16")
+    (model / "calibration-substitute.json").write_text("{}")
+    Packer(model, tmp_path / "packed").run(lambda finished: None)
+    assert not list((tmp_path / "packed").glob("calibration*"))

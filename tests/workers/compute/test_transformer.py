@@ -160,3 +160,15 @@ def test_grouping_gives_every_assignment_to_its_expert_once(
     groups = group_by_expert(np.array(ids, np.int32))
     assert {expert: assignments.tolist() for expert, assignments in groups.items()} == expected
     assert list(groups) == sorted(groups)
+
+
+@pytest.mark.parametrize("ids", [[[3, 1], [1, 7], [3, 7], [0, 3]], [[5, 2, 9]]])
+def test_grouping_leaves_out_what_is_not_kept(ids: list[list[int]]) -> None:
+    experts = np.array(ids, np.int32)
+    for seed in range(20):
+        kept = np.random.default_rng(seed).random(experts.shape) < 0.5
+        groups = {expert: assignments.tolist() for expert, assignments in group_by_expert(experts, kept).items()}
+        everything = group_by_expert(experts)
+        expected = {e: [a for a in assignments.tolist() if kept.flat[a]] for e, assignments in everything.items()}
+        assert groups == {expert: assignments for expert, assignments in expected.items() if assignments}
+    assert group_by_expert(experts, np.zeros(experts.shape, np.bool_)) == {}
