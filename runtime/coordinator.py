@@ -50,7 +50,7 @@ from hotset.runtime.messages import (
     number_of,
 )
 from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
-from hotset.runtime.supervision import enter_child
+from hotset.runtime.supervision import enter_child, leave
 from hotset.runtime.user_pins import UserPins
 from hotset.shm.segment import SegmentError
 
@@ -249,4 +249,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -176,6 +176,25 @@ def test_a_host_that_is_killed_takes_everything_with_it(how: signal.Signals) -> 
     assert not queue_exists(instance)
 
 
+def test_nobody_waits_for_an_interpreter_to_be_taken_down(tmp_path: Path) -> None:
+    """It takes a process 30 to 100 ms, and three of them leave one after the other. Here it takes ten seconds."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 10)\n")
+    host = subprocess.Popen(
+        [sys.executable, "-P", "-c", HOST],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert host.stdout is not None
+    instance, *pids = host.stdout.readline().split()
+    assert host.stdout.readline() == "streaming\n"
+    host.kill()
+    host.wait()
+    assert wait_until(lambda: processes_of([int(pid) for pid in pids]) == [], 3.0)
+    assert not segment_exists(instance) and not queue_exists(instance)
+
+
 def test_G8_the_hosts_own_child_and_signal_handler_are_left_alone() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
