@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SMALL = ["--tokens", "12", "--quality-tokens", "128", "--texts", "2", "--window", "32", "--json"]
+SMALL = ["--tokens", "12", "--rounds", "1", "--quality-tokens", "128", "--texts", "2", "--window", "32", "--json"]
 # A loaded machine, or a tiny sample, must not decide: every gate is opened wide, but for the one that is planted.
 OPEN = "hit-rate=0 perplexity=1e9 step-p99=1e9 memory=1e9 throughput=0 prefetch=0 page-in-p99=1e9 route-mean=1e9 "
 OPEN += "route-p99=1e9 routes=0"

@@ -29,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_is_found_is_what_a_backend_uses(cache: Path) -> None:
     with Backend(workers=1) as backend:
-        assert backend.stats().preference.source == "default"
+        brought = backend.stats().preference
     text = cache / "text.py"
     text.write_text(Path(__file__).read_text() * 2)
     done = run("--max-kl", "0.004", "--text", str(text), "--json")
@@ -42,6 +42,7 @@ def test_what_is_found_is_what_a_backend_uses(cache: Path) -> None:
     with Backend(workers=1) as backend:
         preference = backend.stats().preference
         assert (preference.strength, preference.source) == (found["strength"], "calibrated")
+        assert preference.strength != brought.strength
     with Backend(workers=1, substitute_limit=0.5) as backend:
         assert backend.plan.routing.source == "given"
 
