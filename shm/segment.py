@@ -166,6 +166,11 @@ class Segment:
         self.arena = _core.Arena(memory)
 
     @property
+    def memory(self) -> mmap.mmap:
+        """The whole arena, for C extensions that attach themselves to it."""
+        return self._mmap
+
+    @property
     def uuid(self) -> str:
         """Of this arena and no other; an instance's name may be used again."""
         return np.frombuffer(self._mmap[: HEADER.itemsize], HEADER)[0]["instance_uuid"].tobytes().hex()

@@ -64,13 +64,7 @@ class ExpertStore:
         self._files: dict[str, int] = {}
         self._locations: dict[int, ExpertLocation] = {}
         self._pieces: dict[int, tuple[Int64, Int64]] = {}
-        self._nbytes: dict[int, int] = {}
-
-    def nbytes(self, expert_id: int) -> int:
-        """What it takes in a slot."""
-        if (nbytes := self._nbytes.get(expert_id)) is None:
-            nbytes = self._nbytes[expert_id] = self._location(expert_id).nbytes
-        return nbytes
+        self._formats: dict[int, WeightFormat] = {}
 
     def pieces(self, expert_id: int) -> tuple[Int64, Int64]:
         """What has to be read, as nearly in the order of the slot as the file allows, and which matrices have to be
@@ -104,11 +98,18 @@ class ExpertStore:
         for _, fd, offset, _, nbytes in self.pieces(expert_id)[0].tolist():
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def verify(self, expert_id: int, checksum: int) -> tuple[int, WeightFormat]:
-        """Checksum and format of an expert whose bytes in a slot have this checksum.
+    def checksum(self, expert_id: int) -> int | None:
+        """What its bytes in a slot have to have; None if it is not known yet."""
+        return self._checksums[expert_id]
 
-        Raises `ExpertReadError` if they are not what they were.
-        """
+    def weight_format(self, expert_id: int) -> WeightFormat:
+        if (weight_format := self._formats.get(expert_id)) is None:
+            dtype = self._checkpoint.expert_dtype(*divmod(expert_id, self._num_experts))
+            weight_format = self._formats[expert_id] = WeightFormat[dtype.upper()]
+        return weight_format
+
+    def verify(self, expert_id: int, checksum: int) -> None:
+        """Raises `ExpertReadError` if an expert whose bytes in a slot have this checksum is not what it was."""
         expected = self._checksums[expert_id]
         if expected is not None and checksum != expected:
             origin = "when it was first read" if self._manifest is None else "when it was packed"
@@ -116,8 +117,6 @@ class ExpertStore:
             first = self._location(expert_id).parts[0]
             raise ExpertReadError(str(first.file), *divmod(expert_id, self._num_experts), first.offset, problem)
         self._checksums[expert_id] = checksum
-        dtype = self._checkpoint.expert_dtype(*divmod(expert_id, self._num_experts))
-        return checksum, WeightFormat[dtype.upper()]
 
     def _location(self, expert_id: int) -> ExpertLocation:
         location = self._locations.get(expert_id)

@@ -1,27 +1,26 @@
-"""Experts on their way into slots: the pager's side of its read lanes, from a load's beginning to its publication."""
+"""Experts on their way into slots: what the pager's main thread knows of the loads that its read lanes are at."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from hotset.shm import _core
-from hotset.shm.counters import Counter, Histogram, PrefetchCount, prefetch_counter
+from hotset.shm.counters import Counter
 from hotset.shm.layout import PrefetchSource
-from hotset.workers.expert_store import ExpertReadError, ExpertStore
+from hotset.workers.expert_store import ExpertReadError
 from hotset.workers.idle_disk import IdleDisk
 from hotset.workers.read_lanes import Load, ReadLanes
 from hotset.workers.slots import Slots
 
 
 class Loads:
-    """Loads by their experts, each of which is LOADING in its slot. Only the pager's main thread uses it.
+    """Loads by their experts, each LOADING in its slot, or published there by its lane since the last `finish`. Only
+    the pager's main thread uses it.
 
     Args:
         arena: of the instance.
-        process: the pager's row.
+        process: the pager's row, of which the lanes write what is counted of publications.
         num_experts: per layer.
-        store: where the lanes read from.
         lanes: that read.
         slots: into which.
         on_failure: is told of an expert that somebody waits for and that cannot be had.
@@ -33,7 +32,6 @@ class Loads:
         arena: _core.Arena,
         process: int,
         num_experts: int,
-        store: ExpertStore,
         lanes: ReadLanes,
         slots: Slots,
         on_failure: Callable[[ExpertReadError], None],
@@ -42,7 +40,6 @@ class Loads:
         self._arena = arena
         self._process = process
         self._num_experts = num_experts
-        self._store = store
         self._lanes = lanes
         self._slots = slots
         self._on_failure = on_failure
@@ -73,7 +70,8 @@ class Loads:
     ) -> None:
         (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
         load = self._loads[expert] = Load(expert, slot, urgent=urgent, warm_start=warm_start, source=source)
-        self._count_urgent_loads(urgent)
+        if urgent:
+            self._count_urgent_loads(1)
         self._lanes.begin(load)
 
     def overtake(self, expert: int) -> bool:
@@ -85,7 +83,8 @@ class Loads:
         was_urgent = load.urgent
         if not self._lanes.promote(load):
             return False
-        self._count_urgent_loads(load.urgent - was_urgent)
+        if not was_urgent and load.urgent:
+            self._count_urgent_loads(1)
         self._arena.withdraw_request(expert)
         return True
 
@@ -104,45 +103,26 @@ class Loads:
         return True
 
     def finish(self) -> None:
-        """Publishes what the lanes have finished, and frees the slots of what will not come."""
+        """Takes note of what the lanes have published, and frees the slots of what will not come."""
         for load in self._lanes.take_finished():
             del self._loads[load.expert]
-            self._count_urgent_loads(-load.urgent)
+            if load.urgent:
+                self._count_urgent_loads(-1)
             unwanted = load.expert in self._unwanted
             self._unwanted.discard(load.expert)
-            if load.cancelled:
+            if load.published:
+                self._slots.fill(load.slot, load.expert)
+                if unwanted and not load.urgent:
+                    self._slots.page_out(load.expert)
+            elif load.cancelled:
                 self._slots.free(load.slot)
                 if not load.warm_start:
                     self._count(Counter.PREFETCH_DROPPED)
                 elif not unwanted:
                     self._on_give_up(load.expert)
-            elif load.error is not None:
-                self._fail(load, load.error)
             else:
-                self._publish(load)
-                if unwanted and not load.urgent:
-                    self._slots.page_out(load.expert)
-
-    def _publish(self, load: Load) -> None:
-        nbytes, prefetched = self._store.nbytes(load.expert), not load.urgent and not load.warm_start
-        source = load.source if prefetched else PrefetchSource.NONE
-        self._arena.load_publish(load.slot, load.checksum, nbytes, load.weight_format, source)
-        self._arena.wake(load.expert // self._num_experts)
-        self._slots.fill(load.slot, load.expert)
-        if load.urgent:
-            self._count(Counter.URGENT_PAGE_INS)
-        else:
-            self._count(Counter.PREFETCH_PAGE_INS if prefetched else Counter.WARM_PAGE_INS)
-        if load.source:
-            self._count(prefetch_counter(load.source, PrefetchCount.PAGE_INS))
-            if load.urgent:
-                self._count(prefetch_counter(load.source, PrefetchCount.LATE_HITS))
-        self._count(Counter.BYTES_READ, nbytes)
-        self._count(Counter.DISK_PAGE_INS if load.from_disk else Counter.PAGE_CACHE_PAGE_INS)
-        if load.urgent:
-            took = time.monotonic_ns() - load.began
-            self._arena.record_latency(self._process, Histogram.PAGING, took)
-            self._arena.record_latency(self._process, Histogram.DISK if load.from_disk else Histogram.PAGE_CACHE, took)
+                assert load.error is not None
+                self._fail(load, load.error)
 
     def _fail(self, load: Load, error: ExpertReadError) -> None:
         """The expert's waiters wake, see the failed mask, and fail their requests. What nobody waits for, a prefetch or

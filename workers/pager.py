@@ -1,5 +1,5 @@
 """The pager process: brings requested experts into slots. Its main thread is the only writer of slot words, masks and
-directory; its read lanes fill slots.
+directory, but for slots that are LOADING: the read lane that ends a load publishes it.
 
 Requests come as messages, urgent before prefetch; what the queue could not hold is found by rescanning the request
 bits. See shm/core/residency.h for the protocol, whose pager side this is.
@@ -46,7 +46,7 @@ PREFETCHES_AT_ONCE = 2  # one is read; the next begins without waiting for this 
 
 
 class Pager:
-    """Begins loads as long as read lanes are free, urgent ones first, and publishes them when they are finished.
+    """Begins loads as long as read lanes are free, urgent ones first, and takes note of what becomes of them.
 
     An expert that was requested is in `_urgent` or `_prefetches` until its load begins, then in `_loads`.
     """
@@ -84,12 +84,11 @@ class Pager:
             for layer, expert in checkpoint.expert_ids
         }
         self._slots = Slots(self._arena, start.process, geometry, class_of_expert, self._eviction)
-        self._lanes = ReadLanes(self._store, self._segment.slots(), start.plan.read_lanes)
+        self._lanes = ReadLanes(self._store, self._segment.slots(), start.plan.read_lanes, self._segment, start.process)
         self._loads = Loads(
             self._arena,
             start.process,
             geometry.num_experts,
-            self._store,
             self._lanes,
             self._slots,
             on_failure=lambda error: channel.send(ExpertFailed(error.layer, error.expert, str(error))),
@@ -228,8 +227,7 @@ class Pager:
                 self._save_learned(wait=True)
                 self._report_warm_start()
                 return
-            if lanes in ready:
-                self._loads.finish()
+            self._loads.finish()  # what the lanes tell of, and what they do not
             if queue in ready:
                 self._receive_messages()
             if time.monotonic() >= self._next_rescan:
@@ -237,6 +235,7 @@ class Pager:
                 self._rescan()
                 self._report_warm_start()
             self._serve_urgent()
+            self._lanes.tell_of_all(bool(self._urgent))
             if self._warm_start.is_save_due():
                 self._save_heat()
             if time.monotonic() >= self._next_learned_save:

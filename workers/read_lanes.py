@@ -1,8 +1,9 @@
-"""The pager's read lanes: threads that fill slots from disk and hash what they read, urgent loads strictly before a
+"""The pager's read lanes: threads that read experts from disk and hash what they read, urgent loads strictly before a
 prefetch.
 
-The threads are C (reading/core/lanes.h): they never need the interpreter's lock, and touch nothing of the arena but the
-bytes of LOADING slots. Everything else is for the pager's main thread, which begins loads and takes finished ones.
+The threads are C (reading/core/lanes.h): they never need the interpreter's lock. In the arena they fill LOADING slots,
+publish and count those that are as they should be, and wake who waits (reading/core/publish.h). Everything else is for
+the pager's main thread, which begins loads and takes finished ones.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from hotset.runtime.expert_slots import SLOT_ALIGNMENT
-from hotset.shm.layout import PrefetchSource, WeightFormat
+from hotset.shm.layout import PrefetchSource
+from hotset.shm.segment import Segment
 from hotset.workers.expert_store import ExpertReadError, ExpertStore
 from hotset.workers.reading import _core
 
@@ -31,10 +32,24 @@ class Load:
         warm_start: nobody had asked for it when it was begun.
         source: of a prefetch; it stays when somebody comes to wait for it.
         began: when it was begun, or became urgent; monotonic nanoseconds.
-        from_disk: the page cache did not have all of it.
+        published: readers may have it.
         cancelled: a prefetch that was given up, its slot half-filled.
-        error: why the expert cannot be had; otherwise `checksum` and `weight_format` are those of its bytes.
+        error: why the expert cannot be had.
     """
+
+    __slots__ = (
+        "attempts_left",
+        "began",
+        "cancelled",
+        "error",
+        "expert",
+        "finished",
+        "published",
+        "slot",
+        "source",
+        "urgent",
+        "warm_start",
+    )
 
     def __init__(
         self,
@@ -51,11 +66,9 @@ class Load:
         self.warm_start = warm_start
         self.source = source
         self.began = time.monotonic_ns()
-        self.from_disk = False
-        self.checksum = 0
-        self.weight_format = WeightFormat.FLOAT32
-        self.error: ExpertReadError | None = None
+        self.published = False
         self.cancelled = False
+        self.error: ExpertReadError | None = None
         self.finished = False
         self.attempts_left = ATTEMPTS
 
@@ -63,29 +76,56 @@ class Load:
 class ReadLanes:
     """`count` threads that share the chunks of all loads; an expert is loaded once at a time.
 
+    Args:
+        store: where the experts are.
+        slots: the bytes of the slots, by their numbers.
+        count: of the threads.
+        segment: the arena in which loads are published, and counted in the row of `process`; None if `slots` are not
+            those of an arena.
+
     Attributes:
-        fd: readable while there are finished loads.
+        fd: readable while there are finished loads to be told of.
     """
 
-    def __init__(self, store: ExpertStore, slots: Sequence[npt.NDArray[np.uint8]], count: int) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        slots: Sequence[npt.NDArray[np.uint8]],
+        count: int,
+        segment: Segment | None = None,
+        process: int = 0,
+    ) -> None:
         self.count = count
         self._store = store
-        self._slots = slots
-        self._lanes = _core.Lanes(slots, count, SLOT_ALIGNMENT if store.direct else 0)
+        memory = None if segment is None else segment.memory
+        self._lanes = _core.Lanes(slots, count, SLOT_ALIGNMENT if store.direct else 0, memory, process)
         self._loads: dict[int, Load] = {}
         self._unopened: list[Load] = []  # whose files cannot be opened
+        self._tells_of_all = False
         self.fd = self._lanes.fd
 
     def begin(self, load: Load) -> None:
+        store, expert = self._store, load.expert
         try:
-            pieces, transposed = self._store.pieces(load.expert)
+            pieces, transposed = store.pieces(expert)
         except ExpertReadError as problem:
             if not self._again(load, problem):
                 self._unopened.append(load)
                 os.eventfd_write(self.fd, 1)
             return
-        self._loads[load.expert] = load
-        self._lanes.begin(load.expert, load.slot, pieces, transposed, load.urgent)
+        self._loads[expert] = load
+        self._lanes.begin(
+            expert,
+            load.slot,
+            pieces,
+            transposed,
+            load.urgent,
+            load.began,
+            store.checksum(expert),
+            store.weight_format(expert),
+            load.source,
+            load.warm_start,
+        )
 
     def promote(self, load: Load) -> bool:
         """Somebody waits for what was a prefetch; False if that was given up already."""
@@ -101,21 +141,30 @@ class ReadLanes:
         """Gives a prefetch up; it is finished as soon as no lane writes to its slot."""
         self._lanes.cancel(load.expert)
 
+    def tell_of_all(self, all_of_them: bool) -> None:
+        """Whether `fd` tells of every finished load. Else it leaves out those that were published while there are more
+        urgent ones under way: it is soon enough to take them when something else is to be done."""
+        if all_of_them != self._tells_of_all:
+            self._tells_of_all = all_of_them
+            self._lanes.tell_of_all(all_of_them)
+
     def take_finished(self) -> list[Load]:
         finished = [load for row in self._lanes.take_finished() if (load := self._end(*row)) is not None]
-        unopened, self._unopened = self._unopened, []
-        return finished + unopened
+        if self._unopened:
+            finished += self._unopened
+            self._unopened = []
+        return finished
 
     def close(self) -> None:
         """Returns when no lane writes to any slot any more; loads that were not finished are dropped."""
         self._lanes.close()
 
     def _end(
-        self, expert: int, checksum: int, from_disk: bool, cancelled: bool, error: int, error_fd: int, offset: int
+        self, expert: int, published: bool, checksum: int, cancelled: bool, error: int, error_fd: int, offset: int
     ) -> Load | None:
         """All chunks were read, or one cannot be, or it was given up. None if it is read over."""
         load = self._loads.pop(expert)
-        load.from_disk |= from_disk
+        load.published = published
         load.cancelled = cancelled
         try:
             if not cancelled:
@@ -137,9 +186,8 @@ class ReadLanes:
         return False
 
     def _verify(self, load: Load, checksum: int, error: int, error_fd: int, offset: int) -> None:
+        """Of what is published, the checksum is right, or defined by this read."""
         if error:
             problem = "the file ends there" if error == _core.END_OF_FILE else os.strerror(error)
             raise self._store.error(load.expert, error_fd, offset, problem)
-        if (nbytes := self._store.nbytes(load.expert)) <= _core.SHORT:
-            checksum = xxhash.xxh3_64_intdigest(memoryview(self._slots[load.slot])[:nbytes])
-        load.checksum, load.weight_format = self._store.verify(load.expert, checksum)
+        self._store.verify(load.expert, checksum)

@@ -16,7 +16,8 @@ from hotset.workers.eviction.policy import Eviction
 
 class Slots:
     """Mirrors the slot words, of which this process is the only writer: `_expert_in_slot` (-1: none that is resident)
-    and `_empty` (of each class). A slot that was taken is in neither until its load is published, or it is freed.
+    and `_empty` (of each class). A slot that was taken is in neither until the main thread knows that its load was
+    published, or it is freed: until then it is its lane's.
 
     Args:
         arena: of the instance, recovered.

@@ -52,9 +52,9 @@ static inline const char *dtype_name(const Py_buffer *view) {
 static inline int take_array(PyObject *object, const char *name, const struct array_kind *kind, int writable, int ndim,
                              const Py_ssize_t *shape, Py_buffer *view) {
     char expected[96], given[96];
-    describe_shape(expected, sizeof expected, ndim, shape);
     if (PyObject_GetBuffer(object, view, PyBUF_STRIDES | PyBUF_FORMAT) < 0) {
         PyErr_Clear();
+        describe_shape(expected, sizeof expected, ndim, shape);
         PyObject *type = PyType_GetName(Py_TYPE(object));
         PyErr_Format(PyExc_TypeError, "%s is a %U, expected a %s array of shape %s", name, type, kind->dtype, expected);
         Py_XDECREF(type);
@@ -68,15 +68,18 @@ static inline int take_array(PyObject *object, const char *name, const struct ar
     int fits = view->ndim == ndim;
     for (int i = 0; fits && i < ndim; i++) fits = shape[i] == ANY_LENGTH || view->shape[i] == shape[i];
     if (!fits) {
+        describe_shape(expected, sizeof expected, ndim, shape);
         describe_shape(given, sizeof given, view->ndim, view->shape);
         PyErr_Format(PyExc_ValueError, "%s has shape %s, expected %s", name, given, expected);
         goto refused;
     }
     if (!PyBuffer_IsContiguous(view, 'C')) {
+        describe_shape(expected, sizeof expected, ndim, shape);
         PyErr_Format(PyExc_ValueError, "%s is not contiguous, expected a C-contiguous array of shape %s", name, expected);
         goto refused;
     }
     if (writable && view->readonly) {
+        describe_shape(expected, sizeof expected, ndim, shape);
         PyErr_Format(PyExc_ValueError, "%s is read-only, expected a writable array of shape %s", name, expected);
         goto refused;
     }

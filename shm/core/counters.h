@@ -15,9 +15,32 @@ enum counter {
     COUNTER_LOST_MASS_Q32 = 6,
     COUNTER_ROUTING_NANOSECONDS = 7,
     COUNTER_ROUTING_MAX_NANOSECONDS = 8,
+    COUNTER_URGENT_PAGE_INS = 32,
+    COUNTER_PREFETCH_PAGE_INS = 33,
+    COUNTER_BYTES_READ = 37,
     COUNTER_PAGING_NANOSECONDS = 38,
     COUNTER_PAGING_MAX_NANOSECONDS = 39,
+    COUNTER_WARM_PAGE_INS = 41,
+    COUNTER_PAGE_CACHE_PAGE_INS = 42,
+    COUNTER_DISK_PAGE_INS = 43,
 };
+
+#define PREFETCH_OF_SOURCE 64u
+#define PREFETCH_SOURCES ((ARENA_COUNTERS - PREFETCH_OF_SOURCE) / PREFETCH_COUNTS) /* that a row has room for */
+
+/* What is counted of each source of prefetches. */
+enum prefetch_count {
+    PREFETCH_COUNT_REQUESTS = 0,
+    PREFETCH_COUNT_PAGE_INS = 1,
+    PREFETCH_COUNT_HITS = 2,
+    PREFETCH_COUNT_LATE_HITS = 3,
+    PREFETCH_COUNTS = 4
+};
+
+/* Index in a process's row. */
+static inline enum counter prefetch_counter(uint16_t source, enum prefetch_count count) {
+    return (enum counter)(PREFETCH_OF_SOURCE + PREFETCH_COUNTS * source + count);
+}
 
 static inline atomic_u64 *counter_row(const struct arena *arena, uint32_t process) {
     return arena->counters + (size_t)process * ARENA_COUNTERS;

@@ -1,6 +1,6 @@
 /* Which experts are in memory, and the protocol that keeps one from being overwritten while it is used.
  *
- * Slot word [generation 32 | expert 24 | state 8], written by the pager alone:
+ * Slot word [generation 32 | expert 24 | state 8], written by the pager alone, and there by one thread at a time (R5):
  *
  *     EMPTY -> LOADING -> RESIDENT -> EVICTING -> LOADING ...      (an EVICTING slot that is pinned: back to RESIDENT)
  *
@@ -14,6 +14,11 @@
  *       stored, so at every instant a wanted expert has its bit set, or is LOADING, or is RESIDENT. Clearing the
  *       bit before LOADING, or for a prefetch, which may be given up, loses a request (tests/race explores both).
  *   R4  Masks and directory are derived from the slot words and rebuilt from them when the pager restarts.
+ *   R5  A LOADING slot belongs to the pager's read lanes: the lane that ends the load calls load_publish(), which also
+ *       writes the expert's mask bits. All other slot words, and the directory, are the main thread's. The lanes' lock
+ *       hands the slot over: to them when the load is begun, back when its end is taken note of. Under it the lane
+ *       decides and publishes in one, so that no load is published of which the main thread has been promised that it
+ *       will not be (a prefetch that was given up), or that was read wrong (workers/reading/core/publish.h).
  *
  * Experts are named by `id` = layer * num_experts + expert throughout. */
 #ifndef HOTSET_RESIDENCY_H
@@ -113,7 +118,7 @@ static inline int is_pinned(const struct arena *arena, uint32_t id) {
 
 /* Rule 6: RESIDENT -> EVICTING if nobody pins the slot's expert; 0 (and RESIDENT again) if somebody does. */
 static inline int evict_begin(const struct arena *arena, uint32_t slot) {
-    uint64_t word = load_relaxed(&arena->slot_words[slot]); /* relaxed: the pager is the only writer */
+    uint64_t word = load_relaxed(&arena->slot_words[slot]); /* relaxed: the caller is the only writer, see R5 */
     uint32_t id = slot_word_expert(word), generation = slot_word_generation(word);
     if (slot_word_state(word) != SLOT_RESIDENT) return 0;
     mask_put(arena, arena->resident_mask, id, 0); /* first, so that routers stop preferring it */
@@ -163,7 +168,7 @@ static inline void prefetch_begin(const struct arena *arena, uint32_t slot, uint
 /* Rule 5: everything about a loaded slot is written before RESIDENT (release), which is what readers look at. */
 static inline void load_publish(const struct arena *arena, uint32_t slot, uint64_t checksum, uint32_t nbytes,
                                 uint16_t format, uint16_t source) {
-    uint64_t word = load_relaxed(&arena->slot_words[slot]);
+    uint64_t word = load_relaxed(&arena->slot_words[slot]); /* relaxed: the lock of R5 comes after LOADING was stored */
     uint32_t id = slot_word_expert(word);
     arena->slot_info[slot] = (struct slot_info){checksum, nbytes, format, source};
     if (source) mask_put(arena, arena->prefetched_mask, id, 1);

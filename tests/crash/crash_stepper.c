@@ -1,4 +1,4 @@
-/* Kills an operation on the arena after every one of its instructions, recovers, and checks the invariants R1 to R4
+/* Kills an operation on the arena after every one of its instructions, recovers, and checks the invariants R1 to R5
  * of residency.h and A1 of affinity.h. A pager's recovery is killed in turn, wherever it changed the arena.
  *
  *     crash_stepper IMAGE OPERATION          kills after each instruction that changed the arena: what a killed
@@ -14,6 +14,7 @@
 #include "affinity.h"
 #include "arena_image.h"
 #include "futex.h"
+#include "publish.h"
 #include "residency.h"
 
 #include <signal.h>
@@ -103,6 +104,71 @@ static void pager_gives_way(void) {
     load(2, AWAITED, 0);
 }
 
+/* A load as its lane ends it, all bytes read or given up; the lanes have no threads, the process is the lane. */
+static struct lanes lanes = {.arena = &arena, .lock = PTHREAD_MUTEX_INITIALIZER};
+
+static struct load whole(uint32_t slot, uint32_t id) {
+    return (struct load){.id = id, .slot_number = slot, .nbytes = SLOT_WORDS * 8, .urgent = true,
+                         .checksum = weights_of(id), .is_known = true, .expected = weights_of(id)};
+}
+
+static void lane_ends(struct load *load) {
+    bool tell;
+    pthread_mutex_lock(&lanes.lock);
+    atomic_u32 *generation = lanes_finish(&lanes, load, &tell);
+    pthread_mutex_unlock(&lanes.lock);
+    if (generation) futex_bump_and_wake(generation);
+}
+
+/* The main thread is in the middle of something else. */
+static void pager_lane_publishes(void) {
+    if (!evict_begin(&arena, 0)) return;
+    load_begin(&arena, 0, AWAITED);
+    read_from_disk(0, AWAITED);
+    if (!evict_begin(&arena, 2)) return;
+    struct load load = whole(0, AWAITED);
+    lane_ends(&load);
+    load_begin(&arena, 2, UNWANTED);
+}
+
+/* A prefetch that somebody came to wait for counts as theirs. */
+static void pager_lane_publishes_what_was_overtaken(void) {
+    if (!evict_begin(&arena, 2)) return;
+    prefetch_begin(&arena, 2, AWAITED);
+    mask_put(&arena, arena.urgent_mask, AWAITED, 0);
+    read_from_disk(2, AWAITED);
+    struct load load = whole(2, AWAITED);
+    load.source = 1;
+    lane_ends(&load);
+}
+
+static void pager_lane_ends_what_was_given_up(void) {
+    if (!evict_begin(&arena, 2)) return;
+    prefetch_begin(&arena, 2, PREFETCHED);
+    slot_bytes(&arena, 2)[0] = weights_of(PREFETCHED);
+    struct load load = whole(2, PREFETCHED);
+    load.urgent = false;
+    load.cancelled = true;
+    lane_ends(&load);
+    slot_release(&arena, 2);
+    load_begin(&arena, 2, AWAITED);
+    read_from_disk(2, AWAITED);
+    load = whole(2, AWAITED);
+    lane_ends(&load);
+}
+
+static void pager_lane_read_something_else(void) { /* than what was packed: it is tried again */
+    if (!evict_begin(&arena, 0)) return;
+    load_begin(&arena, 0, AWAITED);
+    slot_bytes(&arena, 0)[0] = weights_of(AWAITED);
+    struct load load = whole(0, AWAITED);
+    load.checksum ^= 1;
+    lane_ends(&load);
+    read_from_disk(0, AWAITED);
+    load = whole(0, AWAITED);
+    lane_ends(&load);
+}
+
 static void pager_is_overtaken(void) { /* what it prefetches is wanted meanwhile: the load goes on, for the waiter */
     if (!evict_begin(&arena, 2)) return;
     prefetch_begin(&arena, 2, PREFETCHED);
@@ -179,6 +245,16 @@ static void planted_reads_into_an_evicting_slot(void) {
     load_publish(&arena, 0, weights_of(AWAITED), SLOT_WORDS * 8, 0, 0);
 }
 
+static void planted_lane_publishes_what_was_given_up(void) {
+    if (!evict_begin(&arena, 2)) return;
+    prefetch_begin(&arena, 2, PREFETCHED);
+    slot_bytes(&arena, 2)[0] = weights_of(PREFETCHED);
+    struct load load = whole(2, PREFETCHED);
+    load.urgent = false;
+    load.cancelled = true;
+    lanes_publish(&lanes, &load);
+}
+
 static void planted_drops_an_overtaken_prefetch(void) { /* the waiter's bit is cleared for a load that is given up */
     if (!evict_begin(&arena, 2)) return;
     prefetch_begin(&arena, 2, AWAITED);
@@ -226,6 +302,10 @@ static const struct operation {
     {"pager-loads-two-at-once", PAGER, NULL, pager_loads_two_at_once},
     {"pager-gives-way", PAGER, NULL, pager_gives_way},
     {"pager-is-overtaken", PAGER, NULL, pager_is_overtaken},
+    {"pager-lane-publishes", PAGER, NULL, pager_lane_publishes},
+    {"pager-lane-publishes-what-was-overtaken", PAGER, NULL, pager_lane_publishes_what_was_overtaken},
+    {"pager-lane-ends-what-was-given-up", PAGER, NULL, pager_lane_ends_what_was_given_up},
+    {"pager-lane-read-something-else", PAGER, NULL, pager_lane_read_something_else},
     {"pager-pages-out", PAGER, NULL, pager_pages_out},
     {"pager-gives-up", PAGER, NULL, pager_gives_up},
     {"pager-withdraws", PAGER, scene_with_requests_of_what_is_there, pager_withdraws},
@@ -236,6 +316,7 @@ static const struct operation {
     {"planted-reads-into-an-evicting-slot", PAGER, NULL, planted_reads_into_an_evicting_slot},
     {"planted-recovery-frees-before-it-requests", PAGER, scene_after_a_kill, planted_recovery_frees_before_it_requests},
     {"planted-drops-an-overtaken-prefetch", PAGER, NULL, planted_drops_an_overtaken_prefetch},
+    {"planted-lane-publishes-what-was-given-up", PAGER, NULL, planted_lane_publishes_what_was_given_up},
     {"planted-gives-up-silently", PAGER, NULL, planted_gives_up_silently},
     {"planted-activation-in-two-stores", WORKER, NULL, planted_activation_in_two_stores},
 };

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from race.native import compile_program, write_arena_image
+from race.native import ROOT, compile_program, write_arena_image
 
 from hotset.shm.geometry import Geometry, SlotClass
 
@@ -26,7 +26,11 @@ NOT_PERMITTED = 77
 def stepper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The program and the arena image for it."""
     folder = tmp_path_factory.mktemp("crash")
-    program = compile_program(Path(__file__).parent / "crash_stepper.c", folder / "crash_stepper", "-O2")
+    lanes = f"-I{ROOT / 'workers' / 'reading' / 'core'}"
+    checksum = str(ROOT / "workers" / "reading" / "core" / "xxh3.c")
+    program = compile_program(
+        Path(__file__).parent / "crash_stepper.c", folder / "crash_stepper", "-O2", lanes, checksum
+    )
     return program, write_arena_image(folder / "arena", GEOMETRY)
 
 
@@ -53,6 +57,10 @@ def run(stepper: tuple[Path, Path], operation: str) -> tuple[str, dict[str, int]
         ("pager-loads-two-at-once", 30),
         ("pager-gives-way", 25),
         ("pager-is-overtaken", 20),
+        ("pager-lane-publishes", 30),
+        ("pager-lane-publishes-what-was-overtaken", 20),
+        ("pager-lane-ends-what-was-given-up", 25),
+        ("pager-lane-read-something-else", 20),
         ("pager-pages-out", 5),
         ("pager-gives-up", 10),
         ("pager-withdraws", 3),
@@ -75,6 +83,7 @@ def test_a_kill_at_any_point_is_recovered_from(stepper: tuple[Path, Path], opera
         ("planted-reads-into-an-evicting-slot", "R1: a slot's bytes are not those of its expert"),
         ("planted-recovery-frees-before-it-requests", "R3: a request is lost"),
         ("planted-drops-an-overtaken-prefetch", "R3: a request is lost"),
+        ("planted-lane-publishes-what-was-given-up", "R1: a slot's bytes are not those of its expert"),
         ("planted-gives-up-silently", "R3: a request is lost"),
         ("planted-activation-in-two-stores", "A1: a score is neither with nor without the activation"),
     ],

@@ -6,20 +6,22 @@ Kept in step with the code by hand. Each routine names what it mirrors; all C fu
     request, wait       workers/expert_access.py `_wait`: generation, find again, request_set(), send, futex_wait()
     use, unpin          reading the slot's bytes, pin_clear()
     serve               workers/pager.py `_serve_urgent`, `_serve_prefetch`, `_receive_messages`, `_rescan`
-    evict               workers/pager.py `_take_slot`, evict_begin(), is_pinned()
+    evict               workers/slots.py `take`, evict_begin(), is_pinned()
     load_begin          load_begin(), ReadLanes.begin()
-    read_lane           workers/read_lanes.py: the reading of the bytes, until the load is finished
-    finish              workers/pager.py `_finish_loads`: load_publish() and futex_bump_and_wake(), or slot_release()
-    overtake            workers/pager.py `_overtake`, ReadLanes.promote()
+    read_lane           workers/reading/core/read.h lane_read(), publish.h lanes_finish(): load_publish() and
+                        futex_bump_and_wake() by the lane (R5)
+    finish              workers/loads.py `finish`: nothing to do for what was published, else slot_release()
+    overtake            workers/loads.py `overtake`, ReadLanes.promote()
     cancel              ReadLanes.cancel()
     recover             residency_recover()
     reclaim             Arena.unpin_all() by the coordinator
 
 Left out, because no decision of the protocol depends on them: the residency, loading and prefetched masks (R4),
 checksums. A lane reads one load at a time; that the real ones share a load's chunks changes nothing for the slot,
-which is finished by one of them. What main thread and lanes do under their lock is one step. The slot's bytes are two
-cells, so that a load can be seen half done. A generation is compared for equality only, so it is a flag for
-each worker: something changed since it looked.
+which is finished by one of them. What main thread and lanes do under their lock is one step, but for a lane's decision
+to publish and the slot word: what the main thread could do in between is only more than it can. The slot's bytes are
+two cells, so that a load can be seen half done. A generation is compared for equality only, so it is a flag for each
+worker: something changed since it looked.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 from race.explorer import Await, Cell, Choose, Killable, Load, Next, Result, Routine, Store, Update, Value, explore
 
 EMPTY, LOADING, RESIDENT, EVICTING = "EMPTY", "LOADING", "RESIDENT", "EVICTING"
-URGENT, PREFETCH, CANCELLED = "URGENT", "PREFETCH", "CANCELLED"  # what a load is
+URGENT, PREFETCH, CANCELLED, PUBLISHED = "URGENT", "PREFETCH", "CANCELLED", "PUBLISHED"  # what a load is
 NOBODY = -1
 
 Memory = Callable[[Cell], Value]
@@ -48,6 +50,10 @@ class Variant(NamedTuple):
     prefetch_clears_urgent_bit: bool = False
     overtake_what_was_cancelled: bool = False
     free_slot_before_the_lane_stops: bool = False
+    publish_what_was_cancelled: bool = False
+    decide_before_the_lock: bool = False
+    publish_without_wake: bool = False
+    finish_before_resident: bool = False
 
 
 AS_BUILT = Variant()
@@ -220,7 +226,7 @@ class Residency:
 
     def overtake(self, expert: int, lane: int) -> Routine:
         def promote(kind: str) -> str:
-            return kind if kind == CANCELLED else URGENT
+            return URGENT if kind == PREFETCH else kind
 
         kind = yield Update(("kind", lane), promote)
         if kind != CANCELLED or self.variant.overtake_what_was_cancelled:
@@ -235,8 +241,9 @@ class Residency:
 
         lane = yield Choose(prefetches)
         if lane != NOBODY:
-            yield Store(("kind", lane), CANCELLED)
-            if self.variant.free_slot_before_the_lane_stops:
+            # It may be finished by now.
+            kind = yield Update(("kind", lane), lambda kind: CANCELLED if kind == PREFETCH else kind)
+            if kind == PREFETCH and self.variant.free_slot_before_the_lane_stops:
                 slot, expert, _ = yield Load(("job", lane))
                 yield Store(("directory", expert), NOBODY)
                 yield Store(("slot", slot), (NOBODY, EMPTY))
@@ -288,19 +295,27 @@ class Residency:
 
         (slot, expert, _) = yield Choose(unfinished)
         yield Store(("first", slot), expert)
-        if (yield Load(("kind", lane))) != CANCELLED:
+        kind = yield Load(("kind", lane))
+        if kind != CANCELLED:
             yield Store(("second", slot), expert)
-        yield Store(("job", lane), (slot, expert, True))
+        if not self.variant.decide_before_the_lock:
+            kind = yield Update(("kind", lane), lambda kind: kind if kind == CANCELLED else PUBLISHED)
+        finished = ("job", lane), (slot, expert, True)
+        if kind != CANCELLED or self.variant.publish_what_was_cancelled:
+            if self.variant.finish_before_resident:
+                yield Store(*finished)
+            # One step: the lock is held, and only the main thread looks at the job.
+            yield Store(("slot", slot), (expert, RESIDENT), also=finished)
+            if not self.variant.publish_without_wake:
+                yield from self.wake(expert)
+        else:
+            yield Store(*finished)
         return self.read_lane, lane
 
     def finish(self, expert: int, lane: int, slot: int, kind: str) -> Routine:
-        if kind == CANCELLED:
-            if not self.variant.free_slot_before_the_lane_stops:
-                yield Store(("directory", expert), NOBODY)
-                yield Store(("slot", slot), (NOBODY, EMPTY))
-        else:
-            yield Store(("slot", slot), (expert, RESIDENT))
-            yield from self.wake(expert)
+        if kind == CANCELLED and not self.variant.free_slot_before_the_lane_stops:
+            yield Store(("directory", expert), NOBODY)
+            yield Store(("slot", slot), (NOBODY, EMPTY))
         yield Store(("job", lane), None)
         return (self.serve,)
 

@@ -22,7 +22,7 @@ TWO_LOADS_AND_DIE = Scenario(
 OVERTAKE = Scenario(wants=((0,), (0,)), resident=(1, 2, 3), prefetches=(0,))  # a prefetch, and then it is wanted
 GIVE_WAY = Scenario(wants=((0,), (4,)), resident=(1, 2, 3), prefetches=(4,), queue_length=0)  # it is in the way
 GIVE_WAY_AND_DIE = GIVE_WAY._replace(wants=((0, 4),), kills_of_pager=1, timeout=True)
-GIVE_SLOT = Scenario(wants=((0,), (2,)), resident=(1, 2), lanes=2, prefetches=(4,), queue_length=0)
+GIVE_SLOT = Scenario(wants=((0, 2),), resident=(1, 2), lanes=2, prefetches=(4,), queue_length=0)
 SCENARIOS = {
     "two-lanes": TWO_LANES,
     "two-loads-and-die": TWO_LOADS_AND_DIE,
@@ -64,6 +64,10 @@ LEFT_BEHIND = "somebody waits for ever"
         ("prefetch_clears_urgent_bit", GIVE_WAY, LOST_REQUEST),
         ("overtake_what_was_cancelled", GIVE_WAY, LOST_REQUEST),
         ("free_slot_before_the_lane_stops", GIVE_SLOT, OVERWRITTEN),
+        ("publish_what_was_cancelled", GIVE_WAY_AND_DIE, OVERWRITTEN),
+        ("decide_before_the_lock", GIVE_WAY_AND_DIE, WRONG_WEIGHTS),
+        ("publish_without_wake", OVERTAKE, LEFT_BEHIND),
+        ("finish_before_resident", TWO_LANES, LEFT_BEHIND),
     ],
 )
 def test_a_planted_mistake_is_found(mistake: str, scenario: Scenario, message: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotset.shm import _core
-from hotset.shm.counters import Counter, Histogram
+from hotset.shm.counters import Counter, Histogram, PrefetchCount, prefetch_counter
 from hotset.shm.geometry import CACHE_LINE, PAGE, Geometry, SlotClass
 from hotset.shm.layout import (
     COUNTERS_PER_PROCESS,
@@ -27,6 +27,7 @@ from hotset.shm.layout import (
     SLOT_INFO,
     STATE_OFFSET,
     Layout,
+    PrefetchSource,
     Section,
 )
 
@@ -85,6 +86,15 @@ def test_counters_have_the_numbers_of_the_c_enumeration() -> None:
     assert len(numbers) >= 10
     for name, number in numbers:
         assert Counter[name] == int(number)
+
+
+def test_counters_of_prefetch_sources_have_the_numbers_of_the_c_core() -> None:
+    header = (CORE / "counters.h").read_text()
+    numbers = dict(re.findall(r"PREFETCH_COUNT_(\w+) = (\d+),", header))
+    assert {name: int(number) for name, number in numbers.items()} == {count.name: count for count in PrefetchCount}
+    assert f"PREFETCH_COUNTS = {len(PrefetchCount)}\n" in header
+    assert f"#define PREFETCH_OF_SOURCE {prefetch_counter(PrefetchSource.NONE, PrefetchCount.REQUESTS)}u\n" in header
+    assert max(prefetch_counter(source, PrefetchCount.LATE_HITS) for source in PrefetchSource) < COUNTERS_PER_PROCESS
 
 
 @given(geometries)

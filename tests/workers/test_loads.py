@@ -2,54 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import xxhash
 
 from hotset.shm.counters import Counter
 from hotset.shm.geometry import Geometry, SlotClass
-from hotset.shm.layout import COUNTERS_PER_PROCESS, SlotState
+from hotset.shm.layout import COUNTERS_PER_PROCESS, SlotState, WeightFormat
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
 from hotset.workers.loads import Loads
-from hotset.workers.read_lanes import Load
+from hotset.workers.read_lanes import ReadLanes
 from hotset.workers.slots import Slots
 
 PAGER = 1
 
 
-class PlayedLanes:
-    """Loads end when the test says so."""
+class PlayedLanes(ReadLanes):
+    """Loads end when the test says so: it is the lane."""
 
-    def __init__(self) -> None:
-        self.begun: list[Load] = []
-        self._finished: list[Load] = []
-
-    def begin(self, load: Load) -> None:
-        self.begun.append(load)
-
-    def promote(self, load: Load) -> bool:
-        load.urgent |= not load.cancelled and not load.finished
-        return not load.cancelled
-
-    def cancel(self, load: Load) -> None:
-        if not load.urgent and not load.finished:
-            load.cancelled = True
-            self.end(load)
-
-    def end(self, load: Load) -> None:
-        load.finished = True
-        self._finished.append(load)
-
-    def take_finished(self) -> list[Load]:
-        finished, self._finished = self._finished, []
-        return finished
+    def end(self) -> None:
+        """All loads that were begun."""
+        while (run := self._lanes.take()) is not None:
+            self._lanes.read(*run)
 
 
 class Store:
-    def nbytes(self, expert: int) -> int:
-        return 64
+    """Every expert is the same 64 bytes."""
+
+    direct = False
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def pieces(self, expert: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        return np.array([(0, self._file, 0, 0, 64)], np.int64), np.empty((0, 4), np.int64)
+
+    def checksum(self, expert: int) -> int | None:
+        return None
+
+    def weight_format(self, expert: int) -> WeightFormat:
+        return WeightFormat.BFLOAT16
+
+    def verify(self, expert: int, checksum: int) -> None:
+        assert checksum == xxhash.xxh3_64_intdigest(bytes(64))
 
 
 class Played:
@@ -62,24 +63,25 @@ class Played:
         self.slots = Slots(
             self.arena, PAGER, geometry, dict.fromkeys(range(8), 0), Eviction("lru", self.segment, PAGER)
         )
-        self.lanes = PlayedLanes()
+        self.file = os.memfd_create("weights")
+        os.write(self.file, bytes(64))
+        store: Any = Store(self.file)
+        self.lanes = PlayedLanes(store, self.segment.slots(), 0, self.segment, PAGER)
         self.given_up: list[int] = []
         self.loads = Loads(
             self.arena,
             PAGER,
             8,
-            Store(),  # type: ignore[arg-type]
-            self.lanes,  # type: ignore[arg-type]
+            self.lanes,
             self.slots,
             on_failure=lambda error: None,
             on_give_up=self.given_up.append,
         )
 
-    def begin(self, expert: int, *, warm_start: bool = False) -> Load:
+    def begin(self, expert: int, *, warm_start: bool = False) -> None:
         slot = self.slots.take_empty(expert)
         assert slot is not None
         self.loads.begin(expert, slot, urgent=False, warm_start=warm_start)
-        return self.lanes.begun[-1]
 
     def states(self) -> list[int]:
         return [self.arena.slot(slot)[2] for slot in range(4)]
@@ -94,6 +96,8 @@ class Played:
 def played() -> Iterator[Played]:
     played = Played()
     yield played
+    played.lanes.close()
+    os.close(played.file)
     played.segment.close()
 
 
@@ -116,14 +120,15 @@ def test_what_is_paged_out_while_it_is_read_does_not_come(played: Played, warm_s
     assert played.states() == [SlotState.EMPTY] * 4
     assert 3 not in played.loads
     # The next one of the same expert has nothing to do with it.
-    played.lanes.end(played.begin(3, warm_start=warm_start))
+    played.begin(3, warm_start=warm_start)
+    played.lanes.end()
     played.loads.finish()
     assert played.arena.find(3) >= 0
 
 
 def test_what_is_paged_out_when_it_has_just_been_read_goes_again(played: Played) -> None:
-    load = played.begin(3)
-    played.lanes.end(load)
+    played.begin(3)
+    played.lanes.end()
     assert played.loads.page_out(3)
     played.loads.finish()
     assert played.arena.find(3) < 0
@@ -132,13 +137,13 @@ def test_what_is_paged_out_when_it_has_just_been_read_goes_again(played: Played)
 
 
 def test_what_somebody_waits_for_is_not_paged_out(played: Played) -> None:
-    load = played.begin(3)
+    played.begin(3)
     assert played.arena.request_urgent(3)
     assert played.loads.overtake(3)
     assert not played.arena.requested(3, True)
     assert not played.loads.is_disk_idle()
     played.loads.page_out(3)
-    played.lanes.end(load)
+    played.lanes.end()
     played.loads.finish()
     assert played.arena.find(3) >= 0
     assert played.loads.is_disk_idle()

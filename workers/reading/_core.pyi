@@ -4,27 +4,50 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
-SHORT: int  # bytes up to which a load comes without a checksum
 END_OF_FILE: int  # in the place of an errno
 
 class Lanes:
-    """`count` threads; with none, whoever calls `take` and `read` is the lane. `direct_alignment`: if by O_DIRECT."""
+    """`count` threads; with none, whoever calls `take` and `read` is the lane. `direct_alignment`: if by O_DIRECT.
+    `memory`: the arena of the slots, in which the lanes publish what they have read, on behalf of `process`."""
 
-    def __init__(self, slots: Sequence[npt.NDArray[np.uint8]], count: int, direct_alignment: int = 0) -> None: ...
+    def __init__(
+        self,
+        slots: Sequence[npt.NDArray[np.uint8]],
+        count: int,
+        direct_alignment: int = 0,
+        memory: Buffer | None = None,
+        process: int = 0,
+    ) -> None: ...
     @property
     def fd(self) -> int: ...
     def begin(
-        self, id: int, slot: int, pieces: npt.NDArray[np.int64], transposed: npt.NDArray[np.int64], urgent: bool, /
+        self,
+        id: int,
+        slot: int,
+        pieces: npt.NDArray[np.int64],
+        transposed: npt.NDArray[np.int64],
+        urgent: bool,
+        began: int,
+        expected: int | None,
+        format: int,
+        source: int,
+        warm_start: bool,
+        /,
     ) -> None:
         """`pieces`: (number of its chunk, file descriptor, offset there, start in the slot, bytes); those of a chunk
         follow one another in the file. `transposed`: (start in the slot, rows, columns, bytes of a value), as the file
-        has the matrix."""
+        has the matrix. `expected`: its checksum, if it is known. The rest is for who publishes it: core/load.h."""
 
     def promote(self, id: int, /) -> bool: ...
     def cancel(self, id: int, /) -> None: ...
-    def take_finished(self) -> list[tuple[int, int, bool, bool, int, int, int]]:
-        """(id, checksum, whether the disk had to be read, cancelled, error, its file descriptor, its offset)."""
+    def tell_of_all(self, all: bool, /) -> None:
+        """Whether `fd` tells of every finished load; else it leaves out those that were published while there are more
+        urgent ones to come."""
+
+    def take_finished(self) -> list[tuple[int, bool, int, bool, int, int, int]]:
+        """(id, published, checksum, cancelled, error, its file descriptor, its offset)."""
 
     def close(self) -> None: ...
     def take(self) -> tuple[int, int] | None: ...

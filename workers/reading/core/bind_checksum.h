@@ -4,7 +4,7 @@
 
 #include "bind_load.h"
 
-/* xxh3_64(data, instruction_set) of more than XXH3_SHORT bytes. */
+/* xxh3_64(data, instruction_set), of a byte or more. */
 static PyObject *py_xxh3_64(PyObject *self, PyObject *args) {
     (void)self;
     PyObject *array;
@@ -14,7 +14,7 @@ static PyObject *py_xxh3_64(PyObject *self, PyObject *args) {
         !take_array(array, "data", &BYTES, 0, 1, (Py_ssize_t[]){ANY_LENGTH}, &data))
         return NULL;
     PyObject *checksum = NULL;
-    for (size_t i = 0; i < xxh3_kernel_count && data.len > XXH3_SHORT; i++) {
+    for (size_t i = 0; i < xxh3_kernel_count && data.len; i++) {
         if (strcmp(xxh3_kernels[i].name, name) != 0 || !xxh3_kernels[i].supported()) continue;
         struct xxh3 sums;
         xxh3_begin(&sums);

@@ -8,7 +8,8 @@ typedef struct {
     PyObject_HEAD
     int open;
     struct lanes lanes;
-    Py_buffer *slots;
+    struct arena arena; /* of `memory`, if there is any */
+    Py_buffer memory, *slots;
     Py_ssize_t num_slots;
 } LanesObject;
 
@@ -26,6 +27,20 @@ static void close_lanes(LanesObject *object) {
     Py_END_ALLOW_THREADS
     while (object->num_slots) PyBuffer_Release(&object->slots[--object->num_slots]);
     free(object->slots);
+    if (object->lanes.arena) PyBuffer_Release(&object->memory);
+}
+
+/* Attaches the arena in which the loads are published; 0 with an exception. */
+static int take_arena(LanesObject *object, PyObject *memory, unsigned process) {
+    if (PyObject_GetBuffer(memory, &object->memory, PyBUF_WRITABLE) < 0) return 0;
+    const char *problem = arena_attach(&object->arena, object->memory.buf, (uint64_t)object->memory.len);
+    if (problem) PyErr_Format(PyExc_ValueError, "the memory %s", problem);
+    else if (process >= object->arena.num_processes)
+        PyErr_Format(PyExc_IndexError, "process is %u, expected 0 <= process < %u", process, object->arena.num_processes);
+    if (PyErr_Occurred()) return PyBuffer_Release(&object->memory), 0;
+    object->lanes.arena = &object->arena;
+    object->lanes.process = process;
+    return 1;
 }
 
 static int take_slots(LanesObject *object, PyObject *slots) {
@@ -46,13 +61,15 @@ static int take_slots(LanesObject *object, PyObject *slots) {
 
 static int lanes_type_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     LanesObject *object = (LanesObject *)self;
-    static char *names[] = {"slots", "count", "direct_alignment", NULL};
-    PyObject *slots;
-    unsigned count, alignment = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OI|I", names, &slots, &count, &alignment)) return -1;
+    static char *names[] = {"slots", "count", "direct_alignment", "memory", "process", NULL};
+    PyObject *slots, *memory = Py_None;
+    unsigned count, alignment = 0, process = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OI|IOI", names, &slots, &count, &alignment, &memory, &process))
+        return -1;
     if (object->open) return PyErr_SetString(PyExc_ValueError, "the lanes are open already"), -1;
     object->lanes = (struct lanes){.direct = alignment > 0, .alignment = alignment, .hash = xxh3_best()};
     atomic_init(&object->lanes.asks_page_cache, !alignment);
+    if (memory != Py_None && !take_arena(object, memory, process)) return -1;
     int error = lanes_start(&object->lanes, count);
     object->open = 1;
     if (error) errno = error, PyErr_SetFromErrno(PyExc_OSError);

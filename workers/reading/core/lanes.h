@@ -6,11 +6,16 @@
  * A prefetch is read by one lane, and only while no urgent load is under way: what an urgent load may find before it is
  * at most one lane at one run of chunks.
  *
- * One lock guards all of it; it is held for some looks at the few loads under way, never while reading or hashing. */
+ * One lock guards all of it; it is held for some looks at the few loads under way, never while reading or hashing. It
+ * also hands the slot over, word and bytes: from the main thread that begins a load to the lanes, and back to it when it
+ * takes the finished load. */
 #ifndef HOTSET_LANES_H
 #define HOTSET_LANES_H
 
+#include "futex.h"
+#include "histogram.h"
 #include "load.h"
+#include "residency.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -28,7 +33,10 @@ struct lanes {
     uint64_t alignment;            /* of direct reads */
     atomic_bool asks_page_cache;   /* a hint, relaxed: not once a file system was found that cannot say */
     const struct xxh3_kernel *hash;
-    int finished_fd; /* an eventfd: readable while there may be finished loads */
+    const struct arena *arena; /* whose slots they fill; with none, nothing is published */
+    uint32_t process;          /* the pager's row of counters */
+    bool tells_all;            /* the main thread has use for every lane and slot that comes free */
+    int finished_fd; /* an eventfd: readable while there are finished loads that the main thread has to know of */
     pthread_t *threads;
     size_t num_threads;
 };
@@ -64,6 +72,24 @@ static inline struct load *lanes_find(const struct lanes *lanes, uint64_t id) {
     return NULL;
 }
 
+/* Under the lock. */
+static inline bool lanes_urgent_under_way(const struct lanes *lanes) {
+    for (size_t i = 0; i < lanes->count; i++)
+        if (lanes->loads[i]->urgent && !lanes->loads[i]->finished) return true;
+    return false;
+}
+
+/* Whether the main thread is told of every load that is finished, and not only of those with which the urgent ones end
+ * or that were not published. */
+static inline void lanes_tell_of_all(struct lanes *lanes, bool all) {
+    bool finished = false;
+    pthread_mutex_lock(&lanes->lock);
+    lanes->tells_all = all;
+    for (size_t i = 0; all && i < lanes->count; i++) finished |= lanes->loads[i]->finished;
+    pthread_mutex_unlock(&lanes->lock);
+    if (finished) lanes_tell(lanes);
+}
+
 /* Nothing of it that is unread will be read. Under the lock; whether it is finished with that. */
 static inline bool lanes_stop(struct load *load) {
     load->next_chunk = load->num_chunks;
@@ -78,6 +104,7 @@ static inline bool lanes_promote(struct lanes *lanes, uint64_t id) {
     bool goes_on = load && !load->cancelled;
     if (goes_on && !load->urgent && !load->finished) {
         load->urgent = true;
+        load->began = clock_nanoseconds();
         pthread_cond_broadcast(&lanes->work);
     }
     pthread_mutex_unlock(&lanes->lock);
@@ -138,7 +165,7 @@ static inline int lanes_complete(struct lanes *lanes, struct load *load) {
         if (error) return error;
         load_hash_whole(load, lanes->hash);
     }
-    if (load->nbytes > XXH3_SHORT) load->checksum = xxh3_end(&load->sums, load->slot, load->nbytes);
+    load->checksum = xxh3_end(&load->sums, load->slot, load->nbytes);
     return 0;
 }
 

@@ -50,7 +50,15 @@ struct load {
     bool hashing;
     uint64_t hashed;   /* bytes from the start of the slot */
     uint32_t complete; /* pieces in order that are present */
-    uint64_t checksum; /* when finished; 0 for inputs of at most XXH3_SHORT bytes */
+    uint64_t checksum; /* when finished */
+    /* What the publication needs: see publish.h. */
+    uint32_t slot_number;
+    uint16_t format, source; /* of struct slot_info */
+    bool warm_start;         /* nobody had asked for it when it was begun */
+    bool is_known;           /* its checksum has to be `expected` */
+    uint64_t expected;
+    uint64_t began; /* monotonic nanoseconds: when it was begun, or became urgent */
+    bool published;
 };
 
 static inline void load_free(struct load *load) {
@@ -100,7 +108,6 @@ static inline struct chunk load_take(struct load *load, uint32_t most, uint64_t 
 
 /* Whole blocks of the checksum from the start of the slot that are all there, in bytes. */
 static inline uint64_t load_hashable(struct load *load) {
-    if (load->nbytes <= XXH3_SHORT) return 0;
     const struct piece *piece = NULL;
     while (load->complete < load->num_pieces) {
         piece = &load->pieces[load->in_order[load->complete]];
@@ -114,7 +121,7 @@ static inline uint64_t load_hashable(struct load *load) {
 
 static inline void load_hash_whole(struct load *load, const struct xxh3_kernel *kernel) {
     xxh3_begin(&load->sums);
-    if (load->nbytes > XXH3_SHORT) kernel->blocks(load->sums.sums, load->slot, xxh3_whole_blocks(load->nbytes));
+    kernel->blocks(load->sums.sums, load->slot, xxh3_whole_blocks(load->nbytes));
 }
 
 /* Turns the matrices that the file has the other way round; 0, or ENOMEM. Of the thread that ends the load. */

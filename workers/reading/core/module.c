@@ -11,6 +11,8 @@ static void lanes_type_dealloc(PyObject *self) {
 
 /* ---- what to read */
 
+enum { LOAD_ID, SLOT, PIECES, TRANSPOSED, URGENT, BEGAN, EXPECTED, FORMAT, SOURCE, WARM_START, BEGIN_ARGUMENTS };
+
 static int add_load(struct lanes *lanes, struct load *load) {
     int added = 0;
     pthread_mutex_lock(&lanes->lock);
@@ -33,30 +35,45 @@ static int add_load(struct lanes *lanes, struct load *load) {
     return added;
 }
 
-static PyObject *lanes_type_begin(PyObject *self, PyObject *args) {
+/* The numbers that come after the arrays; 0 with an exception. */
+static int take_publication(const struct lanes *lanes, struct load *load, PyObject *const *args) {
+    uint64_t v[6], most = lanes->arena ? (uint64_t)lanes->arena->num_layers * lanes->arena->num_experts : UINT64_MAX;
+    if (!parse_indices((PyObject *const[]){args[LOAD_ID], args[URGENT], args[BEGAN], args[FORMAT], args[SOURCE],
+                                           args[WARM_START]}, 6, 6,
+                       (const char *[]){"load", "urgent", "began", "format", "source", "warm_start"},
+                       (uint64_t[]){most, 2, INT64_MAX, 256, PREFETCH_SOURCES, 2}, v))
+        return 0;
+    load->id = v[0];
+    load->urgent = v[1];
+    load->began = v[2];
+    load->format = (uint16_t)v[3];
+    load->source = (uint16_t)v[4];
+    load->warm_start = v[5];
+    load->is_known = args[EXPECTED] != Py_None;
+    if (load->is_known) load->expected = PyLong_AsUnsignedLongLong(args[EXPECTED]);
+    return !PyErr_Occurred();
+}
+
+static PyObject *lanes_type_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     LanesObject *object = lanes_of(self);
-    unsigned long long id;
-    unsigned slot;
-    PyObject *piece_array, *transposed_array;
-    int urgent;
+    if (!object) return NULL;
+    if (count != BEGIN_ARGUMENTS)
+        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", BEGIN_ARGUMENTS, count);
+    uint64_t slot;
     Py_buffer pieces, transposed;
-    if (!object ||
-        !PyArg_ParseTuple(args, "KIOOp", &id, &slot, &piece_array, &transposed_array, &urgent) ||
-        !take_array(piece_array, "pieces", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, PIECE_COLUMNS}, &pieces))
+    if (!parse_indices(&args[SLOT], 1, 1, (const char *[]){"slot"}, (uint64_t[]){(uint64_t)object->num_slots}, &slot) ||
+        !take_array(args[PIECES], "pieces", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, PIECE_COLUMNS}, &pieces))
         return NULL;
     struct load *load = NULL;
-    if (slot >= object->num_slots) {
-        PyErr_Format(PyExc_ValueError, "slot is %u, of %zd", slot, object->num_slots);
-    } else if (take_array(transposed_array, "transposed", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, TRANSPOSED_COLUMNS},
-                          &transposed)) {
+    if (take_array(args[TRANSPOSED], "transposed", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, TRANSPOSED_COLUMNS},
+                   &transposed)) {
         load = new_load(&object->slots[slot], &pieces, &transposed, object->lanes.alignment);
         PyBuffer_Release(&transposed);
     }
     PyBuffer_Release(&pieces);
     if (!load) return NULL;
-    load->id = id;
-    load->urgent = urgent;
-    if (!add_load(&object->lanes, load)) return load_free(load), NULL;
+    load->slot_number = (uint32_t)slot;
+    if (!take_publication(&object->lanes, load, args) || !add_load(&object->lanes, load)) return load_free(load), NULL;
     Py_RETURN_NONE;
 }
 
@@ -77,6 +94,14 @@ static PyObject *lanes_type_cancel(PyObject *self, PyObject *argument) {
     Py_RETURN_NONE;
 }
 
+static PyObject *lanes_type_tell_of_all(PyObject *self, PyObject *argument) {
+    LanesObject *object = lanes_of(self);
+    int all = object ? PyObject_IsTrue(argument) : -1;
+    if (all < 0) return NULL;
+    lanes_tell_of_all(&object->lanes, all);
+    Py_RETURN_NONE;
+}
+
 static PyObject *lanes_type_take_finished(PyObject *self, PyObject *ignored) {
     (void)ignored;
     LanesObject *object = lanes_of(self);
@@ -85,9 +110,9 @@ static PyObject *lanes_type_take_finished(PyObject *self, PyObject *ignored) {
     eventfd_t events;
     eventfd_read(object->lanes.finished_fd, &events); /* before looking: what finishes later makes it readable again */
     for (struct load *load; finished && (load = lanes_take_finished(&object->lanes)); load_free(load)) {
-        PyObject *row = Py_BuildValue("KKNNiiK", (unsigned long long)load->id, (unsigned long long)load->checksum,
-                                      PyBool_FromLong(load->from_disk), PyBool_FromLong(load->cancelled), load->error,
-                                      load->error_fd, (unsigned long long)load->error_offset);
+        PyObject *row = Py_BuildValue("KNKNiiK", (unsigned long long)load->id, PyBool_FromLong(load->published),
+                                      (unsigned long long)load->checksum, PyBool_FromLong(load->cancelled),
+                                      load->error, load->error_fd, (unsigned long long)load->error_offset);
         if (!row || PyList_Append(finished, row) < 0) Py_CLEAR(finished);
         Py_XDECREF(row);
     }
@@ -139,9 +164,10 @@ static PyObject *lanes_get_fd(PyObject *self, void *closure) {
 }
 
 static PyMethodDef lanes_methods[] = {
-    {"begin", lanes_type_begin, METH_VARARGS, "begin(id, slot, pieces i64[n, 5], transposed i64[n, 4], urgent)."},
+    {"begin", (PyCFunction)(void (*)(void))lanes_type_begin, METH_FASTCALL, "begin(id, slot, ...): see _core.pyi."},
     {"promote", lanes_type_promote, METH_O, "promote(id): whether it will be read to its end."},
     {"cancel", lanes_type_cancel, METH_O, "cancel(id): if it is a prefetch."},
+    {"tell_of_all", lanes_type_tell_of_all, METH_O, "tell_of_all(all): see _core.pyi."},
     {"take_finished", lanes_type_take_finished, METH_NOARGS, "take_finished(): see _core.pyi."},
     {"close", lanes_type_close, METH_NOARGS, "close(): returns when nothing writes to a slot any more."},
     {"take", lanes_type_take, METH_NOARGS, "take() -> (id, chunk) or None: as a lane does."},
@@ -150,12 +176,12 @@ static PyMethodDef lanes_methods[] = {
 };
 
 static PyGetSetDef lanes_getset[] = {
-    {"fd", lanes_get_fd, NULL, "Readable while there may be finished loads.", NULL},
+    {"fd", lanes_get_fd, NULL, "Readable while there are finished loads to be told of.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot lanes_slots[] = {
-    {Py_tp_doc, "Lanes(slots, count, direct_alignment=0)."},
+    {Py_tp_doc, "Lanes(slots, count, direct_alignment=0, memory=None, process=0)."},
     {Py_tp_init, lanes_type_init},
     {Py_tp_dealloc, lanes_type_dealloc},
     {Py_tp_methods, lanes_methods},
@@ -176,8 +202,7 @@ static int core_exec(PyObject *module) {
     PyObject *lanes = PyType_FromSpec(&lanes_spec);
     if (!lanes || PyModule_AddObjectRef(module, "Lanes", lanes) < 0) return -1;
     Py_DECREF(lanes);
-    return PyModule_AddIntConstant(module, "SHORT", XXH3_SHORT) ||
-           PyModule_AddIntConstant(module, "END_OF_FILE", END_OF_FILE);
+    return PyModule_AddIntConstant(module, "END_OF_FILE", END_OF_FILE);
 }
 
 static PyModuleDef_Slot core_slots[] = {{Py_mod_exec, core_exec}, {0, NULL}};

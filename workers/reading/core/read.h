@@ -2,7 +2,7 @@
 #ifndef HOTSET_READ_H
 #define HOTSET_READ_H
 
-#include "lanes.h"
+#include "publish.h"
 
 #include <signal.h>
 #include <sys/uio.h>
@@ -97,10 +97,12 @@ static inline void lane_read(struct lanes *lanes, struct load *load, const struc
         load->error = error;
     }
     load->reading--;
-    bool finished = !load_has_unread(load) && !load->reading;
-    load->finished = finished;
-    pthread_mutex_unlock(&lanes->lock);
-    if (finished) lanes_tell(lanes);
+    bool tell = false;
+    atomic_u32 *generation = NULL;
+    if (!load_has_unread(load) && !load->reading) generation = lanes_finish(lanes, load, &tell);
+    pthread_mutex_unlock(&lanes->lock); /* from here on the load is the main thread's */
+    if (generation) futex_bump_and_wake(generation);
+    if (tell) lanes_tell(lanes);
 }
 
 static inline void *lane_run(void *argument) {

@@ -16,6 +16,8 @@
 #define SCRAMBLE_SECRET 128 /* where the secrets for the ends of things begin */
 #define LAST_STRIPE_SECRET 121
 #define MERGE_SECRET 11
+#define SHORT_NBYTES 240      /* up to which an input is hashed in another way, and in others again up to 128, 16, 8, 3 */
+#define SHORT_LAST_SECRET 119 /* of the last 16 bytes of 129 to 240 */
 
 #define PRIME32_1 0x9E3779B1u
 #define PRIME32_2 0x85EBCA77u
@@ -26,6 +28,7 @@
 #define PRIME64_4 0x85EBCA77C2B2AE63u
 #define PRIME64_5 0x27D4EB2F165667C5u
 #define PRIME_MIX 0x165667919E3779F9u
+#define PRIME_MIX_SHORT 0x9FB21C651E98DF25u
 
 static const uint64_t SECRET[24] = {
     0xbe4ba423396cfeb8, 0x1cad21f72c81017c, 0xdb979083e96dd4de, 0x1f67b3b7a4a44072, 0x78e5c0cc4ee679cb,
@@ -108,18 +111,80 @@ void xxh3_begin(struct xxh3 *state) {
     *state = (struct xxh3){{PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1}};
 }
 
+static uint64_t fold(uint64_t a, uint64_t b) {
+    unsigned __int128 product = (unsigned __int128)a * b;
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+static uint64_t avalanche(uint64_t value) {
+    value = (value ^ value >> 37) * PRIME_MIX;
+    return value ^ value >> 32;
+}
+
+static uint64_t rotated(uint64_t value, int bits) { return value << bits | value >> (64 - bits); }
+
+static uint32_t half_word(const void *at) {
+    uint32_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+static uint64_t mixed_16(const uint8_t *data, size_t secret) {
+    return fold(word(data) ^ secret_word(secret), word(data + 8) ^ secret_word(secret + 8));
+}
+
+static uint64_t up_to_3(const uint8_t *data, size_t nbytes) {
+    uint64_t value = (uint64_t)data[0] << 16 | (uint64_t)data[nbytes / 2] << 24 | data[nbytes - 1] | nbytes << 8;
+    value ^= half_word(SECRET) ^ half_word((const uint8_t *)SECRET + 4);
+    value = (value ^ value >> 33) * PRIME64_2;
+    value = (value ^ value >> 29) * PRIME64_3;
+    return value ^ value >> 32;
+}
+
+static uint64_t up_to_8(const uint8_t *data, size_t nbytes) {
+    uint64_t value = half_word(data + nbytes - 4) + ((uint64_t)half_word(data) << 32);
+    value ^= secret_word(8) ^ secret_word(16);
+    value = (value ^ rotated(value, 49) ^ rotated(value, 24)) * PRIME_MIX_SHORT;
+    value = (value ^ ((value >> 35) + nbytes)) * PRIME_MIX_SHORT;
+    return value ^ value >> 28;
+}
+
+static uint64_t up_to_16(const uint8_t *data, size_t nbytes) {
+    uint64_t low = word(data) ^ secret_word(24) ^ secret_word(32);
+    uint64_t high = word(data + nbytes - 8) ^ secret_word(40) ^ secret_word(48);
+    return avalanche(nbytes + __builtin_bswap64(low) + high + fold(low, high));
+}
+
+/* Pairs of 16 bytes from both ends towards the middle. */
+static uint64_t up_to_128(const uint8_t *data, size_t nbytes) {
+    uint64_t sum = nbytes * PRIME64_1;
+    for (size_t pair = 0; 32 * pair < nbytes; pair++)
+        sum += mixed_16(data + 16 * pair, 32 * pair) + mixed_16(data + nbytes - 16 * (pair + 1), 32 * pair + 16);
+    return avalanche(sum);
+}
+
+static uint64_t up_to_240(const uint8_t *data, size_t nbytes) {
+    uint64_t sum = nbytes * PRIME64_1;
+    for (size_t i = 0; i < 8; i++) sum += mixed_16(data + 16 * i, 16 * i);
+    sum = avalanche(sum);
+    for (size_t i = 8; i < nbytes / 16; i++) sum += mixed_16(data + 16 * i, 16 * (i - 8) + 3);
+    return avalanche(sum + mixed_16(data + nbytes - 16, SHORT_LAST_SECRET));
+}
+
 uint64_t xxh3_end(const struct xxh3 *state, const uint8_t *data, size_t nbytes) {
+    if (nbytes <= 3) return up_to_3(data, nbytes);
+    if (nbytes <= 8) return up_to_8(data, nbytes);
+    if (nbytes <= 16) return up_to_16(data, nbytes);
+    if (nbytes <= 128) return up_to_128(data, nbytes);
+    if (nbytes <= SHORT_NBYTES) return up_to_240(data, nbytes);
     struct xxh3 last = *state;
     size_t hashed = xxh3_whole_blocks(nbytes) * XXH3_BLOCK;
     for (size_t stripe = 0; stripe < (nbytes - 1 - hashed) / 64; stripe++)
         add_stripe(last.sums, data + hashed + 64 * stripe, 8 * stripe);
     add_stripe(last.sums, data + nbytes - 64, LAST_STRIPE_SECRET);
     uint64_t result = nbytes * PRIME64_1;
-    for (size_t i = 0; i < 8; i += 2) {
-        unsigned __int128 product = (unsigned __int128)(last.sums[i] ^ secret_word(MERGE_SECRET + 8 * i)) *
-                                    (last.sums[i + 1] ^ secret_word(MERGE_SECRET + 8 * i + 8));
-        result += (uint64_t)product ^ (uint64_t)(product >> 64);
-    }
-    result = (result ^ result >> 37) * PRIME_MIX;
-    return result ^ result >> 32;
+    for (size_t i = 0; i < 8; i += 2)
+        result += fold(last.sums[i] ^ secret_word(MERGE_SECRET + 8 * i),
+                       last.sums[i + 1] ^ secret_word(MERGE_SECRET + 8 * i + 8));
+    return avalanche(result);
 }
