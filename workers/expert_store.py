@@ -29,9 +29,6 @@ class ExpertReadError(HotsetError):
         self.offset = offset
 
 
-Int64 = npt.NDArray[np.int64]
-
-
 class Chunk(NamedTuple):
     """What lies at `offset` of `path` and goes to `pieces` of a slot: (start, nbytes), one after the other."""
 
@@ -63,12 +60,13 @@ class ExpertStore:
                 self._checksums[first : first + len(experts)] = [expert.checksum for expert in experts]
         self._files: dict[str, int] = {}
         self._locations: dict[int, ExpertLocation] = {}
-        self._pieces: dict[int, tuple[Int64, Int64]] = {}
+        self._pieces: dict[int, tuple[memoryview, memoryview]] = {}
         self._formats: dict[int, WeightFormat] = {}
 
-    def pieces(self, expert_id: int) -> tuple[Int64, Int64]:
+    def pieces(self, expert_id: int) -> tuple[memoryview, memoryview]:
         """What has to be read, as nearly in the order of the slot as the file allows, and which matrices have to be
-        turned then: rows as `_core.Lanes.begin` takes them (reading/_core.pyi). Raises `ExpertReadError`."""
+        turned then: int64 rows as `_core.Lanes.begin` takes them (reading/_core.pyi), which sees what is in a
+        memoryview sooner than what is in an array. Raises `ExpertReadError`."""
         if (rows := self._pieces.get(expert_id)) is None:
             pieces: list[tuple[int, int, int, int, int]] = []
             for number, chunk in enumerate(self._cut(expert_id)):
@@ -77,7 +75,7 @@ class ExpertStore:
                     pieces.append((number, self._file(expert_id, chunk), offset, start, nbytes))
                     offset += nbytes
             transposed = _transposed(self._location(expert_id))
-            rows = np.array(pieces, np.int64), np.array(transposed, np.int64).reshape(-1, 4)
+            rows = np.array(pieces, np.int64).data, np.array(transposed, np.int64).reshape(-1, 4).data
             self._pieces[expert_id] = rows
         return rows
 

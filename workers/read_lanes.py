@@ -164,7 +164,11 @@ class ReadLanes:
     ) -> Load | None:
         """All chunks were read, or one cannot be, or it was given up. None if it is read over."""
         load = self._loads.pop(expert)
-        load.published = published
+        if published:
+            load.published = load.finished = True
+            if self._store.checksum(expert) is None:
+                self._store.verify(expert, checksum)  # this read defines it
+            return load
         load.cancelled = cancelled
         try:
             if not cancelled:
@@ -186,7 +190,6 @@ class ReadLanes:
         return False
 
     def _verify(self, load: Load, checksum: int, error: int, error_fd: int, offset: int) -> None:
-        """Of what is published, the checksum is right, or defined by this read."""
         if error:
             problem = "the file ends there" if error == _core.END_OF_FILE else os.strerror(error)
             raise self._store.error(load.expert, error_fd, offset, problem)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from family_models import prompts
 from in_process_model import InProcessModel
@@ -191,12 +190,13 @@ class ShakyStore(ExpertStore):
         self.damages = 0
         self._damaged = os.open(damaged, os.O_RDONLY)
 
-    def pieces(self, expert_id: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def pieces(self, expert_id: int) -> tuple[memoryview, memoryview]:
         pieces, transposed = super().pieces(expert_id)
         if self.damages:
             self.damages -= 1
-            pieces = pieces.copy()
-            pieces[:, 1] = self._damaged
+            rows = np.array(pieces)
+            rows[:, 1] = self._damaged
+            pieces = rows.data
         return pieces, transposed
 
     def close(self) -> None:

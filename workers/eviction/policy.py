@@ -94,7 +94,8 @@ class Eviction:
         given = 0
         for most in (MOSTLY_ENOUGH, len(experts)):
             order, unprotected = self._policy.victims(experts, among, newcomer, most)
-            self._protected = {*experts[order[unprotected:]].tolist()}
+            # Mostly none, and looking nothing up takes numpy as long as the choice takes.
+            self._protected = {*experts[order[unprotected:]].tolist()} if unprotected < len(order) else set()
             yield from order[given:]
             if len(order) < most:
                 return

@@ -26,8 +26,8 @@ class Lanes:
         self,
         id: int,
         slot: int,
-        pieces: npt.NDArray[np.int64],
-        transposed: npt.NDArray[np.int64],
+        pieces: Buffer,
+        transposed: Buffer,
         urgent: bool,
         began: int,
         expected: int | None,
@@ -36,9 +36,10 @@ class Lanes:
         warm_start: bool,
         /,
     ) -> None:
-        """`pieces`: (number of its chunk, file descriptor, offset there, start in the slot, bytes); those of a chunk
-        follow one another in the file. `transposed`: (start in the slot, rows, columns, bytes of a value), as the file
-        has the matrix. `expected`: its checksum, if it is known. The rest is for who publishes it: core/load.h."""
+        """Rows of int64. `pieces`: (number of its chunk, file descriptor, offset there, start in the slot, bytes);
+        those of a chunk follow one another in the file. `transposed`: (start in the slot, rows, columns, bytes of a
+        value), as the file has the matrix. `expected`: its checksum, if it is known. The rest is for who publishes it:
+        core/load.h."""
 
     def promote(self, id: int, /) -> bool: ...
     def cancel(self, id: int, /) -> None: ...
