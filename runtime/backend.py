@@ -7,6 +7,8 @@ program can damage it.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import secrets
 import select
@@ -99,6 +101,7 @@ class Backend:
         self.config = BackendConfig(model=str(model_folder(folder)), **settings)
         name = new_instance_name() if self.config.name is None else self.config.name
         self.instance = check_instance_name(name)
+        self._process = os.getpid()
         self._answers: dict[int, queue.SimpleQueue[Generated | HotsetError]] = {}
         self._replies: dict[int, queue.SimpleQueue[Reply | HotsetError]] = {}
         self._next_number = 0
@@ -237,6 +240,7 @@ class Backend:
     def _submit(self, prompt: npt.NDArray[np.int32], params: SamplingParams) -> int:
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
+        self._raise_if_forked()
         with self._lock:
             self._raise_if_dead()
             number = self._next_number
@@ -256,6 +260,7 @@ class Backend:
         try:
             yield Piece("", [])
             while not finished:
+                self._raise_if_forked()
                 answer = answers.get()
                 if isinstance(answer, HotsetError):
                     finished = True
@@ -267,10 +272,15 @@ class Backend:
                 if answer.finish == "error":
                     raise RequestFailed(answer.error or "the request failed")
         finally:
-            with self._lock:
-                self._answers.pop(number, None)
-            if not finished and self._dead is None and not self._closing:
-                self._send(Abort(number))
+            if not self._is_forked():
+                self._end(number, aborts=not finished)
+
+    def _end(self, number: int, *, aborts: bool) -> None:
+        """Nobody waits for answers of this number any more."""
+        with self._lock:
+            self._answers.pop(number, None)
+        if aborts and self._dead is None and not self._closing:
+            self._send(Abort(number))
 
     # ---- numbers
 
@@ -301,6 +311,7 @@ class Backend:
 
     def _ask(self, question: Callable[[int], Any]) -> Any:
         """Sends a message that the coordinator answers, and waits for the answer."""
+        self._raise_if_forked()
         with self._lock:
             self._raise_if_dead()
             number = self._next_number
@@ -350,7 +361,12 @@ class Backend:
     # ---- life
 
     def close(self) -> None:
-        """Ends every request, stops the processes and removes what they shared. May be called again."""
+        """Ends every request, stops the processes and removes what they shared. May be called again.
+
+        In a forked process it does nothing: the instance is the parent's.
+        """
+        if self._is_forked():
+            return
         with self._lock:
             if self._closing:
                 return
@@ -387,6 +403,7 @@ class Backend:
         self.close()
 
     def _send(self, message: msgspec.Struct) -> None:
+        self._raise_if_forked()
         with self._lock:
             channel = self._coordinator.channel
             try:
@@ -398,6 +415,18 @@ class Backend:
                 if not self._closing:
                     self._raise_if_dead()
                     raise BackendError("the coordinator is gone") from None
+
+    def _is_forked(self) -> bool:
+        """Whether this is a process forked from the one that made this Backend: nobody reads answers here, and the
+        lock may be held for ever by a thread that only the parent has."""
+        return os.getpid() != self._process
+
+    def _raise_if_forked(self) -> None:
+        if self._is_forked():
+            raise BackendError(
+                f"this Backend belongs to process {self._process}, and process {os.getpid()} was forked from it: it "
+                "needs a Backend of its own"
+            )
 
     def _raise_if_dead(self) -> None:
         if self._dead is not None:
@@ -445,14 +474,13 @@ class Backend:
         except subprocess.TimeoutExpired:
             self._coordinator.kill()
             how = self._coordinator.reap()
-        try:
+        # Where the name is another instance's by now, or /dev/shm cannot be written, nothing of ours is left there.
+        with contextlib.suppress(InstanceNameTaken, OSError):
             lock = InstanceLock(self.instance)
-        except InstanceNameTaken:
-            return how  # another instance's by now
-        try:
-            remove_ipc_objects(self.instance)
-        finally:
-            lock.release()
+            try:
+                remove_ipc_objects(self.instance)
+            finally:
+                lock.release()
         return how
 
     def _last_words(self) -> str:
