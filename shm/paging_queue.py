@@ -11,16 +11,32 @@ An urgent request whose message did not fit is found by the pager's next rescan 
 from __future__ import annotations
 
 import enum
+import os
+import resource
 from types import TracebackType
 
 import msgspec
 import posix_ipc
 
 from hotset.shm.layout import PrefetchSource
-from hotset.shm.segment import queue_name
+from hotset.shm.segment import SegmentError, queue_name
 
 MAX_MESSAGES = 10
 MAX_MESSAGE_NBYTES = 8192
+QUEUE_NBYTES = MAX_MESSAGES * (MAX_MESSAGE_NBYTES + 96)
+"""What the kernel counts of one queue against its user's limit: the messages, and for each two entries of its own."""
+
+
+class TooManyQueues(SegmentError):
+    """All message queues of this user may take `limit` bytes, and one more needs `needed`."""
+
+    def __init__(self, needed: int, limit: int) -> None:
+        super().__init__(
+            f"the instance needs {needed} bytes of message queues, but all queues of this user may take {limit} "
+            "(ulimit -q): close another instance, or raise the limit"
+        )
+        self.needed = needed
+        self.limit = limit
 
 
 class PagingPriority(enum.IntEnum):
@@ -58,15 +74,22 @@ class PagingQueue:
 
     @classmethod
     def create(cls, instance: str) -> PagingQueue:
-        return cls(
-            posix_ipc.MessageQueue(
+        """Raises `TooManyQueues` where this user may have no further one."""
+        try:
+            queue = posix_ipc.MessageQueue(
                 queue_name(instance),
                 posix_ipc.O_CREX,
                 mode=0o600,
                 max_messages=MAX_MESSAGES,
                 max_message_size=MAX_MESSAGE_NBYTES,
             )
-        )
+        except OSError as error:
+            # EMFILE, which the module turns into words: of the files that are open, or of the user's queues.
+            limit = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
+            if "files open" in str(error) and _can_open_files() and limit != resource.RLIM_INFINITY:
+                raise TooManyQueues(QUEUE_NBYTES, limit) from error
+            raise
+        return cls(queue)
 
     @classmethod
     def attach(cls, instance: str) -> PagingQueue:
@@ -103,3 +126,11 @@ class PagingQueue:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _can_open_files() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True

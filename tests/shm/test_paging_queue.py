@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import select
 from collections.abc import Iterator
 
@@ -10,10 +11,12 @@ import pytest
 
 from hotset.shm.paging_queue import (
     MAX_MESSAGES,
+    QUEUE_NBYTES,
     PagingDirection,
     PagingMessage,
     PagingPriority,
     PagingQueue,
+    TooManyQueues,
 )
 from hotset.shm.segment import remove_ipc_objects
 
@@ -74,3 +77,27 @@ def test_there_is_one_queue_per_instance(queue: PagingQueue, instance: str) -> N
         PagingQueue.create(instance)
     with pytest.raises(posix_ipc.ExistentialError):
         PagingQueue.attach("nobody")
+
+
+def test_the_limit_of_queues_is_named_and_not_that_of_open_files(instance: str) -> None:
+    """The kernel says EMFILE of both."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (QUEUE_NBYTES - 1, hard))
+    try:
+        with pytest.raises(TooManyQueues, match=r"needs 82880 bytes .* may take 82879 .ulimit -q") as caught:
+            PagingQueue.create(instance)
+    finally:
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (soft, hard))
+    assert (caught.value.needed, caught.value.limit) == (82880, 82879)
+
+
+def test_where_no_file_can_be_opened_the_limit_of_queues_is_not_blamed(
+    instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_queue(*arguments: object, **options: object) -> None:
+        raise OSError("This process already has the maximum number of files open")
+
+    monkeypatch.setattr(posix_ipc, "MessageQueue", no_queue)
+    monkeypatch.setattr("hotset.shm.paging_queue._can_open_files", lambda: False)
+    with pytest.raises(OSError, match="files open"):
+        PagingQueue.create(instance)
