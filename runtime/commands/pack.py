@@ -47,6 +47,10 @@ def pack(
     from hotset.runtime.model.gguf_folder import model_folder
     from hotset.runtime.model.pack import Packer
 
+    for option, value in (("--heat", heat), ("--hot", hot), ("--cold", cold)):
+        if value is not None and format != "mixed":
+            stated = f"--format is {format}" if format else "--format is not given"
+            raise ValueError(f"{option} is {value} and {stated}, expected --format mixed: {option} is for that")
     given = {name: value for name, value in (("hot", hot), ("cold", cold)) if value is not None}
     with stop_signals:
         packer = Packer(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +134,24 @@ def test_serving_records_what_packing_goes_by(model: Path, tmp_path: Path) -> No
 def test_options_of_mixed_are_refused_elsewhere(option: dict[str, object], model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format is 'q8_0', expected 'mixed' where heat or tiers are given"):
         Packer(model, tmp_path / "packed", "q8_0", **option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--hot", "0.5"], "--hot is 0.5 and --format is not given, expected --format mixed: --hot is for that"),
+        (
+            ["--format", "q8_0", "--heat", "elsewhere"],
+            "--heat is elsewhere and --format is q8_0, expected --format mixed: --heat is for that",
+        ),
+    ],
+)
+def test_the_command_names_the_option_that_is_for_mixed(
+    arguments: list[str], sentence: str, model: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-P", "-m", "hotset.runtime.cli", "pack", str(model), str(tmp_path / "packed")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, f"hotset: {sentence}\n")
 
 
 class Killed(Exception):
