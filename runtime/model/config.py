@@ -86,7 +86,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         if folder.is_file():
             raise ModelNotFound(folder, f"{folder} is a file, expected a model folder or a file that ends in .gguf.")
         if not folder.is_dir():
-            raise ModelNotFound(folder, f"There is no model folder at {folder}.")
+            raise ModelNotFound(
+                folder,
+                f"There is no model folder at {folder}; hotset downloads nothing, "
+                "`hf download NAME --local-dir FOLDER` fetches a model first.",
+            )
         if not path.is_file():
             raise ModelNotFound(folder, f"{folder} is not a model folder: it has no config.json.")
         file = ConfigFile.read(path)

@@ -49,6 +49,12 @@ def test_an_unknown_model_path_is_named(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_name_of_the_hub_is_told_to_be_fetched_first(tmp_path: Path) -> None:
+    """A path like any other, for nothing is downloaded; who comes from other servers does not know that."""
+    with pytest.raises(ModelNotFound, match=r"no model folder at .*/Qwen/Qwen3-30B-A3B; .*`hf download"):
+        Backend("Qwen/Qwen3-30B-A3B")
+
+
 def test_a_budget_too_small_says_what_is_needed() -> None:
     with pytest.raises(BudgetTooSmall) as caught:
         Backend(workers=2, expert_budget="5%")
