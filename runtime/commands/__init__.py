@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from typing import Annotated
+
 import typer
 
 from hotset.runtime.commands.calibrate import calibrate
@@ -12,8 +15,18 @@ from hotset.runtime.commands.pack import pack
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hotset {importlib.metadata.version('hotset')}")
+        raise typer.Exit
+
+
 @app.callback()
-def hotset() -> None:
+def hotset(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Serve mixture-of-experts models whose experts do not fit in memory.
 
     hotset COMMAND --help lists a command's options.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -151,3 +152,9 @@ def test_a_bad_option_is_one_sentence(arguments: list[str], sentence: str) -> No
     done = run(*arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("hotset: ") and sentence in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    command = [sys.executable, "-P", "-m", "hotset.runtime.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"hotset {importlib.metadata.version('hotset')}\n")
