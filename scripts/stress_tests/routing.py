@@ -31,7 +31,7 @@ from stress_tests.messages import Planted, StartWorker
 from stress_tests.processes import Processes, Unrecoverable
 from stress_tests.routing_worker import SCOREBOARD
 from stress_tests.score_sampler import ScoreSampler
-from stress_tests.stop_signals import stop_in_order
+from stress_tests.stop_signals import stop_signals
 from stress_tests.synthetic_experts import SyntheticExperts, classes_of_experts, write_checkpoint
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
@@ -428,7 +428,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
-    stop_in_order()
+    stop_signals.install()
     run = StressRun(options)
     try:
         run.run()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def stop_in_order() -> None:
-    for number in SIGNALS:
-        signal.signal(number, _stop)
 
 
 def ignore_stops() -> None:
@@ -18,6 +15,33 @@ def ignore_stops() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _stop(*_: object) -> None:
-    ignore_stops()  # once is enough: cleaning up is not to be interrupted
-    raise KeyboardInterrupt
+class StopSignals:
+    """Of this process."""
+
+    def __init__(self) -> None:
+        self._is_deferred = self._is_pending = False
+
+    def install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._stop)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """They wait meanwhile: a child that is half started says so with a traceback."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+            if self._is_pending:
+                raise KeyboardInterrupt
+
+    def _stop(self, *_: object) -> None:
+        ignore_stops()  # once is enough: cleaning up is not to be interrupted
+        if self._is_deferred:
+            self._is_pending = True
+        else:
+            raise KeyboardInterrupt
+
+
+stop_signals = StopSignals()
