@@ -70,7 +70,7 @@ def test_bytes_that_never_become_text_do_not_hold_back_what_follows(byte_tokeniz
     assert stream.push(int(byte_tokenizer.encode("x")[0])) == "\ufffdx"
 
 
-@given(st.text(max_size=60))
+@given(st.text(max_size=60).filter(lambda text: "<|endoftext|>" not in text))  # that is a token, which has no text
 def test_pieces_joined_are_the_text(byte_tokenizer: Tokenizer, text: str) -> None:
     stream = byte_tokenizer.stream()
     pieces = [stream.push(int(token)) for token in byte_tokenizer.encode(text)]
