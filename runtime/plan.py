@@ -163,21 +163,35 @@ class _Planner:
         return self._split(parse_nbytes(self.config.memory))
 
     def _split(self, memory: int) -> tuple[tuple[SlotClass, ...], int]:
-        """Pages get what they are given or a quarter, experts the rest; what experts leave over goes to pages."""
+        """Pages get what they are given, or a quarter and less where experts would not have their least; experts get
+        the rest, and what they leave over goes to pages."""
         asked_pages = self._asked_pages()
-        most_pages = max(self.pages_for_all, asked_pages or 0)
-        largest = self._geometry(least_slots(self.classes, self.num_experts), most_pages)
-        fixed = self._processes_nbytes() + self.checkpoint.dense_nbytes + self._bookkeeping_nbytes(largest)
-        free = memory - fixed
-        num_pages = asked_pages or max(1, min(self.pages_for_all, free // 4 // self.page_nbytes))
+        free = memory - self._fixed_nbytes(memory, asked_pages)
+        quarter, room = free // 4 // self.page_nbytes, (free - self.least_nbytes) // self.page_nbytes
+        num_pages = asked_pages or max(1, min(self.pages_for_all, quarter, room))
         slots = split_slots(free - num_pages * self.page_nbytes, self.classes, self.least_of_a_size)
         if slots is None:
-            needed = fixed + num_pages * self.page_nbytes + self.least_nbytes
+            needed = self._least_memory(memory, asked_pages)
             raise MemoryTooSmall(self.config.memory or 0, needed, self.least_slots, self.slot_reasons)
         if asked_pages is None:
             slots_nbytes = sum(of_a_size.count * of_a_size.nbytes for of_a_size in slots)
             num_pages = min(self.pages_for_all, (free - slots_nbytes) // self.page_nbytes)
         return slots, num_pages
+
+    def _fixed_nbytes(self, memory: int, asked_pages: int | None) -> int:
+        """All but the rows of slots and pages: what it takes at most in an arena that fits into `memory`."""
+        num_pages = asked_pages or max(1, min(self.pages_for_all, memory // self.page_nbytes))
+        largest = self._geometry(least_slots(self.classes, self.num_experts), num_pages)
+        bookkeeping = self._bookkeeping_nbytes(largest, most=memory)
+        return self._processes_nbytes() + self.checkpoint.dense_nbytes + bookkeeping
+
+    def _least_memory(self, memory: int, asked_pages: int | None) -> int:
+        """`memory` is too small; this is not, but one byte less."""
+        rows = self.least_nbytes + (asked_pages or 1) * self.page_nbytes
+        # More memory may hold a larger arena, whose bookkeeping is larger, by far less.
+        while (needed := rows + self._fixed_nbytes(memory, asked_pages)) > memory:
+            memory = needed
+        return memory
 
     def _asked_pages(self) -> int | None:
         if self.config.kv_cache_memory is None:
@@ -242,8 +256,10 @@ class _Planner:
         )
         return (config.workers + 4) * PROCESS_NBYTES + config.workers * activations + eviction
 
-    def _bookkeeping_nbytes(self, geometry: Geometry) -> int:
+    def _bookkeeping_nbytes(self, geometry: Geometry, most: int | None = None) -> int:
+        """`most`: bytes that the arena will have at most, if not all slots and pages of `geometry` are to be there."""
         arena = Layout(geometry).nbytes
-        page_tables = geometry.num_processes * PAGE_TABLE_ENTRY_NBYTES * (arena // mmap.PAGESIZE)
+        mapped = arena if most is None else min(arena, most)
+        page_tables = geometry.num_processes * PAGE_TABLE_ENTRY_NBYTES * (mapped // mmap.PAGESIZE)
         rows = geometry.slots_nbytes + geometry.num_pages * geometry.page_nbytes
         return arena - rows + page_tables
