@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hotset.runtime.kv.errors import OutOfBounds as OutOfBounds
     from hotset.runtime.kv.errors import OutOfPages as OutOfPages
     from hotset.runtime.kv.errors import UnknownSequence as UnknownSequence
+    from hotset.runtime.kv.page_memory import KvFormat as KvFormat
+    from hotset.runtime.kv.page_memory import KvPageLayout as KvPageLayout
     from hotset.runtime.kv.page_memory import KvPageMemory as KvPageMemory
     from hotset.runtime.kv.shared_prompts import Admission as Admission
     from hotset.runtime.kv.statistics import FragmentationStats as FragmentationStats
@@ -68,7 +70,7 @@ _MODULES = {
     "kv.cache": ("PagedKvCache",),
     "kv.shared_prompts": ("Admission",),
     "kv.errors": ("OutOfBounds", "OutOfPages", "UnknownSequence"),
-    "kv.page_memory": ("KvPageMemory",),
+    "kv.page_memory": ("KvFormat", "KvPageLayout", "KvPageMemory"),
     "kv.statistics": ("FragmentationStats", "PagedCacheStats"),
     "model.chat_template": ("ChatTemplateError", "NoChatTemplate"),
     "model.errors": ("CorruptCheckpoint", "ModelNotFound", "UnsupportedModel"),

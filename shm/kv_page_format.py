@@ -9,6 +9,7 @@ is padded with zeros.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -80,8 +81,12 @@ class KvPageLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "block_size", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            value: Any = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+        given: Any = self.format
+        if not isinstance(given, KvFormat):
+            raise ValueError(f"format is {given!r}, expected a KvFormat such as KvFormat.Q8_0")
 
     @property
     def head_nbytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from hotset.runtime.argument_types import check_field_types
+from hotset.runtime.kv.page_memory import KvPageMemory
 
 MAX_PAGES = 1 << 31
 """More than the memory of any machine has room for; each costs some bytes of bookkeeping."""
@@ -64,6 +65,15 @@ class CacheConfig(msgspec.Struct, frozen=True):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
+        if isinstance(self.memory, KvPageMemory):
+            if self.num_pages > (held := self.memory.num_pages):
+                raise ValueError(
+                    f"num_pages is {self.num_pages} and the memory has {held} pages, expected at most as many"
+                )
+            if self.block_size != (held := self.memory.layout.block_size):
+                raise ValueError(
+                    f"block_size is {self.block_size} and the pages of the memory hold {held} tokens, expected the same"
+                )
         furthest = max(self.windows, key=lambda window: window or math.inf, default=-1)
         if not self.windows or furthest != self.windows[0] or min(self.windows) < 0:
             raise ValueError(f"windows are {tuple(self.windows)}, expected the one that sees furthest (0: all) first")

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import integer
-from hotset.shm.kv_page_format import Bytes, Floats, KvPageLayout, decode, encode
+from hotset.runtime.argument_types import check_instance, integer
+from hotset.shm.kv_page_format import Bytes, Floats, decode, encode
+from hotset.shm.kv_page_format import KvFormat as KvFormat  # for who makes a layout
+from hotset.shm.kv_page_format import KvPageLayout as KvPageLayout
 
 
 class KvPageMemory:
@@ -20,10 +22,17 @@ class KvPageMemory:
     """
 
     def __init__(self, layout: KvPageLayout, num_pages: int) -> None:
+        check_instance("layout", layout, KvPageLayout)
+        num_pages = integer("num_pages", num_pages, 0)
         if layout.keys_are_values:
             raise ValueError("the layout stores no values, expected one of both keys and values")
         self.layout = layout
         self.bytes: Bytes = np.zeros((num_pages + 1, *layout.shape), np.uint8)
+
+    @property
+    def num_pages(self) -> int:
+        """Without page 0."""
+        return len(self.bytes) - 1
 
     @property
     def page_nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -45,6 +46,19 @@ def test_E1_page_sizes(format: KvFormat, nbytes: int) -> None:
     )
     assert 2 * keys_only.page_nbytes == three.page_nbytes
     assert np.prod(keys_only.shape) == keys_only.page_nbytes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"format": "q8_0"}, "format is 'q8_0', expected a KvFormat such as KvFormat.Q8_0"),
+        ({"head_dim": "64"}, "head_dim is '64', expected an integer of at least 1"),
+        ({"num_layers": 1.5}, "num_layers is 1.5, expected an integer of at least 1"),
+    ],
+)
+def test_what_is_wrong_of_a_layout_is_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KvPageLayout(**({"num_layers": 1, "block_size": 16, "num_kv_heads": 1, "head_dim": 64} | wrong))
 
 
 RAMP = (np.arange(32, dtype=np.float32) - 16) * np.float32(0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -283,3 +285,29 @@ def test_a_layout_without_values_is_refused() -> None:
     layout = KvPageLayout(num_layers=1, block_size=4, num_kv_heads=1, head_dim=8, keys_are_values=True)
     with pytest.raises(ValueError, match="stores no values"):
         KvPageMemory(layout, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "block_size", "message"),
+    [
+        (9, 16, "num_pages is 9 and the memory has 8 pages, expected at most as many"),
+        (8, 32, "block_size is 32 and the pages of the memory hold 16 tokens, expected the same"),
+    ],
+)
+def test_a_memory_that_does_not_fit_the_cache_is_refused(num_pages: int, block_size: int, message: str) -> None:
+    """And not met by the first write beyond it."""
+    layout = KvPageLayout(num_layers=1, block_size=16, num_kv_heads=1, head_dim=8)
+    with pytest.raises(ValueError, match=message):
+        PagedKvCache(num_pages, block_size, memory=KvPageMemory(layout, 8))
+
+
+def test_a_memory_of_fewer_than_no_pages_is_refused() -> None:
+    layout = KvPageLayout(num_layers=1, block_size=16, num_kv_heads=1, head_dim=8)
+    with pytest.raises(ValueError, match="num_pages is -5, expected an integer of at least 0"):
+        KvPageMemory(layout, -5)
+
+
+def test_a_layout_is_told_from_what_is_none() -> None:
+    layout: Any = "layout"
+    with pytest.raises(ValueError, match=r"layout is 'layout', expected one of class KvPageLayout"):
+        KvPageMemory(layout, 4)
