@@ -1,15 +1,23 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <time.h>
 
-#define MIN_PARALLEL_WORK 400000 /* multiply-adds; below, waking a thread costs more than it saves */
+/* Multiply-adds; below, waking threads costs more than they save, or sharing with those that are awake. */
+#define MIN_PARALLEL_WORK 400000
+#define MIN_WORK_TO_SHARE 30000
 
-/* Waking a sleeping thread takes some 30 us, about as long as a product of one row. The loops of a forward pass follow
- * one another within a few us, so a thread looks for the next one so often before it sleeps: for 5 to 25 us. */
-#define LOOKS_BEFORE_SLEEP 500
+/* Waking a sleeping thread takes some 30 us, about as long as a product of one row, and the loops of a forward pass
+ * follow one another within a few us, or where the worker routes and pins after some 100. So a thread looks for the next
+ * loop so long before it sleeps: at first it only pauses, later it lets whoever else could run on its core go first. The
+ * thread whose loop it is looks for the others' end as long as it would only pause. Times, not counts, because a pause
+ * takes 11 ns on one processor and several times that on another. */
+#define NANOSECONDS_OF_PAUSES 20000
+#define NANOSECONDS_BEFORE_SLEEP 300000
 
 /* Each thread has a part of the loop and takes pieces from its front, half of what is left each time; when it has none
  * left, half of what another has, from the back: then a slow or late thread holds up little, and a thread mostly goes
@@ -108,13 +116,21 @@ static void pause_briefly(void) {
 #endif
 }
 
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
 static int is_new(uint64_t state, uint64_t seen) { return (state & OPEN) && state / LOOP != seen; }
 
 /* Until there is a loop that may be joined, or the thread is to end. */
 static void await_loop(int index, uint64_t seen) {
-    for (int i = 0; i < LOOKS_BEFORE_SLEEP; i++) {
+    int64_t begin = nanoseconds(), waited = 0;
+    for (; waited < NANOSECONDS_BEFORE_SLEEP; waited = nanoseconds() - begin) {
         if (is_new(atomic_load_explicit(&pool.state, memory_order_relaxed), seen)) return; /* a hint: join looks again */
-        pause_briefly();
+        if (waited < NANOSECONDS_OF_PAUSES) pause_briefly();
+        else sched_yield();
     }
     pthread_mutex_lock(&pool.lock);
     /* Sequentially consistent, as in parallel_for: either this thread sees the loop, or its caller sees the sleeper. */
@@ -197,10 +213,11 @@ int pool_threads(void) { return pool.size + 1; }
 
 /* Until all who joined have left; nobody can join any more. */
 static void await_others(void) {
-    for (int i = 0; i < LOOKS_BEFORE_SLEEP; i++) {
+    int64_t begin = nanoseconds();
+    do {
         if (!(atomic_load_explicit(&pool.state, memory_order_acquire) & JOINED)) return;
         pause_briefly();
-    }
+    } while (nanoseconds() - begin < NANOSECONDS_OF_PAUSES);
     pthread_mutex_lock(&pool.lock);
     while (atomic_load_explicit(&pool.state, memory_order_acquire) & JOINED) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
@@ -217,7 +234,9 @@ static void share_out(size_t count, size_t grain) {
 }
 
 void parallel_for(size_t count, size_t grain, double work, loop_part *part, void *context) {
-    int alone = work < MIN_PARALLEL_WORK || count > UINT32_MAX || pthread_mutex_trylock(&pool.busy);
+    int asleep = atomic_load_explicit(&pool.sleeping, memory_order_relaxed) != 0;
+    double least = asleep ? MIN_PARALLEL_WORK : MIN_WORK_TO_SHARE;
+    int alone = work < least || count > UINT32_MAX || pthread_mutex_trylock(&pool.busy);
     if (!alone && pool.size == 0) {
         pthread_mutex_unlock(&pool.busy);
         alone = 1;
