@@ -222,12 +222,12 @@ class Pager:
         self._report_warm_start()
         ready = {channel, queue, lanes}
         while True:
+            self._loads.finish()  # what lanes tell of, and what they do not: first, so that all of it is remembered
             if channel in ready and any(isinstance(message, StopWorking) for message in self._channel.receive()):
                 self._save_heat(wait=True)
                 self._save_learned(wait=True)
                 self._report_warm_start()
                 return
-            self._loads.finish()  # what the lanes tell of, and what they do not
             if queue in ready:
                 self._receive_messages()
             if time.monotonic() >= self._next_rescan:

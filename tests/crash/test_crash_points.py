@@ -57,7 +57,7 @@ def run(stepper: tuple[Path, Path], operation: str) -> tuple[str, dict[str, int]
         ("pager-loads-two-at-once", 30),
         ("pager-gives-way", 25),
         ("pager-is-overtaken", 20),
-        ("pager-lane-publishes", 30),
+        ("pager-lane-publishes", 25),  # 29 to 31: a histogram's extremes may move or not
         ("pager-lane-publishes-what-was-overtaken", 20),
         ("pager-lane-ends-what-was-given-up", 25),
         ("pager-lane-read-something-else", 20),
