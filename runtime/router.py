@@ -199,9 +199,7 @@ class MemoryAwareRouter:
         """
         if residual_ratio is not None:
             strength = self._residual_strength(policy, strength, residual_ratio)
-        tokens = np.shape(logits)[0] if np.ndim(logits) == 2 else 0
-        experts = np.empty((tokens, self.config.top_k), np.int32)
-        weights = np.empty((tokens, self.config.top_k), np.float32)
+        experts, weights = self._room_for(logits)
         try:
             report = self._core.route(
                 logits, experts, weights, layer, self._policy(policy), strength, _epochs(epochs), prefetch
@@ -257,9 +255,7 @@ class MemoryAwareRouter:
         """
         if residual_ratio is not None:
             strength = self._residual_strength(policy, strength, residual_ratio)
-        tokens = np.shape(logits)[0] if np.ndim(logits) == 2 else 0
-        experts = np.empty((tokens, self.config.top_k), np.int32)
-        weights = np.empty((tokens, self.config.top_k), np.float32)
+        experts, weights = self._room_for(logits)
         missing = self._core.foresee(logits, experts, weights, layer, self._policy(policy), strength)
         foreseen: dict[int, float] = {}
         if missing:
@@ -326,6 +322,11 @@ class MemoryAwareRouter:
         if self._owns_memory:
             self._segment.close()
             self._owns_memory = False
+
+    def _room_for(self, logits: Float32) -> tuple[Int32, Float32]:
+        """Experts and weights, [tokens, top_k], of a batch of logits, whose shape the core checks."""
+        shape = np.shape(logits)[0] if np.ndim(logits) == 2 else 0, self.config.top_k
+        return np.empty(shape, np.int32), np.empty(shape, np.float32)
 
     def _residual_strength(
         self, policy: Policy | None, strength: float | Float32 | None, residual_ratio: Float32

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.model.config import ModelConfig
-from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
+from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import RESIDUAL_POLICIES, RouterConfig
 from hotset.shm import _core
 from hotset.shm.layout import Section
@@ -97,7 +97,9 @@ class MixtureOfExperts:
 
         An expert's rows are computed together, once, wherever in the batch they are. Raises `ExpertUnavailable`.
         """
-        routed = self._route(layer, gate_logits, residual)
+        residual_norms = row_norms(residual) if self._measures_norms else None
+        # A step is one epoch of affinity, however many rows it has.
+        routed = self._router.route_batch(gate_logits, layer, epochs=1, **self._preference(layer, residual_norms))
         # The demand is what the gate chose, not what was taken instead because it is in memory: that would look useful
         # for ever, and what is displaced useless.
         wanted = self._router.true_top_k(gate_logits, layer) if routed.changed else routed.experts
@@ -112,7 +114,7 @@ class MixtureOfExperts:
             self._access.count_left_out(np.unique(routed.experts).size - len(selections))
         look_ahead = None
         if self._prefetcher is not None and self._streams is not None:
-            foresee = partial(self._foresee, row_norms(residual))
+            foresee = partial(self._foresee, residual_norms)
             step = LayerStep(layer, routed.experts, gate_logits, residual, foresee)
             look_ahead = partial(self._prefetcher.after_routing, step)
         for found in self._access.resident_together(layer, list(selections), look_ahead):
@@ -131,22 +133,18 @@ class MixtureOfExperts:
         # In rank order, so that the sum does not depend on which expert arrived first.
         return combine_in_rank_order(outputs, routed.weights)
 
-    def _route(self, layer: int, gate_logits: Float32, residual: Float32) -> BatchRouteResult:
-        """A step is one epoch of affinity, however many rows it has."""
-        options = self._preference(layer, row_norms(residual) if self._measures_norms else None)
-        return self._router.route_batch(gate_logits, layer, epochs=1, **options)
-
-    def _foresee(self, residual_norms: Float32, layer: int, gate_logits: Float32) -> dict[int, float]:
+    def _foresee(self, residual_norms: Float32 | None, layer: int, gate_logits: Float32) -> dict[int, float]:
         return self._router.foresee(gate_logits, layer, **self._preference(layer, residual_norms))
 
     def _preference(self, layer: int, residual_norms: Float32 | None) -> dict[str, Any]:
-        """How far the step's rows may go from what the layer's gate chooses: arguments of the router."""
+        """How far the step's rows may go from what the layer's gate chooses: arguments of the router. The norms are
+        None under policies that regard none."""
         if self._exact is True:
             return {"policy": "off"}
         options: dict[str, Any] = {}
         if self._exact is not False:  # 0 is "off" for a row
             options["strength"] = np.where(self._exact, np.float32(0), np.float32(self._router.strength))
-        if self._measures_norms and residual_norms is not None:
+        if residual_norms is not None:
             options["residual_ratio"] = residual_ratio(self._arena, layer, residual_norms)
         return options
 

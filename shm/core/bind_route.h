@@ -97,16 +97,21 @@ static PyObject *id_set(const uint64_t *words, uint32_t count) {
     return ids;
 }
 
-/* The last arguments of route() and bind(): policy (or None), strength (None, a number, or one per row) and epochs.
- * `strengths` is opened, and must be released, if strength is an array. */
-static int parse_call(const RouterObject *router, PyObject *policy, PyObject *strength, PyObject *epochs,
-                      Py_ssize_t rows, struct route_call *call, enum route_epochs *mode, Py_buffer *strengths) {
-    uint64_t v[2] = {router->policy, 0};
-    if (policy != Py_None && !parse_indices(&policy, 1, 1, (const char *[]){"policy"}, (uint64_t[]){ROUTE_POLICIES}, v))
+static int parse_epochs(PyObject *epochs, enum route_epochs *mode) {
+    uint64_t v;
+    if (!parse_indices(&epochs, 1, 1, (const char *[]){"epochs"}, (uint64_t[]){3}, &v)) return 0;
+    *mode = (enum route_epochs)v;
+    return 1;
+}
+
+/* Policy (or None) and strength (None, a number, or one per row) of route(), bind() and foresee(). `strengths` is opened,
+ * and must be released, if strength is an array. */
+static int parse_call(const RouterObject *router, PyObject *policy, PyObject *strength, Py_ssize_t rows,
+                      struct route_call *call, Py_buffer *strengths) {
+    uint64_t v = router->policy;
+    if (policy != Py_None && !parse_indices(&policy, 1, 1, (const char *[]){"policy"}, (uint64_t[]){ROUTE_POLICIES}, &v))
         return 0;
-    if (!parse_indices(&epochs, 1, 1, (const char *[]){"epochs"}, (uint64_t[]){3}, v + 1)) return 0;
-    *call = (struct route_call){.policy = (uint32_t)v[0], .strength = router->strength[v[0]]};
-    *mode = (enum route_epochs)v[1];
+    *call = (struct route_call){.policy = (uint32_t)v, .strength = router->strength[v]};
     if (strength == Py_None) return 1;
     if (PyFloat_Check(strength) || PyLong_Check(strength)) {
         double value = PyFloat_AsDouble(strength);
@@ -123,6 +128,34 @@ static int parse_call(const RouterObject *router, PyObject *policy, PyObject *st
     return 1;
 }
 
+/* The first arguments of route() and foresee(): logits, and where experts and weights go. */
+struct batch_arrays {
+    Py_buffer logits, experts, weights;
+    Py_ssize_t rows;
+};
+
+static void release_batch(struct batch_arrays *batch) {
+    PyBuffer_Release(&batch->weights); /* those that are not open are passed over */
+    PyBuffer_Release(&batch->experts);
+    PyBuffer_Release(&batch->logits);
+}
+
+/* 0 with an exception, and then nothing is open. */
+static int take_batch(const RouterObject *router, PyObject *const *args, struct batch_arrays *batch) {
+    Py_ssize_t shape[2] = {ANY_LENGTH, router->rule.num_experts};
+    *batch = (struct batch_arrays){.rows = 0};
+    if (!take_array(args[0], "logits", &FLOAT32, 0, 2, shape, &batch->logits)) return 0;
+    shape[0] = batch->rows = batch->logits.shape[0];
+    shape[1] = router->rule.top_k;
+    if (take_array(args[1], "experts", &INT32, 1, 2, shape, &batch->experts) &&
+        take_array(args[2], "weights", &FLOAT32, 1, 2, shape, &batch->weights)) {
+        if (batch->rows <= INT32_MAX) return 1;
+        PyErr_Format(PyExc_ValueError, "logits has %zd rows, expected fewer than 2**31", batch->rows);
+    }
+    release_batch(batch);
+    return 0;
+}
+
 static PyObject *router_route(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     RouterObject *router = (RouterObject *)self;
     const struct arena *arena = owner_arena(router->arena);
@@ -132,36 +165,25 @@ static PyObject *router_route(PyObject *self, PyObject *const *args, Py_ssize_t 
     PyObject *indices[2] = {args[3], args[7]};
     if (!parse_indices(indices, 2, 2, (const char *[]){"layer", "prefetch"}, (uint64_t[]){arena->num_layers, 2}, v))
         return NULL;
-    Py_buffer logits, experts, weights, strengths = {.obj = NULL};
+    struct batch_arrays batch;
+    Py_buffer strengths = {.obj = NULL};
     struct route_call call;
     enum route_epochs epochs;
     struct route_tally tally;
     uint64_t hits = 0;
     PyObject *answer = NULL;
-    if (!take_array(args[0], "logits", &FLOAT32, 0, 2, (Py_ssize_t[]){ANY_LENGTH, router->rule.num_experts}, &logits))
-        return NULL;
-    Py_ssize_t rows = logits.shape[0], shape[2] = {rows, router->rule.top_k};
-    if (!take_array(args[1], "experts", &INT32, 1, 2, shape, &experts)) goto release_logits;
-    if (!take_array(args[2], "weights", &FLOAT32, 1, 2, shape, &weights)) goto release_experts;
-    if (rows > INT32_MAX) {
-        PyErr_Format(PyExc_ValueError, "logits has %zd rows, expected fewer than 2**31", rows);
-        goto release_weights;
-    }
-    if (!parse_call(router, args[4], args[5], args[6], rows, &call, &epochs, &strengths)) goto release_weights;
+    if (!take_batch(router, args, &batch)) return NULL;
+    if (!parse_call(router, args[4], args[5], batch.rows, &call, &strengths) || !parse_epochs(args[6], &epochs)) goto done;
     call.want_prefetch = (int)v[1];
     call.selection_bias = router_selection_bias(router, (uint32_t)v[0]);
-    if (router_run(router, (uint32_t)v[0], &call, epochs, logits.buf, (uint32_t)rows, experts.buf, weights.buf,
-                   &tally, &hits))
+    if (router_run(router, (uint32_t)v[0], &call, epochs, batch.logits.buf, (uint32_t)batch.rows, batch.experts.buf,
+                   batch.weights.buf, &tally, &hits))
         answer = Py_BuildValue("(NNNdK)", id_set(tally.missing, arena->mask_words),
                                id_set(tally.displaced, arena->mask_words), id_set(tally.prefetch, arena->mask_words),
                                tally.lost_mass, (unsigned long long)tally.changed);
+done:
     if (strengths.obj) PyBuffer_Release(&strengths);
-release_weights:
-    PyBuffer_Release(&weights);
-release_experts:
-    PyBuffer_Release(&experts);
-release_logits:
-    PyBuffer_Release(&logits);
+    release_batch(&batch);
     return answer;
 }
 

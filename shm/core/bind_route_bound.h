@@ -98,7 +98,8 @@ static PyObject *router_bind(PyObject *self, PyObject *const *args, Py_ssize_t c
         PyErr_SetString(PyExc_TypeError, "strength of a bound call is not a number, expected a number or None");
         goto done;
     }
-    if (!parse_call(router, args[4], args[5], args[6], rows, &binding->call, &binding->epochs, NULL)) goto done;
+    if (!parse_call(router, args[4], args[5], rows, &binding->call, NULL)) goto done;
+    if (!parse_epochs(args[6], &binding->epochs)) goto done;
     bound = PyCFunction_New(&binding_method, (PyObject *)binding);
 done:
     Py_DECREF((PyObject *)binding);

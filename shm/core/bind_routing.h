@@ -83,42 +83,33 @@ static PyObject *router_foresee(PyObject *self, PyObject *const *args, Py_ssize_
     const struct arena *arena = owner_arena(router->arena);
     const struct route_boosts uncounted = {.keep = UINT64_MAX};
     uint64_t layer;
-    Py_buffer logits, experts, weights, strengths = {.obj = NULL};
+    struct batch_arrays batch;
+    Py_buffer strengths = {.obj = NULL};
     struct route_call call;
-    enum route_epochs epochs;
     struct route_tally tally = {0};
     struct route_snapshot snapshot;
     PyObject *missing = NULL;
     if (!arena) return NULL;
     if (count != 6) return PyErr_Format(PyExc_TypeError, "expected 6 arguments, got %zd", count);
     if (!parse_indices(args + 3, 1, 1, (const char *[]){"layer"}, (uint64_t[]){arena->num_layers}, &layer)) return NULL;
-    if (!take_array(args[0], "logits", &FLOAT32, 0, 2, (Py_ssize_t[]){ANY_LENGTH, rule->num_experts}, &logits)) return NULL;
-    Py_ssize_t rows = logits.shape[0], shape[2] = {rows, rule->top_k};
-    if (!take_array(args[1], "experts", &INT32, 1, 2, shape, &experts)) goto release_logits;
-    if (!take_array(args[2], "weights", &FLOAT32, 1, 2, shape, &weights)) goto release_experts;
-    PyObject *no_epoch = PyLong_FromLong(EPOCH_NONE);
-    int parsed = no_epoch && parse_call(router, args[4], args[5], no_epoch, rows, &call, &epochs, &strengths);
-    Py_XDECREF(no_epoch);
-    if (!parsed) goto release_weights;
+    if (!take_batch(router, args, &batch)) return NULL;
+    if (!parse_call(router, args[4], args[5], batch.rows, &call, &strengths)) goto done;
     call.selection_bias = router_selection_bias(router, (uint32_t)layer);
     route_snapshot_take(&snapshot, arena, (uint32_t)layer, 1);
     uint64_t at_hand[ROUTE_WORDS], words[ROUTE_WORDS] = {0};
     memcpy(at_hand, snapshot.preferred, sizeof at_hand); /* in memory, or on the way */
     if (!router->prefer_loading) memcpy(snapshot.preferred, snapshot.resident, sizeof snapshot.preferred);
     tally.range = snapshot.range;
-    route_kernel->rows(rule, &call, &snapshot, &uncounted, logits.buf, (uint32_t)rows, experts.buf, weights.buf, &tally);
-    for (Py_ssize_t i = 0; i < rows * rule->top_k; i++) {
-        uint32_t expert = (uint32_t)((int32_t *)experts.buf)[i];
+    route_kernel->rows(rule, &call, &snapshot, &uncounted, batch.logits.buf, (uint32_t)batch.rows, batch.experts.buf,
+                       batch.weights.buf, &tally);
+    for (Py_ssize_t i = 0; i < batch.rows * rule->top_k; i++) {
+        uint32_t expert = (uint32_t)((int32_t *)batch.experts.buf)[i];
         if (!bit_test(at_hand, expert)) bit_set(words, expert);
     }
     missing = id_set(words, arena->mask_words);
+done:
     if (strengths.obj) PyBuffer_Release(&strengths);
-release_weights:
-    PyBuffer_Release(&weights);
-release_experts:
-    PyBuffer_Release(&experts);
-release_logits:
-    PyBuffer_Release(&logits);
+    release_batch(&batch);
     return missing;
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import cast
 
 import numpy as np
@@ -44,11 +44,9 @@ class Access:
         yield [(expert, 0) for expert in experts]
 
 
-@pytest.mark.parametrize(("routing", "exact"), [("bonus", False), ("bonus", True), ("off", False)])
-def test_a_decode_step_demands_what_the_gate_chose_whatever_was_used_instead(
-    routing: RoutingPolicy, exact: bool
-) -> None:
-    model = ModelConfig.load(TRAINED_MODEL)
+@contextmanager
+def arena_of(model: ModelConfig) -> Iterator[Segment]:
+    """One layer, of which the experts RESIDENT are in slots."""
     nbytes = 3 * model.hidden_size * model.intermediate_size * 2
     geometry = Geometry(
         num_layers=1,
@@ -56,11 +54,20 @@ def test_a_decode_step_demands_what_the_gate_chose_whatever_was_used_instead(
         pins_per_process=model.experts_per_token,
         slot_classes=(SlotClass(len(RESIDENT), nbytes),),
     )
-    options = {"cache_bonus": 1.0} if routing == "bonus" else {}
     with closing(Segment.private(geometry)) as segment:
         for expert in RESIDENT:
             segment.arena.load_begin(expert, expert)
             segment.arena.load_publish(expert, 0, nbytes, WeightFormat.BFLOAT16, 0)
+        yield segment
+
+
+@pytest.mark.parametrize(("routing", "exact"), [("bonus", False), ("bonus", True), ("off", False)])
+def test_a_decode_step_demands_what_the_gate_chose_whatever_was_used_instead(
+    routing: RoutingPolicy, exact: bool
+) -> None:
+    model = ModelConfig.load(TRAINED_MODEL)
+    options = {"cache_bonus": 1.0} if routing == "bonus" else {}
+    with arena_of(model) as segment:
         router = MemoryAwareRouter(router_config(model, policy=routing, **options), num_layers=1, segment=segment)
         access = Access()
         layer = MixtureOfExperts(segment, router, model, cast("ExpertAccess", access))
@@ -77,19 +84,9 @@ def test_a_decode_step_demands_what_the_gate_chose_whatever_was_used_instead(
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_stands_in_for_what_is_missing_is_not_computed(rows: int) -> None:
     model = ModelConfig.load(TRAINED_MODEL)
-    nbytes = 3 * model.hidden_size * model.intermediate_size * 2
-    geometry = Geometry(
-        num_layers=1,
-        num_experts=model.num_experts,
-        pins_per_process=model.experts_per_token,
-        slot_classes=(SlotClass(len(RESIDENT), nbytes),),
-    )
-    with closing(Segment.private(geometry)) as segment:
+    with arena_of(model) as segment:
         for slot in segment.slots():
             slot[:] = 0x3C  # a small number in bfloat16
-        for expert in RESIDENT:
-            segment.arena.load_begin(expert, expert)
-            segment.arena.load_publish(expert, 0, nbytes, WeightFormat.BFLOAT16, 0)
         segment.arena.note_expert_norm(0, 1.0, 1)
         router = MemoryAwareRouter(
             router_config(model, policy="substitute", substitute_limit=0.1), num_layers=1, segment=segment

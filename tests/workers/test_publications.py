@@ -66,6 +66,13 @@ class Played:
         while (run := self.core.take()) is not None:
             self.core.read(*run)
 
+    def read_until_found(self, expert: int) -> None:
+        """Until this one is published; of others as much as a lane takes before."""
+        while self.arena.find(expert) < 0:
+            run = self.core.take()
+            assert run is not None
+            self.core.read(*run)
+
     def state(self, expert: int) -> SlotState:
         return SlotState(self.arena.slot(expert)[2])
 
@@ -212,10 +219,7 @@ def test_what_the_page_cache_had_is_told_from_what_the_disk_was_read_for(played:
 def test_the_main_thread_is_told_when_the_last_urgent_load_is_there(played: Played) -> None:
     played.begin(0)
     played.begin(1)
-    while played.arena.find(0) < 0:
-        run = played.core.take()
-        assert run is not None
-        played.core.read(*run)
+    played.read_until_found(0)
     assert not played.is_told(), "it would wake for nothing"
     assert [load for load, *_ in played.core.take_finished()] == [0], "if it is awake it may as well look"
     played.read()
@@ -227,28 +231,19 @@ def test_the_main_thread_is_told_when_the_last_urgent_load_is_there(played: Play
 def test_a_main_thread_that_needs_lanes_is_told_of_every_load(played: Played) -> None:
     played.begin(0)
     played.begin(1)
-    while played.arena.find(0) < 0:
-        run = played.core.take()
-        assert run is not None
-        played.core.read(*run)
+    played.read_until_found(0)
     played.core.tell_of_all(True)
     assert played.is_told(), "it came too late for the first"
     assert [load for load, *_ in played.core.take_finished()] == [0]
     played.begin(2)
-    while played.arena.find(1) < 0:
-        run = played.core.take()
-        assert run is not None
-        played.core.read(*run)
+    played.read_until_found(1)
     assert played.is_told()
 
 
 def test_a_finished_prefetch_is_told_of_at_once(played: Played) -> None:
     played.begin(0, urgent=False)
     played.begin(1, urgent=False)
-    while played.arena.find(0) < 0:
-        run = played.core.take()
-        assert run is not None
-        played.core.read(*run)
+    played.read_until_found(0)
     assert played.is_told()
 
 

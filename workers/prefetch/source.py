@@ -47,7 +47,7 @@ class Source(ABC):
         """The layer whose next step can be foreseen when `layer` has been routed, if there is one."""
 
     def observe(self, step: LayerStep) -> None:  # noqa: B027 - most have nothing to learn
-        """Learns, if it can. Called for every layer of every decode step, in order, before `scores`."""
+        """Learns, if it can. Called for every layer of every decode step, in order, before `candidates`."""
 
     @abstractmethod
     def candidates(self, step: LayerStep, most: int) -> Mapping[int, float]:
