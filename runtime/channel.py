@@ -49,8 +49,11 @@ class MessageTooLong(HotsetError):
 class Channel(Generic[Received]):
     """One end of a socket. `received` is the union of message types that this end accepts.
 
-    `send` queues what the socket does not take at once, so it never blocks; `pending_nbytes` lets the caller stop
-    producing for a slow reader. The loop that polls the socket calls `flush` when it is writable again.
+    It never blocks but in `wait`, whatever another process or descriptor has made of the socket's own flag
+    (MSG_DONTWAIT): a reader that blocked between two messages would never hand the first of them on.
+
+    `send` queues what the socket does not take at once; `pending_nbytes` lets the caller stop producing for a slow
+    reader. The loop that polls the socket calls `flush` when it is writable again.
     """
 
     def __init__(self, sock: socket.socket, received: Any) -> None:
@@ -81,7 +84,7 @@ class Channel(Generic[Received]):
         while self._output:
             frame = self._output[0]
             try:
-                sent = self._socket.send(frame)
+                sent = self._socket.send(frame, socket.MSG_DONTWAIT)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -101,7 +104,7 @@ class Channel(Generic[Received]):
         closed = False
         while True:
             try:
-                data = self._socket.recv(RECEIVE_NBYTES)
+                data = self._socket.recv(RECEIVE_NBYTES, socket.MSG_DONTWAIT)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -129,6 +131,28 @@ def test_a_message_that_nobody_would_take_is_not_sent(
     theirs.setblocking(False)
     with pytest.raises(BlockingIOError):
         theirs.recv(1)
+
+
+def test_a_socket_that_another_descriptor_makes_blocking_blocks_nobody(
+    ends: tuple[socket.socket, Channel[Any]],
+) -> None:
+    theirs, channel = ends
+    with socket.socket(fileno=os.dup(channel.fileno())) as other:
+        other.setblocking(True)  # a flag of the socket, not of the descriptor
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError("blocked for 2 s, expected no blocking")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    try:
+        theirs.sendall(frame(Abort(1)))
+        assert list(channel.receive()) == [Abort(1)]
+        while not channel.pending_nbytes:
+            channel.send(Abort(2))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_who_does_not_go_on_takes_an_unreadable_message_as_the_end(ends: tuple[socket.socket, Channel[Any]]) -> None:

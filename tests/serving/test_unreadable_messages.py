@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +27,11 @@ def frame(body: bytes) -> bytes:
 
 def write(backend: Backend, data: bytes) -> None:
     """Past the backend, which sends nothing but messages."""
-    with backend._lock, socket.socket(fileno=os.dup(backend._coordinator.channel.fileno())) as raw:
-        raw.setblocking(True)
-        raw.sendall(data)
-        raw.setblocking(False)
+    channel = backend._coordinator.channel
+    with backend._lock:
+        while data:
+            select.select([], [channel], [])
+            data = data[os.write(channel.fileno(), data) :]
 
 
 def log(backend: Backend) -> list[str]:
