@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import platform
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -212,6 +216,19 @@ def test_the_plan_counts_the_memory_of_the_weights(layers: int, experts: int, st
     planned = eviction_nbytes("td", num_layers=layers, num_experts=experts, num_streams=streams)
     assert nbytes < planned < 4 * nbytes + streams * 2**20
     assert eviction_nbytes("lru", num_layers=layers, num_experts=experts, num_streams=streams) == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags' bits are those of x86-64")
+@pytest.mark.parametrize("policy", ["affinity", "td"])
+def test_what_is_not_used_for_long_leaves_no_numbers_that_the_processor_is_slow_with(policy: str) -> None:
+    """Subnormal numbers, to which averages of use decay: one operation on them takes as long as a hundred others."""
+    subnormal_operand, underflow = 2, 16
+    flags = ctypes.CDLL(ctypes.util.find_library("m"))
+    core = make_policy(parse_eviction(policy), num_layers=1, num_experts=64, num_streams=1, slots_per_layer=8)
+    core.observe(records_of(random_ids(1, 100, 1, 1, 64, 4)))
+    flags.feclearexcept(subnormal_operand | underflow)
+    core.observe(records_of(random_ids(2, 25_000, 1, 1, 8, 4)))  # and of all others none
+    assert flags.fetestexcept(subnormal_operand | underflow) == 0
 
 
 def test_affinity_decides_until_learning_pays() -> None:

@@ -28,6 +28,7 @@
 #include "td.h"
 
 #define POLICY_DECAY (31 / 32.)
+#define POLICY_NEVER 1e-100     /* affinities below are 0: processors are slow with numbers that are much smaller */
 #define POLICY_ADAPTIVE_RATIO 3
 #define POLICY_FLOOR 0.25       /* of a layer's share of the slots, where values can be compared between layers */
 #define POLICY_CROWDED 0.55     /* distinct experts per step / slots per layer */
@@ -295,7 +296,8 @@ static inline void policy_observe(struct policy *policy, const uint16_t *record)
     double seen = policy->steps < POLICY_CROWD_RATE ? (double)policy->steps : POLICY_CROWD_RATE;
     policy->distinct += ((double)policy->count - policy->distinct) / seen;
     double *affinity = policy->affinity + first;
-    for (uint32_t e = 0; e < policy->num_experts; e++) affinity[e] *= POLICY_DECAY;
+    for (uint32_t e = 0; e < policy->num_experts; e++)
+        affinity[e] = affinity[e] > POLICY_NEVER ? affinity[e] * POLICY_DECAY : 0;
     for (uint32_t i = 0; i < policy->count; i++) {
         uint32_t expert = policy->experts[i];
         affinity[expert] += 1 - POLICY_DECAY;

@@ -41,6 +41,7 @@
 #define TD_UNIT (1 / 4096.f)  /* of the set weights, whose 16 bits so hold -8 to 8 */
 #define TD_MAX_STEP 0.005f    /* eta */
 #define TD_STABLE_STEP 0.5f   /* eta * tokens per step * |features|^2: it diverges from about 1 on */
+#define TD_NEVER 1e-20f       /* averages of use below are 0: processors are slow with the numbers that come next */
 #define TD_MAX_ESTIMATE 4     /* an estimate beyond has diverged: the layer forgets what it learned */
 
 static const float td_rates[TD_AVERAGES] = {1 / 4.f, 1 / 16.f, 1 / 64.f, 1 / 256.f};

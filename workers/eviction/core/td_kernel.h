@@ -57,7 +57,8 @@ TD_TARGET static int32_t TD_NAME(td_step_experts)(struct td *td, uint32_t layer,
         td_floats old[TD_AVERAGES], y = trait[v] + trait[width + v] * is_used;
         for (uint32_t i = 0; i < TD_AVERAGES; i++) {
             old[i] = averages[i * width + v];
-            averages[i * width + v] = old[i] * (1 - td_rates[i]) + td_rates[i] * is_used;
+            const td_floats new = old[i] * (1 - td_rates[i]) + td_rates[i] * is_used;
+            averages[i * width + v] = (td_floats)((td_ints)new & (new > TD_NEVER));
             y += trait[(2 + i) * width + v] * averages[i * width + v];
         }
         y += TD_UNIT * __builtin_convertvector(__builtin_convertvector(sums[v], td_ints), td_floats);
