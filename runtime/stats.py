@@ -77,6 +77,7 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     prefill_expert_hits: int
     prefill_expert_misses: int
     experts_left_out: int
+    expert_wait_seconds: float  # that workers waited for missing experts, added up
     decode_tokens: int
     prefill_tokens: int
     steps: int
@@ -178,6 +179,7 @@ class InstanceCounters:
             prefill_expert_hits=counts[Counter.PREFILL_EXPERT_HITS],
             prefill_expert_misses=counts[Counter.PREFILL_EXPERT_MISSES],
             experts_left_out=counts[Counter.EXPERTS_LEFT_OUT],
+            expert_wait_seconds=counts[Counter.EXPERT_WAIT_NANOSECONDS] / 1e9,
             decode_tokens=counts[Counter.DECODE_TOKENS],
             prefill_tokens=counts[Counter.PREFILL_TOKENS],
             steps=counts[Counter.STEPS],

@@ -29,6 +29,7 @@ def generation_report(completions: Sequence[Completion], seconds: float, stats: 
         "hit_rate": round(stats.decode_hit_rate, 4),
         "prefill_hit_rate": round(stats.prefill_hit_rate, 4),
         "experts_left_out": stats.experts_left_out,
+        "expert_wait_seconds": round(stats.expert_wait_seconds, 4),
         "regret": msgspec.to_builtins(stats.regret),
         "page_ins": {
             "urgent": stats.urgent_page_ins,
@@ -75,6 +76,7 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "expert hit rate", f"decode {report['hit_rate']:.1%}, prefill {report['prefill_hit_rate']:.1%}{left_out}"
     yield "would have hit", _regret_text(report["regret"])
     yield "page-ins", _page_ins_text(page_ins)
+    yield "waited for experts", f"{report['expert_wait_seconds']:.2f} s, all workers together"
     for tier in report["tiers"]:
         yield f"experts {_PLACES[tier['name']]}", _tier_text(tier)
     yield "read from disk", f"{report['disk_bytes_read']:,} bytes, {read_mode}"

@@ -38,7 +38,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     `io_nbytes` is what the pager asked of the kernel, `disk_nbytes` what came from the disk for it; both from
     /proc/PID/io. `largest_pss` is of all processes together, this one included. `step_p99_ms` is of the times between
-    an answer's tokens; `waiting` the time in urgent page-ins as a share of all, from above: they may overlap.
+    an answer's tokens; `waiting` the share of the workers' time, prefill included, in which they waited for experts.
     """
 
     token_ids: list[list[int]]
@@ -107,6 +107,7 @@ def run(request: Request) -> Report:
         asked_before, disk_before = io_nbytes(backend.pager_pid)
         scales = Scales([os.getpid(), backend.coordinator_pid, backend.pager_pid, *backend.worker_pids])
         try:
+            submitted = time.monotonic()
             streams = [backend.stream(prompt, _sampling(request, request.max_tokens)) for prompt in prompts]
             answers: list[list[int]] = [[] for _ in streams]
             times: list[float] = []
@@ -114,7 +115,7 @@ def run(request: Request) -> Report:
                 for piece in stream:
                     answer.extend(piece.token_ids)
                     times.extend([time.monotonic()] * len(piece.token_ids) if answer is answers[0] else [])
-            seconds = time.monotonic() - times[0]
+            ended = time.monotonic()
         finally:
             scales.stop()
         asked, disk = io_nbytes(backend.pager_pid)
@@ -123,10 +124,10 @@ def run(request: Request) -> Report:
         quarters = [(b - a) / (times[b] - times[a]) for a, b in itertools.pairwise(edges) if b > a]
         return Report(
             token_ids=answers,
-            tokens_per_second=(sum(map(len, answers)) - len(answers)) / seconds,
+            tokens_per_second=(sum(map(len, answers)) - len(answers)) / (ended - times[0]),
             quarters=quarters,
             step_p99_ms=1000 * float(np.percentile(np.diff(times), 99)) if len(times) > 1 else 0.0,
-            waiting=min(1.0, stats.urgent_page_ins * stats.paging.mean / 1e6 / seconds),
+            waiting=stats.expert_wait_seconds / (ended - submitted) / stats.workers,
             hit_rate=stats.decode_hit_rate,
             prefill_hit_rate=stats.prefill_hit_rate,
             lost_mass=stats.lost_mass,

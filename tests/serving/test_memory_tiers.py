@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def test_every_expert_lies_somewhere_and_every_page_in_came_from_there() -> None
             assert (tier.p50 > 0) == (tier.page_ins > 0)
         backend.reset_stats()
         assert all(tier.page_ins == tier.p99 == 0 for tier in backend.stats().tiers)
+
+
+def test_the_time_that_workers_wait_for_experts_is_counted() -> None:
+    params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True, routing="off")
+    with Backend(workers=1, expert_budget="25%", warm_start=False) as backend:
+        began = time.monotonic()
+        backend.generate("def", params)
+        assert 0 < backend.stats().expert_wait_seconds < time.monotonic() - began
+    with Backend(workers=1, expert_budget="100%", warm_start=False) as backend:
+        backend.generate("def", params)
+        backend.reset_stats()
+        backend.generate("def", params)
+        assert backend.stats().expert_wait_seconds == 0  # all are there
 
 
 def test_the_page_cache_is_asked_without_filling_it(tmp_path: Path) -> None:
