@@ -7,11 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SMALL = ["--tokens", "12", "--rounds", "1", "--quality-tokens", "128", "--texts", "2", "--window", "32", "--json"]
+TRAINED = str(SCRIPTS.parent / "runtime" / "model" / "trained")
+COMMAND = (
+    f"--paged-model {TRAINED} --paged-memory 1GiB --rounds 1 --tokens 12 --quality-tokens 128 --texts 2 --window 32"
+)
+SMALL = [*COMMAND.split(), "--json"]
 # A loaded machine, or a tiny sample, must not decide: every gate is opened wide, but for the one that is planted.
 OPEN = "hit-rate=0 perplexity=1e9 step-p99=1e9 memory=1e9 throughput=0 prefetch=0 page-in-p99=1e9 route-mean=1e9 "
 OPEN += "route-p99=1e9 routes=0"
@@ -28,6 +36,12 @@ def gates(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def scripts_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+
+
 def test_one_threshold_that_cannot_be_met_fails_the_report() -> None:
     wanted = [f"--wanted={change}" for change in [*OPEN.split(), "hit-rate=101"]]
     done = gates(*SMALL, *wanted)
@@ -40,9 +54,8 @@ def test_one_threshold_that_cannot_be_met_fails_the_report() -> None:
         assert gate["how"] and (gate["measured"] is None) == (gate["passed"] is None)
 
 
-def test_what_could_not_be_measured_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+@pytest.mark.usefixtures("scripts_importable")
+def test_what_could_not_be_measured_does_not_pass() -> None:
     from laboratory.gates import TARGETS, Found, exit_status, judge
 
     met = [judge(target, Found(target.wanted, "")) for target in TARGETS]
@@ -56,6 +69,50 @@ def test_what_could_not_be_measured_does_not_pass(monkeypatch: pytest.MonkeyPatc
     ]  # fmt: skip
     assert not any(gate.passed for gate in failed)
     assert exit_status([unmeasured, failed[0]]) == 1
+
+
+@pytest.mark.usefixtures("scripts_importable")
+@pytest.mark.parametrize(("waiting", "measured"), [(0.7, 2.0), (0.3, None)])
+def test_throughput_is_judged_only_where_paging_is_the_bottleneck(
+    monkeypatch: pytest.MonkeyPatch, waiting: float, measured: float | None
+) -> None:
+    from laboratory import gate_measurements
+
+    off = SimpleNamespace(
+        tokens_per_second=10.0, waiting=waiting, page_ins=3, paging_p99_us=4000.0, loaded_nbytes=5, disk_nbytes=5
+    )
+    chosen = SimpleNamespace(tokens_per_second=20.0, waiting=0.1)
+    monkeypatch.setattr(
+        gate_measurements, "_serve", lambda _, model, settings, limit: off if "routing" in settings else chosen
+    )
+    options = SimpleNamespace(paged_model=Path("some-model"), paged_memory="2GiB", rounds=3)
+    found = gate_measurements.measure_paging(options)  # type: ignore[arg-type]
+    assert found["throughput"].measured == measured
+    assert f"{waiting:.0%} of the time" in found["throughput"].how
+    assert found["page-in-p99"].measured == 4.0
+
+
+@pytest.mark.usefixtures("scripts_importable")
+def test_the_made_model_can_be_served_and_is_removed() -> None:
+    from laboratory.paged_model import made_model
+
+    with made_model("--layers", "1") as folder:
+        assert len(Checkpoint.open(folder, ModelConfig.load(folder)).expert_ids) == 128
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--paged-memory", "much"], "--paged-memory is 'much', expected bytes"),
+        (["--budget", "7"], "the budget is '7', expected a percentage"),
+        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["--tokens", "0"], "--tokens is 0, expected at least 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: list[str], message: str) -> None:
+    done = gates(*arguments)
+    assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,207 @@
+"""What the gates measure: quality in the laboratory, the rest in instances that serve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from laboratory.paged_model import made_model
+from serving import measure
+from serving_run import Report, Request
+
+from hotset.runtime import MemoryAwareRouter, RouterConfig
+from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
+from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.routing_preference import routing_preference
+
+ROUTE_ROWS = 4096  # distinct: a processor learns 256 by heart
+ROUTE_SECONDS = 0.5
+STRESS_STREAMS = 8
+BOTTLENECK = 1 / 2  # of the time spent on waiting for experts: from there on paging is what decides how fast it goes
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What was measured for a gate, and how."""
+
+    measured: float | None
+    how: str
+
+
+# ---- quality
+
+
+def measure_quality(options: argparse.Namespace, config: BackendConfig) -> dict[str, Found]:
+    preference = routing_preference(config)
+    command = [
+        *(sys.executable, "-P", "-m", "laboratory.hitrate", "--json", "--pool", "shared"),
+        *("--model", str(options.model), "--budgets", options.budget.rstrip("%"), "--policies", config.eviction),
+        *("--routing", f"off,{preference.policy}", "--strengths", f"{preference.policy}={preference.strength}"),
+        *("--tokens", str(options.quality_tokens), "--texts", str(options.texts), "--window", str(options.window)),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        reason = Found(None, f"scripts/hitrate ended with status {done.returncode}")
+        return {"hit-rate": reason, "perplexity": reason}
+    exact, chosen = sorted(json.loads(done.stdout)["rows"], key=lambda row: row["strength"])
+    where = f"{options.quality_tokens} held-out tokens, {options.budget} resident, eviction {config.eviction}"
+    change = chosen["perplexity_change"]
+    return {
+        "hit-rate": Found(
+            chosen["hit_rate"]["value"],
+            f"{where}, routing {preference}; exact routing {exact['hit_rate']['value']:.1f} %",
+        ),
+        "perplexity": Found(
+            change["value"], f"same run, paired; 95 %: {change['low']:+.2f} to {change['high']:+.2f} %"
+        ),
+    }
+
+
+# ---- serving
+
+
+def measure_serving(options: argparse.Namespace) -> dict[str, Found]:
+    """The slowest steps with the default preference and without, and what is prefetched."""
+    memory = {"expert_budget": options.budget}
+    pairs = _serve_in_turn(options, options.model, memory)
+    off, chosen = pairs[-1]
+    # Without warming up: auto tries in the beginning, and may read nothing ahead once it has decided.
+    ahead = _serve(options, options.model, memory | {"routing": "off", "prefetch": "auto"}, warm_up_tokens=0)
+    read_ahead = sum(source.page_ins for source in ahead.prefetch)
+    used = sum(source.hits + source.late_hits for source in ahead.prefetch)
+    slowest = statistics.median(b.step_p99_ms / a.step_p99_ms for a, b in pairs)
+    return {
+        "step-p99": Found(
+            100 * (slowest - 1),
+            f"{options.tokens} tokens of one stream, {options.budget} resident, the middle of {len(pairs)} pairs: the "
+            f"last {chosen.step_p99_ms:.2f} ms, routing off {off.step_p99_ms:.2f} ms; "
+            f"{chosen.tokens_per_second:.0f} and {off.tokens_per_second:.0f} tokens/s",
+        ),
+        "prefetch": Found(
+            100 * used / read_ahead, f"{used} of {read_ahead} prefetched experts were used, prefetch auto"
+        )
+        if read_ahead
+        else Found(None, "prefetch auto read nothing ahead"),
+    }
+
+
+def measure_paging(options: argparse.Namespace) -> dict[str, Found]:
+    """Throughput and page-ins of a model that is larger than the memory it is allowed, page cache included."""
+    if options.paged_model is not None:
+        return _measure_paging(options, options.paged_model)
+    with made_model() as model:
+        return _measure_paging(options, model)
+
+
+def _measure_paging(options: argparse.Namespace, model: Path) -> dict[str, Found]:
+    where = f"{options.paged_model.name if options.paged_model else 'a made model of 6 GB'}, {options.paged_memory}"
+    try:
+        pairs = _serve_in_turn(options, model, {"memory": options.paged_memory}, parse_nbytes(options.paged_memory))
+    except OSError as error:
+        reason = f"{where}: no control group can be made here ({error.strerror}), and the page cache would serve"
+        return {"throughput": Found(None, reason), "page-in-p99": Found(None, reason)}
+    off, chosen = pairs[-1]
+    faster = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in pairs)
+    waiting = statistics.median(a.waiting for a, _ in pairs)
+    rates = f"the last {chosen.tokens_per_second:.1f} tokens/s, routing off {off.tokens_per_second:.1f}"
+    share = f"{waiting:.0%} of the time off waits for experts"
+    if waiting < BOTTLENECK:
+        least = f"{BOTTLENECK:.0%}"
+        throughput = Found(None, f"{where}: paging is not the bottleneck: {share}, less than {least} ({rates})")
+    else:
+        throughput = Found(faster, f"{where}, the middle of {len(pairs)} pairs: {rates}; {share}")
+    if not off.page_ins:
+        return {"throughput": throughput, "page-in-p99": Found(None, f"{where}: no expert was missing")}
+    nbytes = f"{format_nbytes(off.loaded_nbytes)}, {format_nbytes(off.disk_nbytes)} from disk"
+    page_ins = Found(off.paging_p99_us / 1000, f"{where}, routing off: {off.page_ins} page-ins, {nbytes}")
+    return {"throughput": throughput, "page-in-p99": page_ins}
+
+
+def _serve_in_turn(
+    options: argparse.Namespace, model: Path, memory: dict[str, str], limit: int | None = None
+) -> list[tuple[Report, Report]]:
+    """With routing off, and with the default: one run's slowest steps say little, and the machine is not always equally
+    fast."""
+    return [
+        (_serve(options, model, memory | {"routing": "off"}, limit), _serve(options, model, memory, limit))
+        for _ in range(options.rounds)
+    ]
+
+
+def _serve(
+    options: argparse.Namespace,
+    model: Path,
+    settings: dict[str, str],
+    limit: int | None = None,
+    *,
+    warm_up_tokens: int | None = None,
+) -> Report:
+    common = {"workers": 1, "max_num_seqs": 4, "warm_start": False}
+    if limit is not None:
+        common["max_model_len"] = options.tokens + 64  # what remains is for experts
+    request = Request(
+        model=str(model),
+        settings=common | settings,
+        max_tokens=options.tokens,
+        warm_up_tokens=options.tokens // 4 if warm_up_tokens is None else warm_up_tokens,
+        temperature=1.0,
+    )
+    return measure(request, limit)
+
+
+def measure_stress(options: argparse.Namespace) -> dict[str, Found]:
+    """Many streams under the budget for everything that an instance of that expert budget plans for itself."""
+    request = Request(
+        model=str(options.model),
+        settings={"workers": 2, "expert_budget": options.budget, "max_num_seqs": STRESS_STREAMS, "warm_start": False},
+        prompts=STRESS_STREAMS,
+        max_tokens=options.tokens,
+        temperature=1.0,
+    )
+    planned = measure(msgspec.structs.replace(request, max_tokens=2)).planned_nbytes
+    where = f"{STRESS_STREAMS} streams of {options.tokens} tokens, two workers"
+    try:
+        report = measure(request, planned)
+        where += f", in a control group of {format_nbytes(planned)}, nobody killed"
+    except OSError as error:
+        report = measure(request)
+        where += f"; no control group can be made here ({error.strerror}), so processes are weighed only"
+    except SystemExit as error:
+        return {"memory": Found(float("inf"), f"{where}, in a control group of {format_nbytes(planned)}: {error}")}
+    if report.restarts:
+        return {"memory": Found(float("inf"), f"{where}: {report.restarts} processes died")}
+    return {"memory": Found(100 * report.largest_pss / planned, f"{where}: {format_nbytes(report.largest_pss)}")}
+
+
+# ---- routing
+
+
+def measure_routing(model: ModelConfig) -> dict[str, Found]:
+    """One bound `route` after the other, timed by the router itself for p99, by the clock for the rest."""
+    experts, top_k = model.num_experts, model.experts_per_token
+    logits = np.random.default_rng(0).normal(size=(ROUTE_ROWS, experts)).astype(np.float32)
+    ids, weights = np.empty(top_k, np.int32), np.empty(top_k, np.float32)
+    seconds = {}
+    for timing in (False, True):
+        with closing(MemoryAwareRouter(RouterConfig(experts, top_k, timing=timing))) as router:
+            router.update_cache_state(range(0, experts, 2))
+            route, routes, began = router.bind(logits, ids, weights), 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - began) < ROUTE_SECONDS:
+                for row in range(ROUTE_ROWS):
+                    route(row)
+                routes += ROUTE_ROWS
+            seconds[timing] = elapsed / routes
+            p99 = router.metrics.summary().routing_latency.p99
+    how = f"one bound route after another, {experts} experts, top {top_k}, {ROUTE_ROWS} distinct rows"
+    return {
+        "route-mean": Found(1e6 * seconds[False], how),
+        "route-p99": Found(p99, how),
+        "routes": Found(1 / seconds[False], how),
+    }
