@@ -195,7 +195,11 @@ def main() -> int:
         parser.error(f"--hidden-size is {options.hidden_size}, expected a multiple of 256")
     if options.top_k > options.experts:
         parser.error(f"--top-k is {options.top_k}, more than the {options.experts} experts")
-    write_model(options.folder, options)
+    try:
+        write_model(options.folder, options)
+    except KeyboardInterrupt:
+        print("make_model: stopped; what is in the folder is not a whole model", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -23,7 +23,9 @@ import msgspec
 from memory_cgroup import MemoryCgroup
 from serving_run import Report, Request
 
+from hotset.runtime import HotsetError
 from hotset.runtime.config import TRAINED_MODEL, format_nbytes, parse_nbytes
+from hotset.runtime.model.config import ModelConfig
 
 CHILD = Path(__file__).with_name("serving_run.py")
 
@@ -62,7 +64,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     settings = {
         "workers": options.workers,
         "max_num_seqs": max(4, options.prompts),
-        "max_model_len": 2048,
+        "max_model_len": min(2048, ModelConfig.load(options.model).max_position_embeddings),
         "warm_start": False,
     }
     common = {
@@ -135,7 +137,14 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=64, help="tokens generated before the measured ones")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = rows(options)
+    try:
+        found = rows(options)
+    except KeyboardInterrupt:
+        print("bench serving: stopped", file=sys.stderr)
+        return 130
+    except (HotsetError, ValueError, OSError) as error:
+        print(f"bench serving: {error}", file=sys.stderr)
+        return 1
     if options.json:
         print(json.dumps(found, indent=2))
     else:

@@ -153,4 +153,7 @@ def _sampling(request: Request, tokens: int) -> SamplingParams:
 
 
 if __name__ == "__main__":
-    print(msgspec.json.encode(run(msgspec.json.decode(sys.argv[1], type=Request))).decode())
+    try:
+        print(msgspec.json.encode(run(msgspec.json.decode(sys.argv[1], type=Request))).decode())
+    except KeyboardInterrupt:  # whoever started this says so
+        raise SystemExit(130) from None

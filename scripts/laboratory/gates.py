@@ -33,6 +33,7 @@ from laboratory.gate_measurements import (
 )
 from rich.console import Console
 from rich.table import Table
+from stress_tests.stop_signals import stop_signals
 
 from hotset.runtime import HotsetError
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig, parse_nbytes
@@ -160,9 +161,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
+    stop_signals.install()
     try:
         targets(options.wanted)
         gates = run(options)
+    except KeyboardInterrupt:
+        print("gates: stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError, HotsetError) as error:
         print(f"gates: {error}", file=sys.stderr)
         return 1
