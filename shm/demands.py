@@ -15,6 +15,11 @@ HEADER_WORDS = 8
 Records = npt.NDArray[np.uint16]
 
 
+def most_rows(top_k: int) -> int:
+    """Of one record, whose length is one of its 16-bit words."""
+    return (0xFFFF - HEADER_WORDS) // (top_k + 1)
+
+
 def demand_of_set(layer: int, experts: Sequence[int], stream: int = 0) -> Records:
     """A record of one set."""
     record = np.zeros(HEADER_WORDS + 1 + len(experts), np.uint16)

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from laboratory import quality
 from laboratory.arguments import numbers, slots_per_layer
-from laboratory.traces import Trace, load_trace
+from laboratory.traces import FORMAT, Trace, load_trace
 from rich.console import Console
 from rich.table import Table
 
@@ -134,10 +134,14 @@ MODEL_ONLY = {
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/hitrate", description=(__doc__ or "").split("\n")[0], argument_default=argparse.SUPPRESS
+        prog="scripts/hitrate",
+        description=(__doc__ or "").split("\n")[0],
+        epilog=FORMAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the epilog is a list
+        argument_default=argparse.SUPPRESS,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, help=".npz, or a folder with events.csv: replay it")
+    source.add_argument("--trace", type=Path, help="replay this one; what a trace is, is said below")
     source.add_argument("--model", type=Path, help="folder of a checkpoint: decode held-out text with it")
     parser.add_argument("--budgets", default=BUDGETS, help=f"percent of the experts that are resident ({BUDGETS})")
     parser.add_argument(
@@ -179,11 +183,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def run_trace(options: argparse.Namespace) -> None:
-    budgets = numbers("--budgets", options.budgets, float)
-    batches = numbers("--batch", options.batch, int)
+    budgets = numbers("--budgets", options.budgets, float, least=0)
+    batches = numbers("--batch", options.batch, int, least=1)
     policies = options.policies.split(",")
-    if min(batches) < 1:
-        raise ValueError(f"--batch is {options.batch}, expected numbers of at least 1")
     trace = load_trace(options.trace, num_experts=options.experts)
     shared = options.pool == "shared"
     if shared and trace.ids is not None:

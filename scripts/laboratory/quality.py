@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from training_corpus import heldout_stream
 
+from hotset.runtime.argument_types import integer
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.model_cache import model_identity
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -275,9 +276,9 @@ def settings_of(options: argparse.Namespace, num_experts: int) -> dict[Setting, 
         raise ValueError(f"--strengths are given for {min(unused)}, expected policies of --routing {options.routing}")
     strengths = STRENGTHS | given
     found: dict[Setting, float] = {}
-    for batch in numbers("--batch", options.batch, int):
+    for batch in numbers("--batch", options.batch, int, least=1):
         for budget, eviction in itertools.product(
-            numbers("--budgets", options.budgets, float), options.policies.split(",")
+            numbers("--budgets", options.budgets, float, least=0), options.policies.split(",")
         ):
             slots = slots_per_layer(budget, num_experts)
             shared = options.pool == "shared"
@@ -294,11 +295,17 @@ def strengths_of(text: str) -> tuple[str, tuple[float, ...]]:
     routing, equals, listed = text.partition("=")
     if routing not in STRENGTHS or not equals:
         raise ValueError(f"--strengths is {text!r}, expected a routing policy and strengths, as resnorm=0.1,0.2")
-    return routing, tuple(numbers("--strengths", listed, float))
+    return routing, tuple(numbers("--strengths", listed, float, least=0))
+
+
+LEAST = {"tokens": 1, "texts": 1, "window": 1, "warm_up": 0}
+"""Of the options that are numbers; the kernels have limits of their own for the threads."""
 
 
 def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
+    for name, least in LEAST.items():
+        integer(f"--{name.replace('_', '-')}", getattr(options, name), least)
     config = ModelConfig.load(options.model)
     settings = settings_of(options, config.num_experts)
     length = min(config.max_position_embeddings, options.window)

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -84,9 +86,12 @@ def test_a_plot_is_a_png(trace: Path, tmp_path: Path) -> None:
         (["--policies", "clock"], "eviction is 'clock', expected one of lru, lfu"),
         (["--budgets", "0"], "a budget of 0 % of 16 experts is 0 slots, expected 1 to 16"),
         (["--budgets", "many"], "--budgets is 'many', expected numbers"),
-        (["--batch", "0"], "--batch is 0, expected numbers of at least 1"),
+        (["--budgets", "nan"], "--budgets is 'nan', expected numbers of at least 0"),
+        (["--budgets", "25,inf"], "--budgets is '25,inf', expected numbers of at least 0"),
+        (["--batch", "0"], "--batch is '0', expected numbers of at least 1"),
         (["--batch", "500"], "has 141 tokens, expected at least 500"),
         (["--experts", "4"], "expected ids below --experts 4"),
+        (["--experts", "0"], "--experts is 0, expected an integer from 1 to 1024"),
         (["--pool", "shared", "--budgets", "6.25", "--policies", "lru"], "expected at least 4"),
     ],
 )
@@ -96,10 +101,104 @@ def test_bad_arguments_end_in_one_sentence(trace: Path, arguments: list[str], se
     assert sentence in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_files_that_are_no_traces_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", expert_ids=np.zeros((2, 2, 2), np.uint8))
-    assert "has no seq_len, expected expert_ids and seq_len" in hitrate("--trace", tmp_path / "other.npz").stderr
-    np.savez(tmp_path / "short.npz", expert_ids=np.zeros((2, 2, 2), np.uint8), seq_len=[3])
-    assert "sums to 3, expected the 2 tokens" in hitrate("--trace", tmp_path / "short.npz").stderr
+IDS = np.zeros((4, 2, 2), np.int64)
+"""Of 4 tokens, 2 layers, top-2."""
+
+
+def with_expert(expert: int) -> npt.NDArray[np.int64]:
+    ids = IDS.copy()
+    ids[3, 1, 0] = expert
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"expert_ids": IDS}, "has no seq_len, expected expert_ids and seq_len"),
+        ({"seq_len": [4]}, "has no expert_ids, expected expert_ids and seq_len"),
+        (
+            {"expert_ids": IDS[:0], "seq_len": IDS[:0, 0, 0]},
+            "int64 (0, 2, 2), expected integers [tokens, layers, top_k]",
+        ),
+        ({"expert_ids": IDS[0], "seq_len": [2]}, "int64 (2, 2), expected integers [tokens, layers, top_k], not empty"),
+        ({"expert_ids": IDS / 2, "seq_len": [4]}, "float64 (4, 2, 2), expected integers [tokens, layers, top_k]"),
+        ({"expert_ids": with_expert(-1), "seq_len": [4]}, "has expert -1, expected ids from 0 to 1023"),
+        ({"expert_ids": with_expert(70_000), "seq_len": [4]}, "has expert 70000, expected ids from 0 to 1023"),
+        ({"expert_ids": IDS, "seq_len": [5]}, "sums to 5, expected the 4 tokens"),
+        ({"expert_ids": IDS, "seq_len": [6, -2]}, "has -2, expected how many tokens a text has, at least 0"),
+        ({"expert_ids": IDS, "seq_len": [3.5, 0.5]}, "seq_len of {} is float64 (2,), expected integers [texts]"),
+        ({"expert_ids": IDS, "seq_len": 4}, "seq_len of {} is int64 (), expected integers [texts]"),
+        ({"expert_ids": IDS, "seq_len": np.array([4, None])}, "is not a whole .npz file of numbers"),
+    ],
+)
+def test_arrays_that_are_no_trace_are_refused(tmp_path: Path, arrays: dict[str, Any], sentence: str) -> None:
+    path = tmp_path / "trace.npz"
+    np.savez(path, **arrays)
+    done = hitrate("--trace", path)
+    assert sentence.format(path) in done.stderr
+    assert str(path) in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stdout == ""
+
+
+def test_a_batch_that_no_record_can_hold_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "long.npz", expert_ids=np.zeros((30_000, 1, 2), np.uint8), seq_len=[30_000])
+    done = hitrate("--trace", tmp_path / "long.npz", "--batch", 22_000, "--policies", "lru", "--budgets", 100)
+    assert done.stderr == "hitrate: --batch is 22000, expected at most 21842 tokens a step with top-2\n"
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    match how:
+        case "text":
+            return b"expert_ids"
+        case "empty":
+            return b""
+        case "cut":
+            return content[: len(content) // 2]
+        case "a byte changed":
+            return content[:300] + bytes([content[300] ^ 1]) + content[301:]
+        case _:
+            raise ValueError(how)
+
+
+@pytest.mark.parametrize("how", ["text", "empty", "cut", "a byte changed"])
+def test_files_that_are_no_whole_archives_are_refused(trace: Path, how: str) -> None:
+    trace.write_bytes(damaged(trace.read_bytes(), how))
+    done = hitrate("--trace", trace)
+    assert str(trace) in done.stderr and " .npz file" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1
+
+
+def test_one_array_is_no_trace(tmp_path: Path) -> None:
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, IDS)
+    assert "is neither an .npz file nor a folder with events.csv" in hitrate("--trace", file.name).stderr
+
+
+@pytest.mark.parametrize(
+    ("events", "sentence"),
+    [
+        ("layer,requested_experts\n", "is empty, expected a line per layer and step"),
+        (
+            "layer,requested_experts\n0,0 1\n3,0 1\n",
+            "layer 3 with the experts [0, 1], expected the 3 layers of 4 experts",
+        ),
+        ("layer,requested_experts\n0,0 -1\n", "layer 0 with the experts [0, -1], expected the 3 layers of 4"),
+        ("layer,requested_experts\n0\n", "is not an event list"),
+        ("layer,requested_experts\n0,many\n", "is not an event list"),
+    ],
+)
+def test_event_lists_that_are_none_are_refused(tmp_path: Path, events: str, sentence: str) -> None:
+    toy(tmp_path)
+    (tmp_path / "events.csv").write_text(events)
+    done = hitrate("--trace", tmp_path)
+    assert sentence in done.stderr and done.stderr.count("\n") == 1 and done.returncode == 1
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "is not an event list" in hitrate("--trace", tmp_path).stderr
     assert "No such file" in hitrate("--trace", tmp_path / "nothing.npz").stderr
+
+
+def test_the_help_says_what_a_trace_is() -> None:
+    text = hitrate("--help").stdout
+    assert "expert_ids  [tokens, layers, top_k]" in text and "seq_len     [texts]" in text and "integers" in text
