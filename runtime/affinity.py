@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import check_field_types, check_instance, integer, integers, takes
+from hotset.runtime.argument_types import check_field_types, check_instance, integer, integers
+from hotset.runtime.settings import Settings, takes
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 
 
-class AffinityConfig(msgspec.Struct, frozen=True):
+class AffinityConfig(Settings, frozen=True):
     """How scores grow and fade.
 
     Processes agree with one float64 EMA (within 1e-4) when `activation_boost <= (1 - decay) * max_score` or

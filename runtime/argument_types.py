@@ -7,25 +7,16 @@ and a wrong one would be found in another process.
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 import msgspec
 
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "True or False", type(None): "None"}
 _PLURALS: dict[Any, str] = {int: "integers", float: "numbers", str: "texts"}
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-class WrongCall(TypeError, ValueError):
-    """A call that names an argument which there is not, or leaves out one that is needed: Python's `TypeError`, and a
-    `ValueError` like everything else that is refused here."""
 
 
 def check_field_types(struct: msgspec.Struct) -> None:
@@ -49,38 +40,6 @@ def check_instance(name: str, given: Any, kind: type) -> None:
     """Raises `ValueError` if `given` is not of this class."""
     if not isinstance(given, kind):
         raise ValueError(f"{name} is {given!r}, expected one of class {kind.__name__}")
-
-
-def check_settings(given: Mapping[str, Any], whose: str, kind: type[msgspec.Struct]) -> None:
-    """Raises `WrongCall` for names that are no fields of `kind`."""
-    fields = kind.__struct_fields__
-    if unknown := {name: value for name, value in given.items() if name not in fields}:
-        raise WrongCall(f"{whose} is given {_listed(unknown)}, expected {', '.join(fields)}")
-
-
-def takes(
-    parameter: str, kind: type[msgspec.Struct]
-) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """For a function that is given its options as one object, `parameter`, of class `kind`.
-
-    A call that does not fit is a `WrongCall` that says how it is meant, above all when the options themselves were
-    given. One that fits costs nothing but the way through here.
-    """
-
-    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        @functools.wraps(function)
-        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            try:
-                return function(*args, **kwargs)
-            except TypeError:
-                problem = _misfit(function, args, kwargs, parameter, kind)
-                if problem is None:
-                    raise
-            raise WrongCall(problem)
-
-        return call
-
-    return decorate
 
 
 def integer(name: str, given: Any, least: int | None = None, most: int | None = None) -> int:
@@ -109,37 +68,6 @@ def integers(name: str, given: Any) -> list[int]:
 
 
 _WRONG: Any = object()
-
-
-def _misfit(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    parameter: str,
-    kind: type[msgspec.Struct],
-) -> str | None:
-    """Why a call does not fit the function's parameters, and what would; None if it does."""
-    signature = inspect.signature(function)
-    names = [name for name in signature.parameters if name != "self"]
-    called = function.__qualname__.removesuffix(".__init__")
-    if unknown := {name: value for name, value in kwargs.items() if name not in names}:
-        options = unknown.keys() <= set(kind.__struct_fields__)
-        expected = f"{parameter}={kind.__name__}({_listed(unknown)})" if options else ", ".join(names)
-        return f"{called} is given {_listed(unknown)}, expected {expected}"
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        given = {*list(signature.parameters)[: len(args)], *kwargs}
-        for name in names:
-            if name not in given and signature.parameters[name].default is inspect.Parameter.empty:
-                expected = f"{kind.__name__}(...)" if name == parameter else ", ".join(names)
-                return f"{called} is given no {name}, expected {expected}"
-        return f"{called}: {error}, expected {', '.join(names)}"
-    return None
-
-
-def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 @functools.cache

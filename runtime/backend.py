@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.answers import AnswerText, Completion, Piece, join_pieces
-from hotset.runtime.argument_types import check_settings, integer, integers, takes
+from hotset.runtime.argument_types import integer, integers
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, HotsetError, RequestFailed, TooManyPins
@@ -57,6 +57,7 @@ from hotset.runtime.model.gguf_folder import model_folder
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.runtime.plan import InstancePlan, plan_instance
 from hotset.runtime.sampling_params import SamplingParams
+from hotset.runtime.settings import check_settings, takes
 from hotset.runtime.stats import BackendStats
 from hotset.runtime.stop_strings import StopStrings
 from hotset.runtime.supervision import Child

@@ -12,6 +12,7 @@ import msgspec
 from hotset.runtime.argument_types import check_field_types, integer
 from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.prefetch import parse_prefetch
+from hotset.runtime.settings import Settings
 from hotset.shm.layout import PrefetchSource
 
 RoutingPolicy = Literal[  # in the order of enum route_policy
@@ -59,7 +60,7 @@ def _default_workers() -> int:
     return max(1, min(2, len(os.sched_getaffinity(0))))
 
 
-class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
+class BackendConfig(Settings, frozen=True, kw_only=True):
     """Everything that can be set about an instance.
 
     Attributes:

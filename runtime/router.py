@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.runtime.argument_types import check_instance, integer, takes
+from hotset.runtime.argument_types import check_instance, integer
 from hotset.runtime.config import STRENGTH_OPTIONS
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.metrics import MoeMetrics
 from hotset.runtime.paging_request import PagingRequest
 from hotset.runtime.router_config import GATINGS, POLICIES, RESIDUAL_POLICIES, Policy, RouterConfig, check_policy
+from hotset.runtime.settings import takes
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment

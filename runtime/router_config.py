@@ -10,6 +10,7 @@ import numpy as np
 from hotset.runtime.affinity import AffinityConfig
 from hotset.runtime.argument_types import check_field_types
 from hotset.runtime.config import RoutingPolicy
+from hotset.runtime.settings import Settings
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
@@ -22,7 +23,7 @@ RESIDUAL_POLICIES: tuple[Policy, ...] = ("resnorm", "substitute")
 """Their strengths are multiplied by how large the residual is beside the layer's expert outputs."""
 
 
-class RouterConfig(msgspec.Struct, frozen=True):
+class RouterConfig(Settings, frozen=True):
     """How a router selects.
 
     `cache_bonus` and `prefetch_threshold` are clamped to [0, 1]; anything else out of range is a `ValueError`.

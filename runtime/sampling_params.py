@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
-
-import msgspec
+from typing import ClassVar, Literal
 
 from hotset.runtime.argument_types import check_field_types
+from hotset.runtime.settings import Settings
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingParams(Settings, frozen=True, kw_only=True):
     """Names, meanings and defaults are vLLM's and OpenAI's, but for `max_tokens`: 128 (vLLM: 16, which cuts
     most answers).
 
@@ -22,8 +21,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logits of tokens already generated; repetition_penalty divides positive and multiplies negative logits of
     tokens in prompt or output. logit_bias is added to the logits of the given token ids. ignore_eos: go on
     after the end-of-text token. routing: None is the backend's policy; "off" takes exactly the experts that
-    the model's gate chooses; "bonus" prefers resident experts.
+    the model's gate chooses.
     """
+
+    elsewhere: ClassVar[frozenset[str]] = frozenset({
+        "n", "best_of", "use_beam_search", "logprobs", "prompt_logprobs", "top_logprobs", "min_tokens", "bad_words",
+        "stop_token_ids", "logits_processors", "structured_outputs", "guided_decoding", "response_format", "echo",
+    })  # fmt: skip
 
     temperature: float = 1.0
     top_p: float = 1.0

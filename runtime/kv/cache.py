@@ -26,6 +26,7 @@ from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.kv.page_memory import KvPageMemory
 from hotset.runtime.kv.shared_prompts import SharedPrompts
 from hotset.runtime.kv.statistics import FragmentationStats, PagedCacheStats
+from hotset.runtime.settings import check_settings
 
 MAX_TOKENS = 1 << 31
 """More than any sequence has: the capacity of a cache whose layers all have windows."""
@@ -43,6 +44,7 @@ class PagedKvCache(SharedPrompts):
     """
 
     def __init__(self, num_pages: int, block_size: int = 16, **options: Any) -> None:
+        check_settings(options, type(self).__name__, CacheConfig)
         config = CacheConfig(num_pages, block_size, **options)
         super().__init__(config)
         self.page_nbytes = config.memory.page_nbytes if config.memory else config.page_nbytes

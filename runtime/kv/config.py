@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-import msgspec
-
 from hotset.runtime.argument_types import check_field_types
 from hotset.runtime.kv.page_memory import KvPageMemory
+from hotset.runtime.settings import Settings
 
 MAX_PAGES = 1 << 31
 """More than the memory of any machine has room for; each costs some bytes of bookkeeping."""
@@ -28,7 +27,7 @@ class PageMemory(Protocol):
     def clear_pages(self, pages: Sequence[int]) -> None: ...
 
 
-class CacheConfig(msgspec.Struct, frozen=True):
+class CacheConfig(Settings, frozen=True):
     """The arguments of a `PagedKvCache`.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import typing
 from collections.abc import Callable
@@ -88,6 +89,42 @@ def test_the_sentence_says_what_would_do(setting: str, given: Any, expected: str
     assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_setting_that_there_is_not_is_named(config: type[msgspec.Struct]) -> None:
+    with pytest.raises(ValueError) as caught:
+        config(**NEEDED.get(config, {}) | {"temprature": 1, "size": "x"})
+    fields = ", ".join(config.__struct_fields__)
+    assert str(caught.value) == f"{config.__name__} is given temprature=1, size='x', expected {fields}"
+    assert isinstance(caught.value, TypeError)  # as Python's own
+
+
+@pytest.mark.parametrize("name", ["n", "best_of", "logprobs", "response_format"])
+def test_what_vllm_and_openai_have_beyond_is_said_not_to_be_there(name: str) -> None:
+    params: Any = SamplingParams
+    with pytest.raises(ValueError) as caught:
+        params(**{"temperature": 0, name: 2})
+    expected = ", ".join(SamplingParams.__struct_fields__)
+    assert str(caught.value) == f"SamplingParams is given {name}=2 (which hotset does not have), expected {expected}"
+
+
+def test_settings_are_given_as_they_are_declared() -> None:
+    config: Any
+    for config, args, sentence in (
+        (SamplingParams, (0.5,), "SamplingParams: too many positional arguments, expected temperature, top_p"),
+        (RouterConfig, range(40), "RouterConfig: too many positional arguments, expected num_experts, top_k"),
+        (CacheConfig, (), "CacheConfig is given no num_pages, expected num_pages, block_size"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            config(*args)
+    with pytest.raises(ValueError, match=r"^PagedKvCache is given num_blocks=3, expected num_pages, block_size, "):
+        PagedKvCache(8, num_blocks=3)
+    assert RouterConfig(4, 1) == RouterConfig(num_experts=4, top_k=1)
+
+
+def test_the_parameters_of_settings_are_to_be_seen() -> None:
+    assert [*inspect.signature(SamplingParams).parameters] == [*SamplingParams.__struct_fields__]
+
+
 def test_the_cache_refuses_wrong_numbers_of_tokens_and_wrong_ids() -> None:
     cache = PagedKvCache(8, 16)
     sequence = cache.allocate(20)
@@ -98,8 +135,6 @@ def test_the_cache_refuses_wrong_numbers_of_tokens_and_wrong_ids() -> None:
     for tokens in ("abc", None, [1.5], [2**40], 5, np.array([0.5])):
         with pytest.raises(ValueError, match=r"the token ids are .*, expected integers of 32 bits"):
             cache.admit(tokens)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="num_blocks"):
-        PagedKvCache(8, num_blocks=3)
 
 
 WRONG_CACHE_CALLS: list[tuple[str, Callable[[Any, int], object], str]] = [

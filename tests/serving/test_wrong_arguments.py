@@ -52,6 +52,7 @@ def test_sampling_options_go_into_SamplingParams(backend: Backend) -> None:
     ask = backend.generate
     for call, sentence in (
         (lambda: ask(PROMPTS[0], max_new_tokens=5), "is given max_new_tokens=5, expected prompts, params"),
+        (lambda: ask(PROMPTS[0], n=2), r"is given n=2 \(which hotset does not have\), expected prompts, params"),
         (lambda: ask(), "is given no prompts, expected prompts, params"),
         (lambda: ask("x", SHORT, 5), "too many positional arguments, expected prompts, params"),
     ):
