@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 import msgspec
 
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "True or False", type(None): "None"}
-_PLURALS: dict[Any, str] = {int: "integers", float: "numbers", str: "texts"}
+_PLURALS: dict[Any, str] = {int: "integers", float: "numbers", str: "texts", object: "anything"}
 
 
 def check_field_types(struct: msgspec.Struct) -> None:

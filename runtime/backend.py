@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.answers import AnswerText, Completion, Piece, join_pieces
-from hotset.runtime.argument_types import integer, integers
+from hotset.runtime.argument_types import fitting, integer, integers
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, HotsetError, RequestFailed, TooManyPins
@@ -50,7 +50,7 @@ from hotset.runtime.messages import (
     ToClient,
     UnpinExperts,
 )
-from hotset.runtime.model.chat_template import ChatTemplate, Message
+from hotset.runtime.model.chat_template import ChatTemplate, Message, checked_messages
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.gguf_folder import model_folder
@@ -204,12 +204,12 @@ class Backend:
 
         Raises `NoChatTemplate` or `ChatTemplateError`, and what `generate` raises.
         """
-        given: Any = messages
-        if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
-            raise ValueError(f"messages is {messages!r}, expected dicts with 'role' and 'content', at least one")
-        single = isinstance(messages[0], Mapping)
+        single = not isinstance(checked_messages(messages)[0], list | tuple)
         conversations: list[Any] = [messages] if single else list(messages)
-        prompts = [self.chat_prompt(c, tools=tools, **(chat_template_kwargs or {})) for c in conversations]
+        variables: dict[str, Any] = (
+            fitting("chat_template_kwargs", chat_template_kwargs, dict[str, object] | None) or {}
+        )
+        prompts = [self.chat_prompt(c, **{"tools": tools, **variables}) for c in conversations]
         return self.generate(prompts[0] if single else prompts, params)  # type: ignore[arg-type]
 
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> npt.NDArray[np.int32]:

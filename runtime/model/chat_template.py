@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.config_file import ConfigFile
@@ -19,6 +19,10 @@ from hotset.runtime.model.errors import ModelError
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...} and whatever else the model's template knows (tool_calls, thinking, ...)."""
 
+_ABOUT: Final = ("role", "content", "name", "tool_call_id")
+"""What says of a message whose it is, and is no content."""
+_TOOLS: Final = ("tool", "ipython", "function")
+"""The roles in which tools answer."""
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -88,9 +92,12 @@ class ChatTemplate:
 
         `variables` are the template's own, such as `enable_thinking` or `reasoning_effort`.
         """
+        if tools is not None and not _all_dicts(tools):
+            raise ChatTemplateError(f"tools is {tools!r}, expected a list of dicts that describe functions, or None")
+        conversation = [_plain(message) for message in checked_messages(messages)]
         try:
             return self._template.render(
-                messages=[_plain(message) for message in messages],
+                messages=conversation,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 **{**self._special_tokens, **variables},
@@ -99,18 +106,50 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template in {self.path} refuses the conversation: {error}") from error
 
 
-def _plain(message: Message) -> Message:
-    """OpenAI's lists of content parts become their text, as templates want it."""
-    if "role" not in message:
-        raise ChatTemplateError(f"the message {dict(message)!r} has no role")
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts: list[Any] = content  # pyright: ignore[reportUnknownVariableType]
-    kinds = {part.get("type") for part in parts}
-    if kinds - {"text"}:
-        raise ChatTemplateError(f"a message has content of the types {sorted(map(str, kinds))}, expected only text")
-    return {**message, "content": "\n".join(part["text"] for part in parts)}
+def checked_messages(messages: Any) -> Sequence[Any]:
+    """What is given for a conversation; raises `ChatTemplateError` if it is not several of anything."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise ChatTemplateError(f"messages is {messages!r}, expected dicts with 'role' and 'content', at least one")
+    return cast("Sequence[Any]", messages)
+
+
+def _plain(message: Any) -> Message:
+    """Checked, and OpenAI's lists of content parts become their text, as templates want it.
+
+    What a template may take is its own affair: an assistant's message may have tool calls, or thoughts, and no content,
+    and what a tool answers may be any value.
+    """
+    if not isinstance(message, Mapping):
+        raise ChatTemplateError(f"a message is {message!r}, expected a dict with 'role' and 'content'")
+    given = cast("Message", message)
+    if "role" not in given:
+        raise ChatTemplateError(f"the message {dict(given)!r} has no role, expected text such as 'user'")
+    role, content = given["role"], given.get("content")
+    if not isinstance(role, str):
+        raise ChatTemplateError(f"the role of a message is {role!r}, expected text such as 'user'")
+    if content is None:
+        if not any(value for name, value in given.items() if name not in _ABOUT):
+            raise ChatTemplateError(f"the message {dict(given)!r} has no content, expected text or a list of parts")
+    elif isinstance(content, list):
+        parts = cast("list[Any]", content)
+        if role not in _TOOLS or (_all_dicts(parts) and all("type" in part for part in parts)):
+            return {**given, "content": "\n".join(_text(part) for part in parts)}
+    elif not isinstance(content, str) and role not in _TOOLS:
+        raise ChatTemplateError(f"the content of a message is {content!r}, expected text or a list of parts")
+    return given
+
+
+def _text(part: Any) -> str:
+    of = cast("Mapping[str, Any]", part if isinstance(part, Mapping) else {})
+    if of.get("type", "text") != "text":
+        raise ChatTemplateError(f"a part of a message has the type {of['type']!r}, expected only 'text'")
+    if "type" not in of or not isinstance(of.get("text"), str):
+        raise ChatTemplateError(f"a part of a message is {part!r}, expected {{'type': 'text', 'text': ...}}")
+    return of["text"]
+
+
+def _all_dicts(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(one, Mapping) for one in cast("Sequence[Any]", given))
 
 
 def _strftime_now(format: str) -> str:

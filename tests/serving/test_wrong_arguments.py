@@ -72,6 +72,12 @@ def test_a_conversation_is_a_list_of_messages(backend: Backend, messages: Any) -
         backend.chat(messages)
 
 
+@pytest.mark.parametrize("variables", [5, "enable_thinking", [1], {1: True}])
+def test_the_variables_of_a_template_have_names(backend: Backend, variables: Any) -> None:
+    with pytest.raises(ValueError, match=r"chat_template_kwargs is .*, expected a dict from texts to anything or None"):
+        backend.chat([{"role": "user", "content": "Hi"}], chat_template_kwargs=variables)
+
+
 @pytest.mark.parametrize("method", ["pin_experts", "unpin_experts", "page_out"])
 def test_layers_and_experts_are_integers(backend: Backend, method: str) -> None:
     for layer in ("x", None, 1.5, math.nan, True, -1, 10**9):

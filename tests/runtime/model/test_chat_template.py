@@ -91,6 +91,77 @@ def test_content_in_parts_is_joined_and_other_than_text_is_refused(tmp_path: Pat
         template.render([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
 
 
+ANY = "{% for message in messages %}{{ message | tojson }};{% endfor %}{{ tools }}"
+"""Takes everything."""
+CALL = {"type": "function", "function": {"name": "size", "arguments": {"of": "tag"}}}
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ("Hi", "a message is 'Hi', expected a dict with 'role' and 'content'"),
+        (None, "a message is None, expected a dict with 'role' and 'content'"),
+        ({}, "the message {} has no role, expected text such as 'user'"),
+        ({"content": "Hi"}, "the message {'content': 'Hi'} has no role, expected text such as 'user'"),
+        ({"role": 5, "content": "Hi"}, "the role of a message is 5, expected text such as 'user'"),
+        ({"role": "user"}, "the message {'role': 'user'} has no content, expected text"),
+        (
+            {"role": "user", "content": None},
+            "the message {'role': 'user', 'content': None} has no content, expected text",
+        ),
+        ({"role": "tool", "tool_call_id": "1"}, "has no content, expected text"),
+        ({"role": "assistant", "tool_calls": []}, "has no content, expected text"),
+        ({"role": "user", "content": 5}, "the content of a message is 5, expected text or a list of parts"),
+        ({"role": "user", "content": {"text": "Hi"}}, "is {'text': 'Hi'}, expected text or a list of parts"),
+        ({"role": "user", "content": ["Hi"]}, "a part of a message is 'Hi', expected {'type': 'text', 'text': ...}"),
+        ({"role": "user", "content": [{"type": "text"}]}, "a part of a message is {'type': 'text'}, expected"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": 5}]},
+            "a part of a message is {'type': 'text', 'text': 5}",
+        ),
+    ],
+)
+def test_what_is_no_message_is_refused(tmp_path: Path, message: Any, sentence: str) -> None:
+    template = ChatTemplate.load(write_template(tmp_path, ANY))
+    with pytest.raises(ChatTemplateError) as caught:
+        template.render([{"role": "user", "content": "Hi"}, message])
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "thinking": "..."},
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": {"size": 5}},
+        {"role": "tool", "content": [1, 2]},
+        {"role": "ipython", "content": 5},
+        {"role": "developer", "content": "Be short."},
+    ],
+)
+def test_what_a_template_may_take_is_handed_on_as_it_is(tmp_path: Path, message: dict[str, Any]) -> None:
+    assert ChatTemplate.load(write_template(tmp_path, ANY)).render([message]) == f"{json.dumps(message)};None"
+
+
+@pytest.mark.parametrize("messages", [[], "Hi", None, {"role": "user", "content": "Hi"}])
+def test_a_conversation_is_several_messages(tmp_path: Path, messages: Any) -> None:
+    template = ChatTemplate.load(write_template(tmp_path, ANY))
+    with pytest.raises(
+        ChatTemplateError, match=r"messages is .*, expected dicts with 'role' and 'content', at least one"
+    ):
+        template.render(messages)
+
+
+@pytest.mark.parametrize("tools", ["size", TOOLS[0], [test_the_default_of_several], 5])
+def test_tools_are_descriptions(tmp_path: Path, tools: Any) -> None:
+    template = ChatTemplate.load(write_template(tmp_path, ANY))
+    with pytest.raises(ChatTemplateError, match=r"tools is .*, expected a list of dicts that describe functions"):
+        template.render(TALK, tools=tools)
+    assert template.render(TALK, tools=[]).endswith("[]")
+
+
 def test_the_date(tmp_path: Path) -> None:
     template = ChatTemplate.load(write_template(tmp_path, "{{ strftime_now('%Y') }}"))
     assert abs(int(template.render(TALK)) - datetime.now().year) <= 1
