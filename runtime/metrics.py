@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hotset.runtime.argument_types import check_instance, integer
 from hotset.shm.counters import Counter, Histogram
 from hotset.shm.histogram import bucket_upper_bound, percentile_nanoseconds
 from hotset.shm.layout import COUNTERS_PER_PROCESS, HISTOGRAM_BUCKETS
@@ -83,8 +84,9 @@ class MoeMetrics:
     """
 
     def __init__(self, segment: Segment, process: int = 0) -> None:
+        check_instance("segment", segment, Segment)
         self._arena = segment.arena
-        self._process = process
+        self._process = integer("process", process, 0)
         self._counter_baseline = np.zeros(COUNTERS_PER_PROCESS, np.uint64)
         self._histogram_baselines = {h: np.zeros(HISTOGRAM_BUCKETS, np.uint64) for h in Histogram}
 

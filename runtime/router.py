@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.runtime.argument_types import check_instance, integer
+from hotset.runtime.argument_types import check_instance, integer, integers
 from hotset.runtime.config import STRENGTH_OPTIONS
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.metrics import MoeMetrics
@@ -198,16 +198,11 @@ class MemoryAwareRouter:
                 `RouterConfig`.
                 Refused with other policies.
         """
+        number = self._policy(policy)
         if residual_ratio is not None:
             strength = self._residual_strength(policy, strength, residual_ratio)
         experts, weights = self._room_for(logits)
-        try:
-            report = self._core.route(
-                logits, experts, weights, layer, self._policy(policy), strength, _epochs(epochs), prefetch
-            )
-        except TypeError:
-            integer("layer", layer)
-            raise
+        report = self._core.route(logits, experts, weights, layer, number, strength, _epochs(epochs), prefetch)
         return BatchRouteResult(experts, weights, *report)
 
     def bind(
@@ -254,10 +249,11 @@ class MemoryAwareRouter:
 
         The arguments are those of `route_batch`.
         """
+        number = self._policy(policy)
         if residual_ratio is not None:
             strength = self._residual_strength(policy, strength, residual_ratio)
         experts, weights = self._room_for(logits)
-        missing = self._core.foresee(logits, experts, weights, layer, self._policy(policy), strength)
+        missing = self._core.foresee(logits, experts, weights, layer, number, strength)
         foreseen: dict[int, float] = {}
         if missing:
             for expert, weight in zip(experts.ravel().tolist(), weights.ravel().tolist(), strict=True):
@@ -280,7 +276,7 @@ class MemoryAwareRouter:
 
     def update_cache_state(self, ids: Iterable[int], layer: int = 0) -> None:
         """Exactly `ids` are resident now. Private memory only; changes nothing if an id is out of range."""
-        wanted = {self._checked_id(e) for e in ids}
+        wanted = {self._checked_id(e) for e in integers("ids", ids)}
         self._check_owns_mask()
         resident = self._core.resident(layer)
         for expert in resident - wanted:
@@ -294,7 +290,7 @@ class MemoryAwareRouter:
         self._core.set_resident(layer, self._checked_id(expert), bool(resident))
 
     def is_resident(self, expert: int, layer: int = 0) -> bool:
-        return expert in self._core.resident(layer)
+        return integer("expert id", expert) in self._core.resident(layer)
 
     def resident_experts(self, layer: int = 0) -> list[int]:
         """Ascending."""
@@ -302,14 +298,15 @@ class MemoryAwareRouter:
 
     def generate_prefetch_requests(self, budget: int, layer: int | None = None) -> list[PagingRequest]:
         """Prefetches of the non-resident experts with the highest affinity, at most `budget`, of one layer or all."""
+        most = max(integer("budget", budget), 0)
+        layers = range(self.num_layers) if layer is None else (integer("layer", layer),)
         scores, _ = self.affinity.snapshot()
-        layers = range(self.num_layers) if layer is None else (layer,)
         absent = [
             (-float(scores[at, expert]), at, expert)
             for at in layers
             for expert in set(range(self.config.num_experts)) - self._core.resident(at)
         ]
-        return [PagingRequest.prefetch(expert, at) for _, at, expert in sorted(absent)[: max(budget, 0)]]
+        return [PagingRequest.prefetch(expert, at) for _, at, expert in sorted(absent)[:most]]
 
     def hit_rate(self) -> float:
         """Of the selections since the last reset, those that were resident; 0.0 if there were none."""
@@ -332,7 +329,7 @@ class MemoryAwareRouter:
     def _residual_strength(
         self, policy: Policy | None, strength: float | Float32 | None, residual_ratio: Float32
     ) -> Float32:
-        chosen = policy or self.config.policy
+        chosen = self.config.policy if policy is None else policy
         if chosen not in RESIDUAL_POLICIES:
             raise ValueError(
                 f"residual_ratio is given with policy {chosen!r}, expected one of {', '.join(RESIDUAL_POLICIES)}"
@@ -340,7 +337,13 @@ class MemoryAwareRouter:
         if strength is None:
             configured = self.config.policy == chosen and self.config.memory_aware
             strength = self.strength if configured else cast("float", getattr(self.config, STRENGTH_OPTIONS[chosen]))
-        return np.asarray(strength * residual_ratio, np.float32)
+        try:
+            return np.asarray(strength * residual_ratio, np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"strength is {strength!r}, expected a number or float32 of shape (tokens,), and residual_ratio is "
+                f"{residual_ratio!r}, expected float32 of shape (tokens,)"
+            ) from None
 
     def _policy(self, policy: Policy | None) -> int | None:
         if policy is None:
@@ -373,6 +376,7 @@ class MemoryAwareRouter:
 
 
 def _epochs(epochs: int | None) -> int:
-    if epochs not in _EPOCHS:
-        raise ValueError(f"epochs is {epochs!r}, expected None (one per token), 1 (one in all) or 0 (none)")
-    return _EPOCHS[epochs]
+    try:
+        return _EPOCHS[epochs]
+    except (KeyError, TypeError):  # TypeError: it cannot even be looked up
+        raise ValueError(f"epochs is {epochs!r}, expected None (one per token), 1 (one in all) or 0 (none)") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -120,8 +120,8 @@ class RouterConfig(Settings, frozen=True):
             )
 
 
-def check_policy(policy: str) -> None:
-    if policy not in POLICIES:
+def check_policy(policy: Any) -> None:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
 
 

@@ -22,6 +22,19 @@ static inline struct arena *arena_of(PyObject *self) {
     return NULL;
 }
 
+/* Says of what is no integer, or one of more than 64 bits, what Python's own words do not: which argument it is. Leaves
+ * any other exception, which the argument's __index__ may have raised. Cold: calls that fit are timed. */
+__attribute__((cold, noinline, unused)) static void refuse_index(PyObject *given, const char *name, uint64_t limit) {
+    if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_IndexError, "%s is %R, expected 0 <= %s < %llu", name, given, name,
+                     (unsigned long long)limit);
+    } else if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%s is %R, expected an integer", name, given);
+    }
+}
+
 /* Reads `count` non-negative integers, each below its limit; 0 with an exception naming the argument otherwise. */
 static inline int parse_indices(PyObject *const *args, Py_ssize_t given, int count, const char *const *names,
                                 const uint64_t *limits, uint64_t *values) {
@@ -31,7 +44,10 @@ static inline int parse_indices(PyObject *const *args, Py_ssize_t given, int cou
     }
     for (int i = 0; i < count; i++) {
         long long value = PyLong_AsLongLong(args[i]);
-        if (value == -1 && PyErr_Occurred()) return 0;
+        if (value == -1 && PyErr_Occurred()) {
+            refuse_index(args[i], names[i], limits[i]);
+            return 0;
+        }
         if (value < 0 || (uint64_t)value >= limits[i]) {
             PyErr_Format(PyExc_IndexError, "%s is %lld, expected 0 <= %s < %llu", names[i], value, names[i],
                          (unsigned long long)limits[i]);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hotset.runtime import MemoryAwareRouter, RouterConfig
@@ -61,9 +62,20 @@ def test_logits_that_are_no_numbers_are_named(logits: Any) -> None:
 
 @pytest.mark.parametrize("layer", ["x", None, 1.5, [0]])
 def test_a_layer_that_is_no_number_is_named(layer: Any) -> None:
-    router, affinity = MemoryAwareRouter(RouterConfig(8, 2)), ExpertAffinity(AffinityConfig(8))
+    router: Any = MemoryAwareRouter(RouterConfig(8, 2))
+    affinity = ExpertAffinity(AffinityConfig(8))
+    logits = np.zeros((1, 8), np.float32)
     for use in (
-        lambda: router.route([0.0] * 8, layer),  # type: ignore[arg-type]
+        lambda: router.route([0.0] * 8, layer),
+        lambda: router.route_batch(logits, layer),
+        lambda: router.bind(logits, np.zeros((1, 2), np.int32), np.zeros((1, 2), np.float32), layer),
+        lambda: router.true_top_k(logits, layer),
+        lambda: router.foresee(logits, layer),
+        lambda: router.apply_cache_bonus([0.0] * 8, layer),
+        lambda: router.update_cache_state([1], layer),
+        lambda: router.set_resident(1, True, layer),
+        lambda: router.is_resident(1, layer),
+        lambda: router.resident_experts(layer),
         lambda: affinity.update([1], layer),
         lambda: affinity.score(1, layer),
         lambda: affinity.activation_counts(layer),

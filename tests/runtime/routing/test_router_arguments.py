@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hotset.runtime import MemoryAwareRouter, RouterConfig
+from hotset.runtime import MemoryAwareRouter, MoeMetrics, RouterConfig
 
 
 def float32(*shape: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def bind(router: MemoryAwareRouter, **replaced: Any) -> Callable[..., int]:
     return router.bind(**{**arrays, **replaced})
 
 
-CALLS: list[tuple[Callable[[MemoryAwareRouter], Any], type[Exception], str]] = [
+CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda r: r.route(float32(7)), ValueError, r"logits has shape \(7,\), expected \(8,\)"),
     (lambda r: r.route(float32(1, 8)), ValueError, r"logits has shape \(1, 8\), expected \(8,\)"),
     (lambda r: r.route(np.zeros(8)), TypeError, "logits has dtype float64, expected float32"),
@@ -85,6 +85,46 @@ CALLS: list[tuple[Callable[[MemoryAwareRouter], Any], type[Exception], str]] = [
     (lambda r: r.set_resident(8, True), ValueError, "expert id is 8, expected 0 <= id < 8"),
     (lambda r: r.update_cache_state([1, -1]), ValueError, "expert id is -1, expected 0 <= id < 8"),
     (lambda r: r.affinity.update([0, 8]), ValueError, "expert id is 8, expected 0 <= id < 8"),
+    (lambda r: r.update_cache_state(3), ValueError, "ids is 3, expected several integers"),
+    (lambda r: r.update_cache_state("x"), ValueError, "ids is 'x', expected several integers"),
+    (lambda r: r.update_cache_state([1], 10**30), IndexError, f"layer is {10**30}, expected 0 <= layer < 3"),
+    (lambda r: r.is_resident([1]), ValueError, r"expert id is \[1\], expected an integer"),
+    (lambda r: r.is_resident("x"), ValueError, "expert id is 'x', expected an integer"),
+    (lambda r: r.is_resident(1, 3), IndexError, "layer is 3, expected 0 <= layer < 3"),
+    (lambda r: r.generate_prefetch_requests("x"), ValueError, "budget is 'x', expected an integer"),
+    (lambda r: r.generate_prefetch_requests(1.5), ValueError, "budget is 1.5, expected an integer"),
+    (lambda r: r.generate_prefetch_requests(1, "x"), ValueError, "layer is 'x', expected an integer"),
+    (lambda r: r.generate_prefetch_requests(1, True), ValueError, "layer is True, expected an integer"),
+    (lambda r: r.generate_prefetch_requests(1, 3), IndexError, "layer is 3, expected 0 <= layer < 3"),
+    (lambda r: bind(r)("x"), ValueError, "rows is 'x', expected an integer"),
+    (lambda r: bind(r)(10**30), IndexError, f"rows is {10**30}, expected 0 <= rows < 5"),
+    (lambda r: bind(r, epochs=[1]), ValueError, r"epochs is \[1\], expected None .* 1 .* or 0"),
+    (lambda r: bind(r, policy=float32(2)), ValueError, r"policy is array\(.*\), expected one of off, bonus"),
+    (lambda r: r.route_batch(float32(4, 8), prefetch="x"), ValueError, "prefetch is 'x', expected an integer"),
+    (
+        lambda r: r.route_batch(float32(4, 8), policy="resnorm", residual_ratio="x"),
+        ValueError,
+        "residual_ratio is 'x', expected float32 of shape .tokens,.",
+    ),
+    (
+        lambda r: r.foresee(float32(4, 8), policy="substitute", residual_ratio={}),
+        ValueError,
+        "residual_ratio is {}, expected float32 of shape .tokens,.",
+    ),
+    (
+        lambda r: r.route_batch(float32(4, 8), policy="resnorm", strength="x", residual_ratio=float32(4)),
+        ValueError,
+        "strength is 'x', expected a number or float32 of shape .tokens,.",
+    ),
+    (
+        lambda r: r.route_batch(float32(4, 8), policy="resnorm", strength=float32(3), residual_ratio=float32(4)),
+        ValueError,
+        "strength .* expected",
+    ),
+    (lambda r: r.metrics.record_page_in("x"), ValueError, "nanoseconds is 'x', expected an integer"),
+    (lambda r: r.metrics.percentiles("x"), ValueError, "histogram is 'x', expected an integer"),
+    (lambda r: MoeMetrics("x"), ValueError, "segment is 'x', expected one of class Segment"),
+    (lambda r: MoeMetrics(r._segment, "x"), ValueError, "process is 'x', expected an integer of at least 0"),
     (lambda r: r.select_top_k(float32(9)), ValueError, r"scores has shape \(9,\), expected \(8,\)"),
     (lambda r: r.apply_cache_bonus(float32(9)), ValueError, r"scores has shape \(9,\), expected \(8,\)"),
 ]
