@@ -38,9 +38,10 @@ from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import PrefetchSource, Section
 from hotset.shm.paging_queue import PagingQueue
 from hotset.shm.segment import Segment
+from hotset.workers.compute.broken_weights import FailedRow
 from hotset.workers.compute.gates import selection_bias
-from hotset.workers.compute.sampler import sample
-from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, UnstorableRow
+from hotset.workers.compute.sampler import LogitsNotNumbers, sample
+from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
 from hotset.workers.core_share import CoreShare
 from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
 from hotset.workers.moe import MixtureOfExperts, router_config
@@ -198,6 +199,9 @@ class Worker:
             if committed == sequence.known:
                 try:
                     token = self._sample(sequence, logits[index])
+                except LogitsNotNumbers as error:
+                    self._fail([row], f"{error}, {self._transformer.broken.of_logits()}")
+                    continue
                 except ValueError as error:
                     self._fail([row], str(error))
                     continue
@@ -257,7 +261,7 @@ class Worker:
                 first = self._checkpoint.expert(error.layer, error.expert).parts[0]
                 reason = f"{error}: {first.file} at byte {first.offset}"
                 self._fail([sequence.run.row for sequence, _ in parts], reason)
-            except UnstorableRow as error:
+            except FailedRow as error:
                 # The next step takes the others from where they are: nothing of this one has been committed.
                 owners = [sequence.run.row for sequence, rows in parts for _ in range(rows)]
                 self._fail([owners[error.row]], str(error))

@@ -77,7 +77,7 @@ def test_E8_a_row_that_pages_cannot_hold_fails_its_sequence_and_no_other(tmp_pat
     with Backend(model_without_a_number(tmp_path / "model", bad), workers=1, kv_cache_dtype=kv_cache_dtype) as backend:
         expected = [backend.generate(prompt, params).token_ids for prompt in good]
         streams = [backend.stream(prompt, params) for prompt in [good[0], [5, 6, bad, 7], good[1], good[2]]]
-        with pytest.raises(RequestFailed, match=rf"position 2 in layer 0 reach nan .* {kv_cache_dtype} cannot hold"):
+        with pytest.raises(RequestFailed, match=r"position 2 of .* layer 0 .*model\.embed_tokens\.weight holds"):
             list(streams.pop(1))
         assert [[token for piece in stream for token in piece.token_ids] for stream in streams] == expected
         assert backend.stats().worker_restarts == 0

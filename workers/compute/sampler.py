@@ -12,6 +12,13 @@ from hotset.runtime.sampling_params import SamplingParams
 TokenIds = NDArray[np.int32]
 
 
+class LogitsNotNumbers(ValueError):
+    """No token can be chosen."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"the logits of position {position} are not numbers")
+
+
 def sample(
     logits: NDArray[np.float32],
     params: SamplingParams,
@@ -24,7 +31,7 @@ def sample(
     """The token id for `position` of the sequence, from logits [vocab_size]. The logits are left as they are.
 
     The draw is Philox(seed, position): whoever continues a sequence, and after whatever, draws the same.
-    Order as in vLLM: bias, penalties, temperature, min_p, top_k, top_p. Raises ValueError if a logit is NaN.
+    Order as in vLLM: bias, penalties, temperature, min_p, top_k, top_p. Raises `LogitsNotNumbers` if a logit is NaN.
     """
     if params.logit_bias or _penalises(params):
         logits = logits.copy()
@@ -33,7 +40,7 @@ def sample(
     best = int(np.argmax(logits))  # the lowest id of equals; a NaN where there is one
     highest = float(logits[best])
     if math.isnan(highest):
-        raise ValueError(f"the logits of position {position} are not numbers: the weights or the KV rows are damaged")
+        raise LogitsNotNumbers(position)
     if params.temperature == 0 or params.top_k == 1 or math.isinf(highest):
         return best
     weights = np.exp((logits - highest).astype(np.float64) / params.temperature)  # the best one's is 1

@@ -8,6 +8,7 @@ batches, or on the number of threads: every step works row by row, or in a kerne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -19,6 +20,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tensors import model_tensors
 from hotset.shm.kv_page_format import Bytes, KvFormat
 from hotset.workers.compute import _kernels
+from hotset.workers.compute.broken_weights import BrokenWeights, FailedRow, NotANumber
 from hotset.workers.compute.layer_weights import LayerWeights
 from hotset.workers.compute.weights import Embedding, Floats, Projection, as_float32
 
@@ -64,19 +66,15 @@ def own_block_tables(config: ModelConfig, num_sequences: int, num_blocks: int) -
     return 1 + np.arange(np.prod(shape), dtype=np.uint32).reshape(shape)
 
 
-class UnstorableRow(ValueError):
-    """A row of a batch whose keys or values the KV pages cannot hold; nothing of its layer has been written.
-
-    Attributes:
-        row: its index in the batch. The batch without its sequence can be computed.
-    """
+class UnstorableRow(FailedRow):
+    """A row whose keys or values are too large for the KV pages; nothing of its layer has been written."""
 
     def __init__(self, row: int, position: int, layer: int, largest: float, format: KvFormat) -> None:
         super().__init__(
+            row,
             f"the keys and values of position {position} in layer {layer} reach {largest:g} in magnitude, "
-            f"which KV pages of {format.value} cannot hold"
+            f"which KV pages of {format.value} cannot hold",
         )
-        self.row = row
 
 
 class Transformer:
@@ -98,6 +96,7 @@ class Transformer:
                 f"{heads}, {head_nbytes}] for {kv_format.value}"
             )
         self.config = config
+        self.broken = BrokenWeights(checkpoint)
         self._kv_pages = kv_pages
         self._kv_groups = config.kv_groups
         self._kv_format = kv_format
@@ -113,7 +112,7 @@ class Transformer:
         """Logits [sequences, vocab_size] for the last row of each sequence, or [n, vocab_size] for all rows.
 
         Raises ValueError for a token id, position or page outside its range, `UnstorableRow` for values that the pages
-        cannot hold.
+        cannot hold, `NotANumber` for what broken weights have made of a row.
         """
         config, count = self.config, len(batch.token_ids)
         rows = _Rows(batch, self._kv_groups.num_groups, self._inverse_frequencies, config.rope.magnitude)
@@ -123,11 +122,17 @@ class Transformer:
         normed = np.empty_like(hidden)
         for index, layer in enumerate(self._layers):
             _kernels.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, normed)
-            hidden += self._attention(index, layer, normed, rows)
+            hidden += self._attention(index, layer, normed, rows, hidden)
             _kernels.rms_norm(hidden, layer.feed_forward_norm, config.rms_norm_eps, normed)
             hidden += self._feed_forward(index, layer, normed, hidden)
+        wanted = list(range(count)) if all_rows else [rows.row_start + rows.row_count - 1 for rows in batch.sequences]
         if not all_rows:
-            hidden = hidden[[rows.row_start + rows.row_count - 1 for rows in batch.sequences]]
+            hidden = hidden[wanted]
+        finite = np.isfinite(hidden).all(axis=1)
+        if not finite.all():
+            row = wanted[int(np.argmin(finite))]
+            reason = self.broken.before(config.num_layers)
+            raise NotANumber(row, int(rows.positions[row]), "the last layer", reason)
         _kernels.rms_norm(hidden, self._norm, config.rms_norm_eps, hidden)
         return self._head(hidden)
 
@@ -139,7 +144,7 @@ class Transformer:
             mixture += layer.shared(normed)
         return mixture
 
-    def _attention(self, index: int, layer: LayerWeights, normed: Floats, rows: _Rows) -> Floats:
+    def _attention(self, index: int, layer: LayerWeights, normed: Floats, rows: _Rows, hidden: Floats) -> Floats:
         config = self.config
         queries, keys, values = layer.heads(normed, rows.cos, rows.sin)
         format = _KERNEL_FORMATS[self._kv_format]
@@ -148,8 +153,12 @@ class Transformer:
         unstorable = _kernels.write_kv(keys, values, *places)
         if unstorable >= 0:
             stored = [heads[unstorable] for heads in (keys, values) if heads is not None]
-            largest = float(np.abs(stored).max())
-            raise UnstorableRow(unstorable, int(rows.positions[unstorable]), index, largest, self._kv_format)
+            position, largest = int(rows.positions[unstorable]), float(np.abs(stored).max())
+            if math.isfinite(largest):
+                raise UnstorableRow(unstorable, position, index, largest, self._kv_format)
+            entered = np.isfinite(hidden[unstorable]).all()
+            reason = self.broken.within(index) if entered else self.broken.before(index)
+            raise NotANumber(unstorable, position, f"layer {index}", reason)
         mixed = np.empty((len(normed), config.num_heads, config.mixed_dim), np.float32)
         _kernels.attention(queries, *places, config.windows[index], mixed, layer.sinks, config.attention_scale)
         return layer.output(layer.heads.joined(mixed))
