@@ -8,7 +8,8 @@ from collections import deque
 
 BLOCK = 4  # steps in a row with, or without
 PAIRS = 6  # of blocks, of one trial
-HOLD = 512  # steps for which its result holds
+HOLD = 512  # steps for which its result holds, at first
+LONGEST_HOLD = 8192  # ... and after trials that found again and again that prefetching does not pay
 MEMORY = 32  # pairs; earlier ones are forgotten
 
 
@@ -16,14 +17,16 @@ class Trial:
     """Every now and then runs `PAIRS` pairs of blocks, each a block with prefetching and one without. Until the next
     trial all steps prefetch if those that did were faster by more than the standard error of the pairs seen so far;
     otherwise none does. Later trials add to what earlier ones found: single steps differ by more than prefetching
-    changes.
+    changes. Each trial that ends against prefetching is followed by twice as many steps without one: trying costs, too,
+    and where it never pays the share of steps that try goes to a third of a percent.
 
     A pair counts only if all of its steps have the same number of rows.
     """
 
     def __init__(self) -> None:
         self._decided = False  # what holds
-        self._held = HOLD  # steps since the last trial
+        self._hold = HOLD  # steps from one trial to the next
+        self._held = HOLD  # of them, those since the last trial
         self._pairs_left = 0
         self._times = [0, 0]  # nanoseconds of the current pair's blocks
         self._steps = 0  # of the current pair that are done
@@ -41,7 +44,7 @@ class Trial:
         and without."""
         if not self._pairs_left:
             self._held += 1
-            if self._held >= HOLD:
+            if self._held >= self._hold:
                 self._held, self._pairs_left = 0, PAIRS
                 self._begin_pair()
             return None
@@ -65,5 +68,6 @@ class Trial:
         if not self._pairs_left:
             error = statistics.stdev(self._ratios) / math.sqrt(len(self._ratios))
             self._decided = statistics.fmean(self._ratios) < -error
+            self._hold = HOLD if self._decided else min(2 * self._hold, LONGEST_HOLD)
         self._begin_pair()
         return on, off

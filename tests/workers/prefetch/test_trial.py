@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hotset.workers.prefetch.trial import BLOCK, HOLD, PAIRS, Trial
+from hotset.workers.prefetch.trial import BLOCK, HOLD, LONGEST_HOLD, PAIRS, Trial
 
 TRIAL_STEPS = 2 * BLOCK * PAIRS
 
@@ -41,6 +41,22 @@ def test_it_notices_when_what_held_is_slower_now() -> None:
     assert trial.is_on
     run(trial, 8 * (HOLD + TRIAL_STEPS), 1.2, 1)
     assert run(trial, HOLD + TRIAL_STEPS, 1.2, 1) < 0.1
+
+
+def test_it_notices_when_what_did_not_pay_does_now() -> None:
+    trial = Trial()
+    run(trial, 4 * HOLD, 1.1, 1)
+    assert not trial.is_on
+    run(trial, 3 * LONGEST_HOLD, 0.7, 1)
+    assert trial.is_on
+    assert run(trial, HOLD, 0.7, 1) > 0.9
+
+
+def test_what_never_pays_is_tried_ever_more_seldom() -> None:
+    trial = Trial()
+    trying = [run(trial, 8192, 1.15, 1) for _ in range(4)]
+    assert trying[0] < 0.02
+    assert max(trying[2:]) <= (TRIAL_STEPS / 2) / LONGEST_HOLD
 
 
 def test_steps_with_another_number_of_rows_are_not_compared() -> None:
