@@ -59,7 +59,7 @@ class UserPins:
         queue has no room. One that a worker is using right now stays too, and is not among them."""
         first = layer * self._num_experts
         pinned = set(self._arena.user_pins())
-        free = [expert for expert in experts if first + expert not in pinned]
+        free = [expert for expert in dict.fromkeys(experts) if first + expert not in pinned]
         message = PagingMessage(layer, free, PagingDirection.OUT, PagingPriority.NORMAL)
         if free and not self._queue.send(message):
             return list(experts)

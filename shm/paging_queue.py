@@ -102,8 +102,11 @@ class PagingQueue:
 
     def send(self, message: PagingMessage) -> bool:
         """Whether the message found room; the request bits must be set before."""
+        data = self._encode(message)
+        if len(data) > MAX_MESSAGE_NBYTES:
+            return False
         try:
-            self._queue.send(self._encode(message), priority=int(message.priority))
+            self._queue.send(data, priority=int(message.priority))
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             return False
         return True

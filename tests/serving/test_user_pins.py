@@ -65,6 +65,7 @@ def test_page_out_frees_slots_but_not_those_of_pinned_experts() -> None:
         assert refused == [[3], [], [], []]
         assert wait_until(lambda: backend.stats().resident_experts == 1)
         assert backend.stats().pinned_experts_absent == 0
+        assert backend.page_out(1, [0] * 10_000) == []  # each is named once to the pager
 
 
 def test_a_budget_must_hold_the_users_pins_too() -> None:

@@ -10,6 +10,7 @@ import posix_ipc
 import pytest
 
 from hotset.shm.paging_queue import (
+    MAX_MESSAGE_NBYTES,
     MAX_MESSAGES,
     QUEUE_NBYTES,
     PagingDirection,
@@ -101,3 +102,8 @@ def test_where_no_file_can_be_opened_the_limit_of_queues_is_not_blamed(
     monkeypatch.setattr("hotset.shm.paging_queue._can_open_files", lambda: False)
     with pytest.raises(OSError, match="files open"):
         PagingQueue.create(instance)
+
+
+def test_a_message_that_no_queue_holds_is_refused(queue: PagingQueue) -> None:
+    assert not queue.send(PagingMessage(0, [1000] * MAX_MESSAGE_NBYTES))
+    assert queue.receive() is None
