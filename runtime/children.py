@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from hotset.runtime.channel import ChannelClosed, UnreadableMessage
+from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.messages import (
     FromPager,
@@ -66,7 +66,8 @@ class Children:
     """Starts the interpreters at once, and their work with `start`.
 
     Args:
-        selector: calls back `key.data()` when a child speaks or dies; the coordinator polls it.
+        selector: calls back `key.data()` when a child speaks, dies, or has room for what is queued for it; the
+            coordinator polls it.
 
     Attributes:
         ready_workers: those that take requests.
@@ -143,6 +144,14 @@ class Children:
         self._selector.register(child.channel, selectors.EVENT_READ, on_message)
         self._selector.register(child.pidfd, selectors.EVENT_READ, on_death)
 
+    def _poll_for_room(self, channel: Channel[Any]) -> None:
+        """What its socket does not take at once goes on as soon as it does: a child that has nothing to say may be
+        waiting for just that."""
+        key = self._selector.get_map().get(channel)
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.pending_nbytes else 0)
+        if key is not None and key.events != events:
+            self._selector.modify(channel, events, key.data)
+
     # ---- what is said
 
     def send_worker(self, process: int, message: ToWorker) -> None:
@@ -152,12 +161,12 @@ class Children:
         if self._helper is not None:
             self._send(self._helper, message)
 
-    @staticmethod
-    def _send(child: Child[Any], message: ToWorker | ToPager | ToRegret) -> None:
+    def _send(self, child: Child[Any], message: ToWorker | ToPager | ToRegret) -> None:
         try:
             child.channel.send(message)
         except ChannelClosed:
-            pass  # its pidfd tells the rest
+            return  # its pidfd tells the rest
+        self._poll_for_room(child.channel)
 
     def _hear_worker(self, process: int) -> None:
         channel = self._workers[process].channel
@@ -171,7 +180,7 @@ class Children:
                     case _:
                         pass
                 self._listener.on_worker(process, message)
-            channel.flush()  # what its socket did not take while it was busy: now it reads again
+            self._flush(channel)
         except UnreadableMessage as error:
             self._end_unreadable(self._workers[process], f"worker {process}", error)
         except ChannelClosed:
@@ -189,6 +198,7 @@ class Children:
                     case _:
                         pass
                 self._listener.on_pager(message)
+            self._flush(self._pager.channel)
         except UnreadableMessage as error:
             self._end_unreadable(self._pager, "the pager", error)
         except ChannelClosed:
@@ -203,10 +213,15 @@ class Children:
                     print(f"the regret helper ended: {message.reason}", file=sys.stderr, flush=True)
                 else:
                     self._listener.on_helper(message)
+            self._flush(self._helper.channel)
         except UnreadableMessage as error:
             self._end_unreadable(self._helper, "the regret helper", error)
         except ChannelClosed:
             self._unregister(self._helper.channel)
+
+    def _flush(self, channel: Channel[Any]) -> None:
+        channel.flush()
+        self._poll_for_room(channel)
 
     def _end_unreadable(self, child: Child[Any], who: str, error: UnreadableMessage) -> None:
         """Whatever is wrong with it, its messages are missing from now on: another takes its place."""

@@ -214,11 +214,10 @@ class Coordinator:
                 writable = selectors.EVENT_WRITE if self._client.pending_nbytes else 0
                 self._selector.modify(self._client, selectors.EVENT_READ | writable, self._on_client)
                 for key, events in self._selector.select():
-                    if events & selectors.EVENT_WRITE:  # only ever asked of the client
+                    if events & selectors.EVENT_WRITE and key.fileobj is self._client:
                         self._client.flush()
                         self._dispatcher.collect_all()
-                    if events & selectors.EVENT_READ:
-                        key.data()
+                    key.data()
         except ChannelClosed:
             return
 
