@@ -8,10 +8,10 @@ program can damage it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import secrets
-import select
 import subprocess
 import tempfile
 import threading
@@ -27,7 +27,6 @@ import numpy.typing as npt
 
 from hotset.runtime.answers import AnswerText, Completion, Piece, join_pieces
 from hotset.runtime.argument_types import fitting, integer, integers
-from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig
 from hotset.runtime.errors import BackendError, HotsetError, RequestFailed, TooManyPins
 from hotset.runtime.memory_tiers import PageCache
@@ -58,6 +57,7 @@ from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.runtime.plan import InstancePlan, plan_instance
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.settings import check_settings, takes
+from hotset.runtime.shared_channel import SharedChannel
 from hotset.runtime.stats import BackendStats
 from hotset.runtime.stop_strings import StopStrings
 from hotset.runtime.supervision import Child
@@ -90,7 +90,11 @@ class Backend:
         BudgetTooSmall, ValueError: the settings cannot be met.
         BackendError: the processes could not start.
 
-    All methods may be called from any thread.
+    All methods may be called from any thread, and from signal handlers.
+
+    Who waits for an answer has a queue in `_answers` or `_replies`, and only then looks whether the coordinator is
+    `_dead`; the reader thread says so first, and then tells every queue. So nobody waits for ever, and no lock is held,
+    which the garbage collector would need to end an abandoned stream wherever it finds one.
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **settings: Any) -> None:
@@ -105,11 +109,12 @@ class Backend:
         self._process = os.getpid()
         self._answers: dict[int, queue.SimpleQueue[Generated | HotsetError]] = {}
         self._replies: dict[int, queue.SimpleQueue[Reply | HotsetError]] = {}
-        self._next_number = 0
-        self._lock = threading.Lock()  # of the three above and of sending
-        self._page_cache_lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._page_cache_lock = threading.RLock()  # both are taken again by a signal handler in their thread
+        self._reap_lock = threading.RLock()
         self._ready = threading.Event()
         self._dead: BackendError | None = None
+        self._first_close = threading.Lock()  # never released
         self._closing = False
         self._chat_template: ChatTemplate | None = None  # loaded with the first conversation
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the coordinator
@@ -117,13 +122,14 @@ class Backend:
         self._coordinator: Child[ToClient] = Child(
             COORDINATOR_MODULE, ToClient, dies_with_us=False, own_session=True, stderr=self._stderr
         )
+        self._channel = SharedChannel(self._coordinator.channel)
+        self._reader = threading.Thread(target=self._read, name=f"hotset-{self.instance}", daemon=True)
         try:
+            self._reader.start()
             model_config = ModelConfig.load(self.config.model)
             checkpoint = Checkpoint.open(self.config.model, model_config)
             self.plan: InstancePlan = plan_instance(self.config, model_config, checkpoint)
-            self._coordinator.channel.send(StartInstance(self.instance, self.config, self.plan))
-            self._reader = threading.Thread(target=self._read, name=f"hotset-{self.instance}", daemon=True)
-            self._reader.start()
+            self._channel.send(StartInstance(self.instance, self.config, self.plan))
             self.tokenizer = Tokenizer(self.config.model, model_config.eos_token_ids)
             self._model = model_config
             self._page_cache = PageCache(checkpoint)
@@ -242,15 +248,13 @@ class Backend:
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
         self._raise_if_forked()
-        with self._lock:
-            self._raise_if_dead()
-            number = self._next_number
-            self._next_number += 1
-            self._answers[number] = queue.SimpleQueue()
+        number = next(self._numbers)
+        self._answers[number] = queue.SimpleQueue()
         try:
+            self._raise_if_dead()
             self._send(Submit(number, prompt.tobytes(), params))
         except BaseException:
-            self._answers.pop(number, None)
+            self._end(number, aborts=True)
             raise
         return number
 
@@ -278,9 +282,8 @@ class Backend:
 
     def _end(self, number: int, *, aborts: bool) -> None:
         """Nobody waits for answers of this number any more."""
-        with self._lock:
-            self._answers.pop(number, None)
-        if aborts and self._dead is None and not self._closing:
+        self._answers.pop(number, None)
+        if aborts and self._dead is None:
             self._send(Abort(number))
 
     # ---- numbers
@@ -313,13 +316,14 @@ class Backend:
     def _ask(self, question: Callable[[int], Any]) -> Any:
         """Sends a message that the coordinator answers, and waits for the answer."""
         self._raise_if_forked()
-        with self._lock:
+        number = next(self._numbers)
+        replies = self._replies[number] = queue.SimpleQueue()
+        try:
             self._raise_if_dead()
-            number = self._next_number
-            self._next_number += 1
-            replies = self._replies[number] = queue.SimpleQueue()
-        self._send(question(number))
-        reply = replies.get()
+            self._send(question(number))
+            reply = replies.get()
+        finally:
+            self._replies.pop(number, None)
         if isinstance(reply, HotsetError):
             raise reply
         return reply
@@ -366,13 +370,10 @@ class Backend:
 
         In a forked process it does nothing: the instance is the parent's.
         """
-        if self._is_forked():
+        if self._is_forked() or not self._first_close.acquire(blocking=False):
             return
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
         try:
+            self._closing = True
             self._send(Shutdown())
             self._reap(STOP_SECONDS)
         except BaseException:  # a second Ctrl-C, say: whoever interrupts this wants it to end now
@@ -385,9 +386,9 @@ class Backend:
     def _let_go(self) -> None:
         """Ends every request and what this process has of the instance, whose processes have ended."""
         self._die(BackendError("the backend is closed"))
-        reader = getattr(self, "_reader", None)
-        if reader is not None and reader is not threading.current_thread():
-            reader.join(STOP_SECONDS)
+        if self._reader.is_alive() and self._reader is not threading.current_thread():
+            self._reader.join(STOP_SECONDS)
+        self._channel.close()
         page_cache: PageCache | None = getattr(self, "_page_cache", None)
         if page_cache is not None:
             with self._page_cache_lock:
@@ -405,21 +406,10 @@ class Backend:
 
     def _send(self, message: msgspec.Struct) -> None:
         self._raise_if_forked()
-        with self._lock:
-            channel = self._coordinator.channel
-            try:
-                channel.send(message)
-                while channel.pending_nbytes:
-                    select.select([], [channel], [])
-                    channel.flush()
-            except (ChannelClosed, OSError, ValueError):
-                if not self._closing:
-                    self._raise_if_dead()
-                    raise BackendError("the coordinator is gone") from None
+        self._channel.send(message)
 
     def _is_forked(self) -> bool:
-        """Whether this is a process forked from the one that made this Backend: nobody reads answers here, and the
-        lock may be held for ever by a thread that only the parent has."""
+        """Whether this is a process forked from the one that made this Backend: nobody reads answers here."""
         return os.getpid() != self._process
 
     def _raise_if_forked(self) -> None:
@@ -435,54 +425,60 @@ class Backend:
 
     def _read(self) -> None:
         """The reader thread: hands answers to whoever waits for them, until the coordinator is gone."""
-        channel = self._coordinator.channel
-        reason = None
+        error = BackendError("the thread that reads answers has failed")
         try:
-            while True:
-                for message in channel.receive():
-                    match message:
-                        case Generated(request=number):
-                            answers = self._answers.get(number)
-                            if answers is not None:
-                                answers.put(message)
-                        case InstanceReady():
-                            self.worker_pids = message.worker_pids
-                            self.pager_pid = message.pager_pid
-                            self._ready.set()
-                        case InstanceFailed():
-                            reason = message.reason
-                        case MessageRefused():
-                            self._fail(message.number, RequestFailed(message.reason))
-                        case _:
-                            self._replies.pop(message.query).put(message)
-                select.select([channel], [], [])
-        except (ChannelClosed, OSError, ValueError):
-            pass  # ValueError: closed by close()
-        if not self._closing:
-            how = self._reap(STOP_SECONDS)
-            self._die(BackendError((reason or f"the coordinator {how}") + self._last_words()))
+            error = self._hand_out_answers()
+        finally:
+            self._die(error)
+
+    def _hand_out_answers(self) -> BackendError:
+        """Returns what ended the instance."""
+        reason = None
+        for message in self._channel.messages():
+            match message:
+                case Generated(request=number):
+                    answers = self._answers.get(number)
+                    if answers is not None:
+                        answers.put(message)
+                case InstanceReady():
+                    self.worker_pids = message.worker_pids
+                    self.pager_pid = message.pager_pid
+                    self._ready.set()
+                case InstanceFailed():
+                    reason = message.reason
+                case MessageRefused():
+                    self._fail(message.number, RequestFailed(message.reason))
+                case _:
+                    replies = self._replies.get(message.query)
+                    if replies is not None:
+                        replies.put(message)
+        if self._closing:
+            return BackendError("the backend is closed")
+        how = self._reap(STOP_SECONDS)
+        return BackendError((reason or f"the coordinator {how}") + self._last_words())
 
     def _fail(self, number: int, error: HotsetError) -> None:
         """Whoever waits for the answer of this number gets `error`."""
-        for waiting in (self._answers.get(number), self._replies.pop(number, None)):
+        for waiting in (self._answers.get(number), self._replies.get(number)):
             if waiting is not None:
                 waiting.put(error)
 
     def _reap(self, timeout: float) -> str:
         """Waits for the coordinator's end, by force if need be, and cleans up after it. Says how it ended."""
-        try:
-            how = self._coordinator.reap(timeout)
-        except subprocess.TimeoutExpired:
-            self._coordinator.kill()
-            how = self._coordinator.reap()
-        # Where the name is another instance's by now, or /dev/shm cannot be written, nothing of ours is left there.
-        with contextlib.suppress(InstanceNameTaken, OSError):
-            lock = InstanceLock(self.instance)
+        with self._reap_lock:
             try:
-                remove_ipc_objects(self.instance)
-            finally:
-                lock.release()
-        return how
+                how = self._coordinator.reap(timeout, close_channel=False)
+            except subprocess.TimeoutExpired:
+                self._coordinator.kill()
+                how = self._coordinator.reap(close_channel=False)
+            # Where the name is another instance's by now, or /dev/shm cannot be written, nothing of ours is left there.
+            with contextlib.suppress(InstanceNameTaken, OSError):
+                lock = InstanceLock(self.instance)
+                try:
+                    remove_ipc_objects(self.instance)
+                finally:
+                    lock.release()
+            return how
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
@@ -491,13 +487,9 @@ class Backend:
 
     def _die(self, error: BackendError) -> None:
         """From now on every waiting and every further call gets `error`."""
-        with self._lock:
-            self._dead = self._dead or error
-            for answers in self._answers.values():
-                answers.put(error)
-            for replies in self._replies.values():
-                replies.put(error)
-            self._replies.clear()
+        self._dead = self._dead or error
+        for waiting in [*self._answers.values(), *self._replies.values()]:
+            waiting.put(error)
         self._ready.set()
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import struct
@@ -71,11 +70,17 @@ class Channel(Generic[Received]):
 
     def send(self, message: msgspec.Struct) -> None:
         """Sends, or queues, one message; raises `ChannelClosed` if nobody is there, or `MessageTooLong`."""
+        self.send_frame(self.frame(message))
+
+    def frame(self, message: msgspec.Struct) -> bytes:
+        """The message as `send_frame` takes it; raises `MessageTooLong`. Any thread may call this."""
         data = self._encode(message)
         if len(data) > MAX_MESSAGE_NBYTES:
             raise MessageTooLong(len(data), MAX_MESSAGE_NBYTES)
-        frame = memoryview(HEADER.pack(MAGIC, len(data)) + data)
-        self._output.append(frame)
+        return HEADER.pack(MAGIC, len(data)) + data
+
+    def send_frame(self, frame: bytes) -> None:
+        self._output.append(memoryview(frame))
         self.pending_nbytes += len(frame)
         self.flush()
 
@@ -119,8 +124,10 @@ class Channel(Generic[Received]):
 
     def wait(self) -> Received:
         """Blocks until a message comes. Others that came with it stay here: call `receive` before polling again."""
+        poll = select.poll()  # select() takes no descriptor beyond the first 1,024, of which a host may have more
+        poll.register(self._socket, select.POLLIN)
         while True:
-            select.select([self._socket], [], [])
+            poll.poll()
             for message in self.receive():
                 return message
 
@@ -176,7 +183,7 @@ class Channel(Generic[Received]):
 
 
 def channel_pair(received: Any) -> tuple[Channel[Any], socket.socket]:
-    """A channel for this process, and the socket that a child is to inherit."""
+    """A channel for this process, and the socket that a child is to inherit (`pass_fds`): not inheritable here, for a
+    process that another thread starts just then would hold it open after the child's death."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    os.set_inheritable(theirs.fileno(), True)
     return Channel(ours, received), theirs

@@ -71,13 +71,17 @@ class Child(Generic[Received]):
         if self._process.returncode is None:
             self._process.kill()
 
-    def reap(self, timeout: float | None = None) -> str:
-        """Waits for the child and says how it ended; raises `subprocess.TimeoutExpired`."""
+    def reap(self, timeout: float | None = None, *, close_channel: bool = True) -> str:
+        """Waits for the child and says how it ended; raises `subprocess.TimeoutExpired`.
+
+        `close_channel`: False while another thread is about to receive its end of file.
+        """
         code = self._process.wait(timeout)
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-        self.channel.close()
+        if close_channel:
+            self.channel.close()
         return describe_exit(code)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +26,7 @@ def frame(body: bytes) -> bytes:
 
 def write(backend: Backend, data: bytes) -> None:
     """Past the backend, which sends nothing but messages."""
-    channel = backend._coordinator.channel
-    with backend._lock:
-        while data:
-            select.select([], [channel], [])
-            data = data[os.write(channel.fileno(), data) :]
+    backend._channel.send_frame(data)
 
 
 def log(backend: Backend) -> list[str]:
