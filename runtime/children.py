@@ -126,7 +126,7 @@ class Children:
 
     def _spawn_worker(self, process: int) -> Child[FromWorker]:
         child = Child[FromWorker](WORKER_MODULE, FromWorker)
-        self._watch(child, lambda: self._hear_worker(process), lambda: self._on_worker_death(process))
+        self._watch(child, lambda: self._on_worker(process), lambda: self._on_worker_death(process))
         return child
 
     def _spawn_pager(self) -> Child[FromPager]:
@@ -168,6 +168,10 @@ class Children:
             return  # its pidfd tells the rest
         self._poll_for_room(child.channel)
 
+    def _on_worker(self, process: int) -> None:
+        self._hear_worker(process)
+        self._listener.on_progress()
+
     def _hear_worker(self, process: int) -> None:
         channel = self._workers[process].channel
         try:
@@ -185,7 +189,6 @@ class Children:
             self._end_unreadable(self._workers[process], f"worker {process}", error)
         except ChannelClosed:
             self._unregister(channel)  # its pidfd tells the rest; until then it would be readable all the time
-        self._listener.on_progress()
 
     def _hear_pager(self) -> None:
         try:
@@ -234,7 +237,7 @@ class Children:
     def _on_worker_death(self, process: int) -> None:
         """What it held is recovered while it is a zombie; then it is reaped and another one started."""
         dead, was_ready = self._workers[process], process in self.ready_workers
-        self._hear_worker(process)  # what it said before it died
+        self._hear_worker(process)  # what it said before it died; it gets no work for that, or would lose it
         self.ready_workers.discard(process)
         self._listener.on_worker_death(process)
         how = self._bury(dead)
