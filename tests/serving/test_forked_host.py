@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ def in_a_fork(action: Callable[[], object]) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        signal.alarm(100)  # whatever locks of its parent's threads it has: it does not outlive the test
         try:
             action()
         except BaseException as error:

@@ -128,6 +128,7 @@ def test_G4_pins_and_unpublished_pages_of_a_killed_worker_come_back() -> None:
         # Stopped in the middle of a step, and its pins set as far as its row goes: a wait that never ends.
         victim = backend.worker_pids[0]
         os.kill(victim, signal.SIGSTOP)
+        assert wait_until(lambda: " T " in Path(f"/proc/{victim}/stat").read_text())
         segment = Segment.attach(backend.instance, backend.plan.geometry)
         for pin in range(segment.layout.geometry.pins_per_process):
             segment.arena.want(0, pin, pin)
