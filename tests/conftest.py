@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+EXIT_SECONDS = 60
+
+
+def pytest_unconfigure() -> None:
+    """At its end the interpreter waits for threads and children that tests have left. What hangs there ends the run
+    with the stacks of all threads, as a test that hangs does."""
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(scope="session", autouse=True)

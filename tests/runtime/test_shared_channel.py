@@ -104,9 +104,9 @@ def test_a_send_may_interrupt_a_send(ends: Ends) -> None:
         signal.signal(signal.SIGALRM, before)
     received = ends.receive(sent + interruptions)
     assert [message.request for message in received if isinstance(message, Submit)] == list(range(sent))
-    assert [message.query for message in received if isinstance(message, CheckCache)] == list(
-        range(1, interruptions + 1)
-    )
+    # A slow handler is interrupted itself, between counting and sending.
+    queries = sorted(message.query for message in received if isinstance(message, CheckCache))
+    assert queries == list(range(1, interruptions + 1))
 
 
 def test_the_last_words_of_who_does_not_listen_are_heard(ends: Ends) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import secrets
 import time
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 
 import numpy as np
 import pytest
+from forks import FORK, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from hotset.shm.segment import InstanceLock, Segment, remove_ipc_objects
 
 EXPERTS = 16
 UPDATES = 100
-FORK = multiprocessing.get_context("fork")  # spawned children could not import this module by name
 LAWS = {
     "moving average": AffinityConfig(EXPERTS, 31 / 32, 1 / 32, 1.0),
     "slow": AffinityConfig(EXPERTS, 0.99, 0.01, 1.0),
@@ -81,18 +80,6 @@ def update_in_turn(instance: str, geometry: Geometry, law: AffinityConfig, proce
     segment.close()
 
 
-def run(children: list[BaseProcess]) -> None:
-    for child in children:
-        child.start()
-    try:
-        for child in children:
-            child.join(120)
-            assert child.exitcode == 0
-    finally:
-        for child in children:
-            child.kill()  # one that failed leaves the others waiting for its turn
-
-
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 def test_processes_in_turn_agree_with_a_float64_average(
@@ -100,12 +87,12 @@ def test_processes_in_turn_agree_with_a_float64_average(
 ) -> None:
     instance, segment = shared
     turns = [turn if turn < processes else turn * 7919 % processes for turn in range(UPDATES)]
-    run(
-        [
-            FORK.Process(target=update_in_turn, args=(instance, segment.layout.geometry, law, process, turns))
-            for process in range(processes)
-        ]
-    )
+    updaters = [
+        functools.partial(update_in_turn, instance, segment.layout.geometry, law, process, turns)
+        for process in range(processes)
+    ]
+    with forked(*updaters):
+        pass
     affinity = ExpertAffinity(law, segment=segment)
     activations = draw_activations(processes)
     error = np.abs(affinity.scores() - moving_average(law, activations))
@@ -131,12 +118,12 @@ def test_processes_at_once_on_one_slot_agree_with_a_float64_average(
     instance, segment = shared
     law = LAWS["slow"]
     start = FORK.Barrier(processes)
-    run(
-        [
-            FORK.Process(target=update_one_expert, args=(instance, segment.layout.geometry, law, process, start))
-            for process in range(processes)
-        ]
-    )
+    updaters = [
+        functools.partial(update_one_expert, instance, segment.layout.geometry, law, process, start)
+        for process in range(processes)
+    ]
+    with forked(*updaters):
+        pass
     affinity = ExpertAffinity(law, segment=segment)
     expected = moving_average(law, np.ones((UPDATES * processes, 1)))[0]
     assert affinity.score(3) == pytest.approx(expected, abs=1e-4)
