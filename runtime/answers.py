@@ -8,6 +8,8 @@ import msgspec
 import numpy as np
 
 from hotset.runtime.completion import FinishReason
+from hotset.runtime.connection import Connection
+from hotset.runtime.errors import HotsetError, RequestFailed
 from hotset.runtime.messages import Generated
 from hotset.runtime.model.tokenizer import TextStream
 from hotset.runtime.stop_strings import StopStrings
@@ -70,6 +72,27 @@ class AnswerText:
     def _rest(self) -> str:
         """What was held back because more might have followed."""
         return self._stops.finish_with(self._text.finish())
+
+
+def answer_pieces(connection: Connection, number: int, text: AnswerText) -> Iterator[Piece]:
+    """The answer to request `number`, which is aborted if the iterator is closed before; first an empty piece."""
+    finished = False
+    try:
+        yield Piece("", [])
+        while not finished:
+            try:
+                answer = connection.answer(number)
+            except HotsetError:
+                finished = True
+                raise
+            finished = answer.finish is not None
+            yield from text.pieces(answer)
+            if text.stopped:
+                return
+            if answer.finish == "error":
+                raise RequestFailed(answer.error or "the request failed")
+    finally:
+        connection.end(number, aborts=not finished)
 
 
 def join_pieces(prompt_tokens: int, pieces: Iterable[Piece]) -> Completion:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,9 +53,10 @@ class _Cachestat(ctypes.Structure):
 
 
 class PageCache:
-    """Asks the kernel which experts of a checkpoint the page cache has, without touching them."""
+    """Asks the kernel which experts of a checkpoint the page cache has, without touching them; from any thread."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._lock = threading.RLock()  # a signal handler may look in its thread again
         self._checkpoint = checkpoint
         self._files: dict[Path, int] = {}
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -66,7 +68,8 @@ class PageCache:
         absent = [ids for ids in self._checkpoint.expert_ids if ids[0] * num_experts + ids[1] not in in_slots]
         try:
             sample = absent[:: -(-len(absent) // SAMPLE)] if absent else []
-            found = sum(self._has(*ids) for ids in sample)
+            with self._lock:
+                found = sum(self._has(*ids) for ids in sample)
         except OSError:
             return tiers
         experts = round(len(absent) * found / len(sample)) if sample else 0
@@ -93,7 +96,8 @@ class PageCache:
         return int(found.cache)
 
     def close(self) -> None:
-        for fd in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self._files.clear()
+        with self._lock:
+            for fd in self._files.values():
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            self._files.clear()

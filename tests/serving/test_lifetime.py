@@ -13,8 +13,8 @@ import pytest
 from instances import PROMPTS, processes_of, processes_with, queue_exists, segment_exists, wait_until
 
 from hotset.runtime import Backend, BackendConfig, BackendError, SamplingParams
-from hotset.runtime import backend as backend_module
-from hotset.runtime.backend import COORDINATOR_MODULE
+from hotset.runtime import connection as connection_module
+from hotset.runtime.connection import COORDINATOR_MODULE
 from hotset.runtime.messages import StartInstance, ToClient
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
@@ -134,7 +134,7 @@ def test_children_that_are_still_importing_go_with_their_coordinator(monkeypatch
 
 
 def test_a_close_that_is_interrupted_kills_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module, "STOP_SECONDS", 3600)  # an undisturbed close would wait so long
+    monkeypatch.setattr(connection_module, "STOP_SECONDS", 3600)  # an undisturbed close would wait so long
     backend = Backend(workers=1)
     pids = all_pids(backend)
     os.kill(backend.coordinator_pid, signal.SIGSTOP)  # it would not close in time

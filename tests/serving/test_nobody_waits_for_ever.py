@@ -15,7 +15,7 @@ import pytest
 from instances import PROMPTS, processes_of, segment_exists, wait_until
 
 from hotset.runtime import Backend, BackendError, SamplingParams
-from hotset.runtime import backend as backend_module
+from hotset.runtime import connection as connection_module
 
 SHORT = SamplingParams(temperature=0, max_tokens=4, routing="off", ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=900, routing="off", ignore_eos=True)
@@ -42,13 +42,14 @@ def test_a_stream_may_be_collected_while_another_request_is_sent(
     holder = Holder()
     holder.stream, holder.itself = backend.stream(PROMPTS[0], LONG), holder
     assert next(holder.stream).token_ids
-    send = backend._channel.send_frame
+    channel = backend._connection._channel
+    send = channel.send_frame
 
     def collect(frame: bytes) -> None:
         gc.collect()
         send(frame)
 
-    monkeypatch.setattr(backend._channel, "send_frame", collect)
+    monkeypatch.setattr(channel, "send_frame", collect)
     del holder
     assert len(backend.generate(PROMPTS[1], SHORT).token_ids) == 4
     assert wait_until(lambda: backend.stats().requests_running == 0)
@@ -68,7 +69,7 @@ def test_a_signal_handler_may_ask_while_its_thread_waits(backend: Backend) -> No
 
 
 def test_a_coordinator_that_does_not_listen_is_closed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(connection_module, "STOP_SECONDS", 0.2)
     backend = Backend(workers=1)
     pids = [backend.coordinator_pid, backend.pager_pid, *backend.worker_pids]
     os.kill(backend.coordinator_pid, signal.SIGSTOP)
@@ -83,7 +84,7 @@ def test_a_coordinator_that_does_not_listen_is_closed_all_the_same(monkeypatch: 
     askers = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
     for asker in askers:
         asker.start()
-    assert wait_until(lambda: len(backend._answers) == 3)
+    assert wait_until(lambda: len(backend._connection._waiting) == 3)
     backend.close()
     for asker in askers:
         asker.join(10)

@@ -26,7 +26,7 @@ def frame(body: bytes) -> bytes:
 
 def write(backend: Backend, data: bytes) -> None:
     """Past the backend, which sends nothing but messages."""
-    backend._channel.send_frame(data)
+    backend._connection._channel.send_frame(data)
 
 
 def log(backend: Backend) -> list[str]:
@@ -69,7 +69,7 @@ def test_another_request_is_answered_after_what_is_no_message(backend: Backend, 
 def test_a_request_that_cannot_be_read_fails_and_says_why(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], Any], sentence: str
 ) -> None:
-    send = backend._send
+    send = backend._connection.send
 
     def spoil(message: msgspec.Struct) -> None:
         if isinstance(message, Submit):
@@ -77,7 +77,7 @@ def test_a_request_that_cannot_be_read_fails_and_says_why(
         else:
             send(message)
 
-    monkeypatch.setattr(backend, "_send", spoil)
+    monkeypatch.setattr(backend._connection, "send", spoil)
     with pytest.raises(RequestFailed, match=sentence):
         backend.generate(PROMPTS[0], PARAMS)
     monkeypatch.undo()
@@ -94,7 +94,7 @@ def test_a_request_that_cannot_be_read_fails_and_says_why(
 )
 def test_a_question_that_cannot_be_answered_is_an_error(backend: Backend, question: Callable[[int], Any]) -> None:
     with pytest.raises(RequestFailed, match=r"[Ee]xpected"):
-        backend._ask(question)
+        backend._connection.ask(question)
     assert backend.check_cache() is None
 
 
