@@ -25,7 +25,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from hotset.runtime.argument_types import integer
 from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -40,6 +42,7 @@ from hotset.workers.prefetch.source import Float32, Int32, LayerStep, RankedSour
 from hotset.workers.prefetch.transitions import Transitions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from laboratory.arguments import numbers, slots_per_layer
 from laboratory.traces import load_trace
 from perplexity import BLOCK_SIZE, CHUNK, Experts, heldout_windows
 
@@ -80,17 +83,8 @@ class PreviousToken(RankedSource):
         return scores
 
 
-class RankedGate(RankedSource):
+class RankedGate(RankedSource, GateAhead):
     """The score is the gate probability that `distance` layers on would give."""
-
-    edges = GateAhead.edges
-
-    def __init__(self, gates: Gates, distance: int) -> None:
-        self._gates = gates
-        self._distance = distance
-
-    def target(self, layer: int) -> int | None:
-        return self._gates.ahead(layer, self._distance)
 
     def scores(self, step: LayerStep) -> Float32:
         layer = self.target(step.layer)
@@ -236,7 +230,7 @@ class Tally:
 def measure(steps: Sequence[LayerStep], budget: float, num_experts: int, gates: Gates | None) -> list[Row]:
     num_layers = 1 + max(step.layer for step in steps)
     top_k = steps[0].experts.shape[1]
-    slots = Slots(num_layers, num_experts, int(num_experts * budget / 100))
+    slots = Slots(num_layers, num_experts, slots_per_layer(budget, num_experts))
     layers = sorted({step.layer for step in steps})
     tallies = [
         Tally(Transitions(layers, num_experts), "transitions", top_k),
@@ -256,6 +250,23 @@ def measure(steps: Sequence[LayerStep], budget: float, num_experts: int, gates: 
     return [tally.row(budget) for tally in tallies]
 
 
+def run(options: argparse.Namespace) -> list[Row]:
+    budgets = numbers("--budgets", options.budgets, float, least=0)
+    integer("--tokens", options.tokens, 1)
+    if options.trace is not None:
+        trace = load_trace(options.trace)
+        if trace.ids is None:
+            raise ValueError(f"{options.trace} was recorded by whole steps, expected one with tokens")
+        gates, num_experts = None, trace.num_experts
+        steps = list(steps_of_trace(trace.ids, num_experts, options.tokens))
+    else:
+        config = ModelConfig.load(options.model)
+        checkpoint = Checkpoint.open(options.model, config)
+        gates, num_experts = Gates(config, checkpoint), config.num_experts
+        steps = list(steps_of_model(config, checkpoint, options.model, options.tokens))
+    return [row for budget in budgets for row in measure(steps, budget, num_experts, gates)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench prefetch", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=TRAINED_MODEL)
@@ -264,18 +275,11 @@ def main() -> int:
     parser.add_argument("--budgets", default="12.5,25,50")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if options.trace is not None:
-        trace = load_trace(options.trace)
-        if trace.ids is None:
-            parser.error(f"{options.trace} was recorded by whole steps, expected one with tokens")
-        gates, num_experts = None, trace.num_experts
-        steps = list(steps_of_trace(trace.ids, num_experts, options.tokens))
-    else:
-        config = ModelConfig.load(options.model)
-        checkpoint = Checkpoint.open(options.model, config)
-        gates, num_experts = Gates(config, checkpoint), config.num_experts
-        steps = list(steps_of_model(config, checkpoint, options.model, options.tokens))
-    rows = [row for b in options.budgets.split(",") for row in measure(steps, float(b), num_experts, gates)]
+    try:
+        rows = run(options)
+    except (HotsetError, ValueError, OSError) as error:
+        print(f"bench prefetch: {error}", file=sys.stderr)
+        return 1
     if options.json:
         print(json.dumps(msgspec.to_builtins(rows)))
         return 0

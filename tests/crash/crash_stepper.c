@@ -142,13 +142,19 @@ static void pager_lane_publishes_what_was_overtaken(void) {
     lane_ends(&load);
 }
 
-static void pager_lane_ends_what_was_given_up(void) {
-    if (!evict_begin(&arena, 2)) return;
-    prefetch_begin(&arena, 2, PREFETCHED);
-    slot_bytes(&arena, 2)[0] = weights_of(PREFETCHED);
-    struct load load = whole(2, PREFETCHED);
+/* As its lane ends it: begun, half read, and cancelled. */
+static struct load given_up_prefetch(uint32_t slot) {
+    prefetch_begin(&arena, slot, PREFETCHED);
+    slot_bytes(&arena, slot)[0] = weights_of(PREFETCHED);
+    struct load load = whole(slot, PREFETCHED);
     load.urgent = false;
     load.cancelled = true;
+    return load;
+}
+
+static void pager_lane_ends_what_was_given_up(void) {
+    if (!evict_begin(&arena, 2)) return;
+    struct load load = given_up_prefetch(2);
     lane_ends(&load);
     slot_release(&arena, 2);
     load_begin(&arena, 2, AWAITED);
@@ -247,11 +253,7 @@ static void planted_reads_into_an_evicting_slot(void) {
 
 static void planted_lane_publishes_what_was_given_up(void) {
     if (!evict_begin(&arena, 2)) return;
-    prefetch_begin(&arena, 2, PREFETCHED);
-    slot_bytes(&arena, 2)[0] = weights_of(PREFETCHED);
-    struct load load = whole(2, PREFETCHED);
-    load.urgent = false;
-    load.cancelled = true;
+    struct load load = given_up_prefetch(2);
     lanes_publish(&lanes, &load);
 }
 
