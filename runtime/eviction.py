@@ -53,13 +53,14 @@ def parse_eviction(text: str) -> EvictionSettings:
 
 def eviction_nbytes(policy: str, *, num_layers: int, num_experts: int, num_streams: int) -> int:
     """Memory that the pager needs for a policy beyond a few numbers per expert: td's weights, 16 bits for each pair of
-    experts in six sets, three times while they are saved; and what it knows of each stream. See core/td.h of
-    workers/eviction.
+    experts in six sets, or 8 where experts are many, three times while they are saved; and what it knows of each
+    stream. See core/td.h of workers/eviction.
     """
     if parse_eviction(policy).base != "td":
         return 0
-    row = -(-num_experts // 32) * 32  # whole vectors
-    weights = num_layers * num_experts * row * 6 * 2
+    few = num_experts <= 64
+    row = -(-num_experts // (32 if few else 64)) * (32 if few else 64)  # whole vectors
+    weights = num_layers * num_experts * row * 6 * (2 if few else 1)
     return 3 * weights + num_streams * num_layers * (5 * 4 * row + 400)
 
 

@@ -22,7 +22,7 @@ from hotset.workers.background_writer import BackgroundWriter
 from hotset.workers.eviction import _core
 
 FILE_NAME = "td.safetensors"
-FEATURES = "1"  # counts up when core/td.h changes what a weight means
+FEATURES = "2"  # counts up when core/td.h changes what a weight means
 MOST = 8.0  # no weight that has not diverged is near it
 
 
@@ -38,12 +38,12 @@ class Learned(msgspec.Struct, frozen=True):
     """A copy of a td policy's weights; the shapes are `Policy.learned_shapes`.
 
     Attributes:
-        sets: uint16 [layers, sets, experts, experts padded], in units of 1/4096, two's complement.
+        sets: uint8 [layers, sets, experts, bytes of a row]; core/td_rows.h knows what is in a row.
         traits: float32 [layers, traits, experts padded].
         leads: whether its values, and not affinity's, decided who goes.
     """
 
-    sets: npt.NDArray[np.uint16]
+    sets: npt.NDArray[np.uint8]
     traits: npt.NDArray[np.float32]
     leads: bool
 
@@ -54,7 +54,7 @@ class Learned(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, policy: _core.Policy) -> Learned:
         sets_shape, traits_shape = policy.learned_shapes
-        learned = cls(np.empty(sets_shape, np.uint16), np.empty(traits_shape, np.float32), policy.td_leads)
+        learned = cls(np.empty(sets_shape, np.uint8), np.empty(traits_shape, np.float32), policy.td_leads)
         policy.learned(learned.sets, learned.traits)
         return learned
 
@@ -79,7 +79,7 @@ class Learned(msgspec.Struct, frozen=True):
             raise UnusableLearned(path, str(error)) from None
         if metadata.get("features") != FEATURES:
             raise UnusableLearned(path, f"its features are {metadata.get('features')}, expected {FEATURES}")
-        for array, dtype, shape in zip(arrays, (np.uint16, np.float32), policy.learned_shapes, strict=True):
+        for array, dtype, shape in zip(arrays, (np.uint8, np.float32), policy.learned_shapes, strict=True):
             if array.dtype != dtype or array.shape != shape:
                 expected = f"{np.dtype(dtype)} {list(shape)}"
                 raise UnusableLearned(path, f"weights are {array.dtype} {list(array.shape)}, expected {expected}")

@@ -68,7 +68,7 @@ def test_nothing_is_written_of_a_policy_that_does_not_learn_or_when_it_is_switch
 def test_damaged_files_and_those_of_other_shapes_are_refused(folder: Path) -> None:
     path, policy = Learned.path(folder), policy_of()
     Learned.of(policy_of(experts=12)).save(folder)
-    with pytest.raises(UnusableLearned, match=r"weights are uint16 \[2, 6, 12, 32\], expected uint16 \[2, 6, 24, 32\]"):
+    with pytest.raises(UnusableLearned, match=r"weights are uint8 \[2, 6, 12, 64\], expected uint8 \[2, 6, 24, 64\]"):
         Learned.load(folder, policy)
     Learned.of(policy).save(folder)
     whole = path.read_bytes()
@@ -78,11 +78,11 @@ def test_damaged_files_and_those_of_other_shapes_are_refused(folder: Path) -> No
     path.write_bytes(whole)
     arrays = load_file(path)
     arrays["traits"][1, 2, 3] = np.nan
-    save_file(arrays, path, {"features": "1"})
+    save_file(arrays, path, {"features": "2"})
     with pytest.raises(UnusableLearned, match="not all weights are numbers"):
         Learned.load(folder, policy)
-    save_file(arrays, path, {"features": "0"})
-    with pytest.raises(UnusableLearned, match="its features are 0, expected 1"):
+    save_file(arrays, path, {"features": "1"})
+    with pytest.raises(UnusableLearned, match="its features are 1, expected 2"):
         Learned.load(folder, policy)
 
 

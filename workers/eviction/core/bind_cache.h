@@ -93,7 +93,7 @@ static PyObject *cache_type_step(PyObject *self, PyObject *const *args, Py_ssize
     int distinct = distinct_experts(used.buf, used.shape[0] * used.shape[1], policy->num_experts, experts);
     if (distinct < 0) goto done;
     struct replay_result result = {0};
-    replay_record(policy, words, &(struct used_set){experts, (uint32_t)distinct}, &cache->pools, &result);
+    replay_record(policy, words, NULL, &(struct used_set){experts, (uint32_t)distinct}, &cache->pools, &result);
     for (uint32_t layer = 0; layer < policy->num_layers; layer++)
         cache_mask(&cache->pools, policy, layer, (uint64_t *)mask.buf + layer * shape[1]);
     answer = Py_BuildValue("KK", (unsigned long long)result.hits, (unsigned long long)result.misses);

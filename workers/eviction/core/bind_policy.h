@@ -12,6 +12,7 @@ typedef struct {
 } PolicyObject;
 
 static const struct array_kind WORDS = {"uint16", "H", 2};
+static const struct array_kind BYTES = {"uint8", "B", 1};
 static const struct array_kind FLOAT64 = {"float64", "d", 8};
 
 static inline struct policy *policy_of(PyObject *self) {

@@ -47,7 +47,10 @@ static PyObject *policy_type_observe(PyObject *self, PyObject *argument) {
     Py_buffer view;
     if (!policy || !take_records(argument, policy, &view)) return NULL;
     const uint16_t *words = view.buf;
-    for (Py_ssize_t at = 0; at < view.shape[0]; at += words[at + DEMAND_LENGTH]) policy_observe(policy, words + at);
+    for (Py_ssize_t at = 0, end; at < view.shape[0]; at = end) {
+        end = at + words[at + DEMAND_LENGTH];
+        policy_observe(policy, words + at, end < view.shape[0] ? words + end : NULL);
+    }
     PyBuffer_Release(&view);
     Py_RETURN_NONE;
 }
@@ -103,17 +106,17 @@ static PyObject *policy_type_estimates(PyObject *self, PyObject *const *args, Py
     Py_RETURN_NONE;
 }
 
-/* Copies the weights out, or in: sets u16 [layers, sets, experts, stride] and traits f32 [layers, traits, stride]. */
+/* Copies the weights out, or in: sets u8 [layers, sets, experts, bytes of a row], traits f32 [layers, traits, stride]. */
 static int copy_learned(struct policy *policy, PyObject *sets, PyObject *traits, int out) {
     struct td *td = &policy->td;
-    Py_ssize_t set_shape[] = {td->num_layers, TD_SETS, td->num_experts, td->stride};
+    Py_ssize_t set_shape[] = {td->num_layers, TD_SETS, td->num_experts, td->row_nbytes};
     Py_ssize_t trait_shape[] = {td->num_layers, TD_TRAITS, td->stride};
     Py_buffer set_view, trait_view;
     if (policy->base != POLICY_TD) {
         PyErr_SetString(PyExc_ValueError, "only a td policy learns");
         return 0;
     }
-    if (!take_array(sets, "sets", &WORDS, out, 4, set_shape, &set_view)) return 0;
+    if (!take_array(sets, "sets", &BYTES, out, 4, set_shape, &set_view)) return 0;
     if (!take_array(traits, "traits", &FLOAT32, out, 3, trait_shape, &trait_view)) {
         PyBuffer_Release(&set_view);
         return 0;
@@ -222,8 +225,8 @@ static PyObject *policy_get_learned_shapes(PyObject *self, void *closure) {
     struct policy *policy = policy_of(self);
     if (!policy) return NULL;
     const struct td *td = &policy->td;
-    return Py_BuildValue("(IIII)(III)", td->num_layers, TD_SETS, td->num_experts, td->stride, td->num_layers, TD_TRAITS,
-                         td->stride);
+    return Py_BuildValue("(IIII)(III)", td->num_layers, TD_SETS, td->num_experts, td->row_nbytes, td->num_layers,
+                         TD_TRAITS, td->stride);
 }
 
 static PyObject *policy_get_floor(PyObject *self, void *closure) {
@@ -256,7 +259,7 @@ static PyMethodDef policy_methods[] = {
     {"seed_affinity", policy_type_seed, METH_O, "seed_affinity(scores f64[layers, experts]): from an earlier run."},
     {"forget_streams", policy_type_forget_streams, METH_NOARGS, "forget_streams(): after a gap in the demands."},
     {"estimates", POSITIONAL(policy_type_estimates), "estimates(stream, layer, out f32[experts]) of a td policy."},
-    {"learned", POSITIONAL(policy_type_learned), "learned(out u16[sets], out f32[traits]): a td policy's weights."},
+    {"learned", POSITIONAL(policy_type_learned), "learned(out u8[sets], out f32[traits]): a td policy's weights."},
     {"set_learned", POSITIONAL(policy_type_set_learned), "set_learned(sets, traits, leads): from an earlier run."},
     {"replay", KEYWORDS(policy_type_replay), "replay(records, slots, shared=False) -> (events, hits, misses)."},
     {"replay_min", KEYWORDS(policy_type_replay_min), "replay_min(records, slots, shared=False): Belady's MIN."},
@@ -267,7 +270,7 @@ static PyGetSetDef policy_getset[] = {
     {"crowd", policy_get_crowd, NULL, "r: distinct experts per step / slots per layer, lately.", NULL},
     {"steps", policy_get_steps, NULL, "Demands observed, of all layers.", NULL},
     {"learns", policy_get_learns, NULL, "Whether this is td.", NULL},
-    {"learned_shapes", policy_get_learned_shapes, NULL, "Of td's weights: sets u16, traits f32.", NULL},
+    {"learned_shapes", policy_get_learned_shapes, NULL, "Of td's weights: sets u8, traits f32.", NULL},
     {"floor", policy_get_floor, NULL, "Experts that a layer keeps of a shared pool as long as others have more.", NULL},
     {"td_leads", policy_get_td_leads, NULL, "Whether the learned values decide, and not the guard's affinity.", NULL},
     {"divergences", policy_get_divergences, NULL, "How often a layer's weights were thrown away.", NULL},

@@ -60,25 +60,27 @@ struct policy {
     uint64_t steps;       /* demands seen, of all layers */
     double distinct;      /* running mean of the experts per demand */
     uint64_t *layer_steps;/* [layers] */
-    double *value;        /* [layers][experts]; what the resident experts are compared by */
+    const double *value;  /* [layers][experts]; what the resident experts are compared by: one of the next three */
+    double *blend;        /* [layers][experts]; of the bases that have no values of their own below */
+    double *affinity;     /* [layers][experts] */
+    double *td_value;     /* [layers][experts]; if base is TD */
     uint64_t *last_used;  /* [layers][experts]: `steps` then */
     double *uses;         /* [layers][experts] */
-    double *affinity;     /* [layers][experts] */
     uint64_t *stream_seen;/* [streams][layers]: layer_steps then */
     uint16_t *live;       /* [streams]: those that want something of the layer that is valued */
     /* The latest demand. */
     uint32_t layer, count;
     uint16_t experts[TD_MAX_EXPERTS]; /* distinct */
     uint8_t *member;                  /* [experts] */
+    struct td_kernels kernels;        /* for this processor */
     struct td td;                     /* if base is TD */
     uint32_t batch;                   /* tokens of the latest step */
-    double *td_value;                 /* [layers][experts] */
     struct guard guard;
 };
 
 static inline void policy_free(struct policy *policy) {
     free(policy->layer_steps);
-    free(policy->value);
+    free(policy->blend);
     free(policy->last_used);
     free(policy->uses);
     free(policy->affinity);
@@ -105,11 +107,23 @@ static inline int guard_init(struct guard *guard, uint32_t num_layers, uint32_t 
     return 1;
 }
 
+static inline int policy_td_leads(const struct policy *policy) {
+    return policy->base == POLICY_TD && policy->guard.td_leads;
+}
+
+/* Which values count now. */
+static inline const double *policy_values(const struct policy *policy) {
+    if (policy_td_leads(policy)) return policy->td_value;
+    int is_affinity = policy->base == POLICY_TD || policy->base == POLICY_AFFINITY;
+    return is_affinity ? policy->affinity : policy->blend;
+}
+
 /* 0 when there is not enough memory. The caller has set the numbers and the choices; everything else is zero. */
 static inline int policy_init(struct policy *policy) {
     size_t places = (size_t)policy->num_layers * policy->num_experts;
+    policy->kernels = td_best_kernels();
     policy->layer_steps = calloc(policy->num_layers, sizeof(uint64_t));
-    policy->value = calloc(places, sizeof(double));
+    policy->blend = calloc(places, sizeof(double));
     policy->last_used = calloc(places, sizeof(uint64_t));
     policy->uses = calloc(places, sizeof(double));
     policy->affinity = calloc(places, sizeof(double));
@@ -117,7 +131,8 @@ static inline int policy_init(struct policy *policy) {
     policy->live = calloc(policy->num_streams, sizeof(uint16_t));
     policy->member = calloc(policy->num_experts, 1);
     policy->td_value = calloc(places, sizeof(double));
-    if (!(policy->layer_steps && policy->value && policy->last_used && policy->uses && policy->affinity &&
+    policy->value = policy_values(policy);
+    if (!(policy->layer_steps && policy->blend && policy->last_used && policy->uses && policy->affinity &&
           policy->stream_seen && policy->live && policy->member && policy->td_value))
         return 0;
     if (policy->base != POLICY_TD) return 1;
@@ -127,10 +142,6 @@ static inline int policy_init(struct policy *policy) {
 
 /* Distinct experts per step, as a share of a layer's slots. */
 static inline double policy_crowd(const struct policy *policy) { return policy->distinct / policy->slots_per_layer; }
-
-static inline int policy_td_leads(const struct policy *policy) {
-    return policy->base == POLICY_TD && policy->guard.td_leads;
-}
 
 static inline int policy_bypasses(const struct policy *policy, int calibrated) {
     if (policy->admission != ADMIT_AUTO) return policy->admission == ADMIT_BYPASS;
@@ -207,7 +218,7 @@ static inline void policy_value_blend(struct policy *policy, uint32_t layer) {
     double longest = policy->steps > oldest ? (double)(policy->steps - oldest) : 1;
     for (uint32_t e = 0; e < policy->num_experts; e++) {
         double base = frequency ? uses[e] / most : (double)(last_used[e] - oldest) / longest;
-        policy->value[first + e] = (1 - weight) * base + weight * policy->affinity[first + e];
+        policy->blend[first + e] = (1 - weight) * base + weight * policy->affinity[first + e];
     }
 }
 
@@ -218,22 +229,20 @@ static inline void policy_value_td(struct policy *policy, uint32_t layer) {
         uint64_t seen = policy->stream_seen[(size_t)s * policy->num_layers + layer];
         if (seen && policy->layer_steps[layer] - seen < POLICY_IDLE_STEPS) policy->live[count++] = (uint16_t)s;
     }
-    policy->td.run.combine(&policy->td, layer, policy->live, count,
+    policy->kernels.combine(&policy->td, layer, policy->live, count,
                            policy->td_value + (size_t)layer * policy->num_experts);
 }
 
+/* Of a layer whose demand, or affinity, changed. */
 static inline void policy_value(struct policy *policy, uint32_t layer) {
-    size_t first = (size_t)layer * policy->num_experts, nbytes = policy->num_experts * sizeof(double);
-    if (policy->base == POLICY_TD && policy_td_leads(policy)) {
-        memcpy(policy->value + first, policy->td_value + first, nbytes);
-    } else if (policy->base == POLICY_TD || policy->base == POLICY_AFFINITY) {
-        memcpy(policy->value + first, policy->affinity + first, nbytes);
-    } else if (policy->base == POLICY_ADAPTIVE || policy->affinity_weight > 0) {
+    if (policy->value != policy->blend) return;
+    if (policy->base == POLICY_ADAPTIVE || policy->affinity_weight > 0) {
         policy_value_blend(policy, layer);
-    } else {
-        for (size_t id = first; id < first + policy->num_experts; id++)
-            policy->value[id] = policy->base == POLICY_LRU ? (double)policy->last_used[id] : policy->uses[id];
+        return;
     }
+    size_t first = (size_t)layer * policy->num_experts;
+    for (size_t id = first; id < first + policy->num_experts; id++)
+        policy->blend[id] = policy->base == POLICY_LRU ? (double)policy->last_used[id] : policy->uses[id];
 }
 
 /* ---- the guard */
@@ -247,6 +256,11 @@ static inline double guard_hit_rate(struct policy *policy, struct pool *pool, co
     return rate + ((double)hits / policy->count - rate) / policy->guard.steps;
 }
 
+static inline void policy_lead(struct policy *policy, int td_leads) {
+    policy->guard.td_leads = td_leads;
+    policy->value = policy_values(policy);
+}
+
 /* Before TD learns from the demand the shadows are asked whether they have its experts. */
 static inline void policy_guard(struct policy *policy) {
     struct guard *guard = &policy->guard;
@@ -258,36 +272,41 @@ static inline void policy_guard(struct policy *policy) {
     double ahead = guard->td_rate - guard->affinity_rate;
     int leads = guard->td_leads ? ahead > -GUARD_MARGIN : ahead > GUARD_MARGIN;
     if (leads == guard->td_leads) return;
-    guard->td_leads = leads;
-    for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
+    policy_lead(policy, leads);
 }
 
 /* After weights came from an earlier run: they lead at once if they did then, until the guard sees that they should not. */
 static inline void policy_resume(struct policy *policy, int leads) {
-    policy->guard.td_leads = leads;
-    for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
+    policy_lead(policy, leads);
 }
 
 /* ---- what is fed */
 
-static inline void policy_learn(struct policy *policy, const uint16_t *record) {
+/* `row` [stream, expert, ...] is what TD learns from next. */
+static inline void policy_prefetch(const struct policy *policy, uint32_t layer, const uint16_t *row, uint32_t count) {
+    if (row[0] < policy->num_streams && count <= TD_MAX_TOP_K)
+        td_prefetch(&policy->td, row[0], layer, row + 1, count);
+}
+
+/* `next`: the record that comes next, or NULL if that is not known. */
+static inline void policy_learn(struct policy *policy, const uint16_t *record, const uint16_t *next) {
     uint32_t layer = policy->layer, count = record[DEMAND_EXPERTS];
     const uint16_t *row = record + DEMAND_HEADER_WORDS;
     for (uint32_t i = 0; i < record[DEMAND_ROWS]; i++, row += count + 1u) {
         if (row[0] >= policy->num_streams || count > TD_MAX_TOP_K) continue; /* a set, not one token's choice */
-        if (i + 1 == record[DEMAND_ROWS]) td_prefetch(&policy->td, row[0], (layer + 1) % policy->num_layers, NULL, 0);
-        else if (row[count + 1u] < policy->num_streams)
-            td_prefetch(&policy->td, row[count + 1u], layer, row + count + 2u, count);
+        if (i + 1 < record[DEMAND_ROWS]) policy_prefetch(policy, layer, row + count + 1u, count);
+        else if (next) policy_prefetch(policy, next[DEMAND_LAYER], next + DEMAND_HEADER_WORDS, next[DEMAND_EXPERTS]);
+        else td_prefetch(&policy->td, row[0], (layer + 1) % policy->num_layers, NULL, 0);
         policy->stream_seen[(size_t)row[0] * policy->num_layers + layer] = policy->layer_steps[layer];
         policy->batch = record[DEMAND_ROWS];
-        policy->td.run.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
+        policy->kernels.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
     }
     policy_value_td(policy, layer);
     policy_guard(policy);
 }
 
-/* Shows the policy one record, which has been checked (demand_problem). */
-static inline void policy_observe(struct policy *policy, const uint16_t *record) {
+/* Shows the policy one record, which has been checked (demand_problem), as has the `next` one, unless NULL. */
+static inline void policy_observe(struct policy *policy, const uint16_t *record, const uint16_t *next) {
     policy_collect(policy, record);
     uint32_t layer = policy->layer;
     size_t first = (size_t)layer * policy->num_experts;
@@ -296,15 +315,14 @@ static inline void policy_observe(struct policy *policy, const uint16_t *record)
     double seen = policy->steps < POLICY_CROWD_RATE ? (double)policy->steps : POLICY_CROWD_RATE;
     policy->distinct += ((double)policy->count - policy->distinct) / seen;
     double *affinity = policy->affinity + first;
-    for (uint32_t e = 0; e < policy->num_experts; e++)
-        affinity[e] = affinity[e] > POLICY_NEVER ? affinity[e] * POLICY_DECAY : 0;
+    policy->kernels.decay(affinity, policy->num_experts, POLICY_DECAY, POLICY_NEVER);
     for (uint32_t i = 0; i < policy->count; i++) {
         uint32_t expert = policy->experts[i];
         affinity[expert] += 1 - POLICY_DECAY;
         policy->uses[first + expert]++;
         policy->last_used[first + expert] = policy->steps;
     }
-    if (policy->base == POLICY_TD) policy_learn(policy, record);
+    if (policy->base == POLICY_TD) policy_learn(policy, record, next);
     policy_value(policy, layer);
 }
 

@@ -66,9 +66,10 @@ static inline void replay_step(struct replay_pools *all, const struct policy *po
 
 /* The policy learns from one record, by which the latest demand is what the gate chose. `used`: what the step then used
  * in its place, or NULL where nobody preferred anything. */
-static inline void replay_record(struct policy *policy, const uint16_t *record, const struct used_set *used,
-                                 struct replay_pools *pools, struct replay_result *result) {
-    policy_observe(policy, record);
+static inline void replay_record(struct policy *policy, const uint16_t *record, const uint16_t *next,
+                                 const struct used_set *used, struct replay_pools *pools,
+                                 struct replay_result *result) {
+    policy_observe(policy, record, next);
     const double *value = policy->value; /* which are comparable within a layer */
     if (replay_is_shared(pools)) {
         policy_worth(policy, pools->worth);
@@ -81,8 +82,10 @@ static inline void replay_record(struct policy *policy, const uint16_t *record, 
 
 static inline void replay_policy(struct policy *policy, const uint16_t *records, size_t words,
                                  struct replay_pools *pools, struct replay_result *result) {
-    for (size_t at = 0; at < words; at += records[at + DEMAND_LENGTH])
-        replay_record(policy, records + at, NULL, pools, result);
+    for (size_t at = 0, end; at < words; at = end) {
+        end = at + records[at + DEMAND_LENGTH];
+        replay_record(policy, records + at, end < words ? records + end : NULL, NULL, pools, result);
+    }
 }
 
 /* Belady's MIN: who is needed last goes first, and who is needed later than every resident one does not come in.

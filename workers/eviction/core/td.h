@@ -8,14 +8,14 @@
  * Active rows: the members of six expert sets of the token's stream: this layer's now and one token ago, and the
  * latest of the layers l-1, l-2, l-3 and l+1 (cyclic: the layer before the first is the previous token's last).
  * Traits of the expert itself: 1, used now, and moving averages of its use with rates 1/4, 1/16, 1/64 and 1/256.
- * Where rows are long (more than TD_FEW_EXPERTS), only the foremost of another layer's set count.
+ * Where experts are many (more than TD_FEW_EXPERTS), only the foremost of another layer's set count.
  *
  * One token later the truth is nearer: it is 1 if e was used, else gamma times the new estimate. The weights that
  * were active then move by eta times the difference. So y_e tends to the mean of gamma^(tokens until the next use
  * - 1): a discounted probability, which can be compared between layers.
  *
- * W is most of the memory and of the work, so it has 16 bits a weight and moves by whole units. What is beyond them
- * is kept for the expert and added to its next move: nothing is lost to rounding.
+ * W is most of the memory and of the work, so its weights are whole numbers of units (td_rows.h): of 16 bits, or of 8
+ * where experts are many.
  *
  * Invariant: between two calls, `active`, `averages` and `estimate` describe the same token of a stream. */
 #ifndef HOTSET_TD_H
@@ -30,15 +30,17 @@
 #define TD_TRAITS 6u
 #define TD_AVERAGES 4u
 #define TD_MAX_TOP_K 32u
-#define TD_FEW_EXPERTS 64u    /* in models with more, rows are long, and ... */
+#define TD_FEW_EXPERTS 64u    /* in models with more, a weight has 8 bits, and ... */
 #define TD_FOREMOST 3u        /* ... of another layer's set only the experts ranked highest are active rows */
 #define TD_MAX_EXPERTS 1024u
-#define TD_LANES 32u          /* rows are padded to whole vectors of 64 bytes; padding stays zero */
-#define TD_FLOATS 16u
+#define TD_BYTES 64u          /* rows are padded to whole vectors of 64 bytes; padding stays zero */
+#define TD_LANES 32u          /* of 16 bits in such a vector */
 #define TD_HUGE_PAGE (2u << 20)
 #define TD_LINE 64u
 #define TD_FAR (16u << 20) /* bytes of W */
-#define TD_UNIT (1 / 4096.f)  /* of the set weights, whose 16 bits so hold -8 to 8 */
+#define TD_UNIT (1 / 4096.f)        /* of set weights of 16 bits, which so hold -8 to 8, and ... */
+#define TD_COARSE_UNIT (1 / 1536.f) /* ... of 8 bits: -0.07 to 0.07, beyond which hardly one of many would go */
+#define TD_MOST_UNITS 15            /* that a weight of 8 bits moves by at once */
 #define TD_MAX_STEP 0.005f    /* eta */
 #define TD_STABLE_STEP 0.5f   /* eta * tokens per step * |features|^2: it diverges from about 1 on */
 #define TD_NEVER 1e-20f       /* averages of use below are 0: processors are slow with the numbers that come next */
@@ -46,15 +48,10 @@
 
 static const float td_rates[TD_AVERAGES] = {1 / 4.f, 1 / 16.f, 1 / 64.f, 1 / 256.f};
 
-/* Vectors of 64 bytes, which the compiler splits where the processor's are shorter. */
-typedef uint16_t td_lanes __attribute__((vector_size(2 * TD_LANES)));
-typedef float td_floats __attribute__((vector_size(4 * TD_FLOATS), may_alias));
-typedef int32_t td_ints __attribute__((vector_size(4 * TD_FLOATS)));
-typedef int16_t td_halves __attribute__((vector_size(2 * TD_FLOATS), may_alias));
-
 struct td;
 typedef void td_observe_function(struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
                                  uint32_t count, uint32_t batch);
+typedef void td_decay_function(double *scores, uint32_t count, double decay, double least);
 typedef void td_combine_function(const struct td *td, uint32_t layer, const uint16_t *streams, uint32_t count,
                                  double *value);
 
@@ -62,27 +59,30 @@ typedef void td_combine_function(const struct td *td, uint32_t layer, const uint
 struct td_kernels {
     td_observe_function *observe;
     td_combine_function *combine;
+    td_decay_function *decay;
 };
 
 struct td {
     uint32_t num_layers, num_experts, num_streams, stride;
-    uint16_t *set_weights; /* W [layers][TD_SETS][experts][stride], in units of TD_UNIT, two's complement */
-    float *trait_weights;  /* D [layers][TD_TRAITS][stride] */
-    float *remainder;      /* [layers][stride]: what the set weights should have moved by beyond whole units */
+    int coarse;             /* whether W has 8 bits a weight */
+    uint32_t row_nbytes;    /* of W */
+    uint8_t *set_weights;   /* W [layers][TD_SETS][experts][row_nbytes]: see td_rows.h */
+    float *trait_weights;   /* D [layers][TD_TRAITS][stride] */
+    float *remainder;       /* [layers][stride]: what the set weights should have moved by beyond what they can */
+    uint32_t *turn;         /* [layers]: see td_thresholds */
     /* Per stream and layer, at [stream * num_layers + layer]: */
     float *averages;      /* [TD_AVERAGES][stride] */
     float *estimate;      /* [stride]: y */
     uint16_t *active;     /* [TD_SETS * TD_MAX_TOP_K]: rows of the layer's W, first this layer's own set */
     uint16_t *num_active, *set_size; /* 0: no token yet */
     uint64_t divergences;
-    struct td_kernels run; /* for this processor */
 };
 
 /* Zeros; `nbytes` are whole vectors, because rows are padded. What is large lies in huge pages, where there are any: a
  * token touches a few rows here and there in it, most of which would be on a page that the processor has to look up. */
 static inline void *td_array(size_t nbytes) {
     int huge = nbytes >= TD_HUGE_PAGE;
-    void *array = aligned_alloc(huge ? TD_HUGE_PAGE : sizeof(td_lanes), nbytes);
+    void *array = aligned_alloc(huge ? TD_HUGE_PAGE : TD_BYTES, nbytes);
     if (!array) return NULL;
     if (huge) madvise(array, nbytes, MADV_HUGEPAGE); /* before the first touch; advice that may be ignored */
     return memset(array, 0, nbytes);
@@ -94,6 +94,7 @@ static inline void td_free(struct td *td) {
     free(td->set_weights);
     free(td->trait_weights);
     free(td->remainder);
+    free(td->turn);
     free(td->averages);
     free(td->estimate);
     free(td->active);
@@ -102,23 +103,28 @@ static inline void td_free(struct td *td) {
     memset(td, 0, sizeof *td);
 }
 
-static inline struct td_kernels td_best_kernels(void);
+/* Of a layer's W. */
+static inline size_t td_layer_nbytes(const struct td *td) {
+    return (size_t)TD_SETS * td->num_experts * td->row_nbytes;
+}
 
 /* 0 when there is not enough memory. */
 static inline int td_init(struct td *td, uint32_t num_layers, uint32_t num_experts, uint32_t num_streams) {
-    uint32_t stride = (num_experts + TD_LANES - 1) / TD_LANES * TD_LANES;
+    const int coarse = num_experts > TD_FEW_EXPERTS;
+    const uint32_t whole = coarse ? TD_BYTES : TD_LANES, stride = (num_experts + whole - 1) / whole * whole;
     size_t places = (size_t)num_streams * num_layers;
     *td = (struct td){.num_layers = num_layers, .num_experts = num_experts, .num_streams = num_streams,
-                      .stride = stride, .run = td_best_kernels()};
-    td->set_weights = td_array((size_t)num_layers * TD_SETS * num_experts * stride * sizeof *td->set_weights);
+                      .stride = stride, .coarse = coarse, .row_nbytes = coarse ? stride : 2 * stride};
+    td->set_weights = td_array(num_layers * td_layer_nbytes(td));
     td->trait_weights = td_float_array((size_t)num_layers * TD_TRAITS * stride);
     td->remainder = td_float_array((size_t)num_layers * stride);
+    td->turn = calloc(num_layers, sizeof(uint32_t));
     td->averages = td_float_array(places * TD_AVERAGES * stride);
     td->estimate = td_float_array(places * stride);
     td->active = calloc(places * TD_SETS * TD_MAX_TOP_K, sizeof(uint16_t));
     td->num_active = calloc(places, sizeof(uint16_t));
     td->set_size = calloc(places, sizeof(uint16_t));
-    if (td->set_weights && td->trait_weights && td->remainder && td->averages && td->estimate &&
+    if (td->set_weights && td->trait_weights && td->remainder && td->turn && td->averages && td->estimate &&
         td->active && td->num_active && td->set_size)
         return 1;
     td_free(td);
@@ -170,26 +176,34 @@ static inline uint32_t td_active_rows(const struct td *td, uint32_t stream, uint
 static inline void td_prefetch(const struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
                                uint32_t count) {
     uint16_t rows[TD_SETS * TD_MAX_TOP_K];
-    if ((size_t)td->num_layers * TD_SETS * td->num_experts * td->stride * sizeof *td->set_weights < TD_FAR) return;
+    if (td->num_layers * td_layer_nbytes(td) < TD_FAR) return;
     uint32_t num_rows = td_active_rows(td, stream, layer, experts, count, rows);
-    const char *weights = (const char *)(td->set_weights + (size_t)layer * TD_SETS * td->num_experts * td->stride);
-    const size_t nbytes = td->stride * sizeof *td->set_weights;
+    const uint8_t *weights = td->set_weights + layer * td_layer_nbytes(td);
+    const size_t nbytes = td->row_nbytes;
     for (uint32_t i = 0; i < num_rows; i++)
         for (size_t line = 0; line < nbytes; line += TD_LINE) __builtin_prefetch(weights + rows[i] * nbytes + line, 1);
 }
 
 static inline void td_reset_layer(struct td *td, uint32_t layer) {
-    size_t block = (size_t)TD_SETS * td->num_experts * td->stride, traits = (size_t)TD_TRAITS * td->stride;
-    memset(td->set_weights + layer * block, 0, block * sizeof *td->set_weights);
+    size_t traits = (size_t)TD_TRAITS * td->stride;
+    memset(td->set_weights + layer * td_layer_nbytes(td), 0, td_layer_nbytes(td));
     memset(td->remainder + (size_t)layer * td->stride, 0, td->stride * sizeof(float));
     memset(td->trait_weights + layer * traits, 0, traits * sizeof(float));
     td->divergences++;
 }
 
 /* [stride]: 1 for the given experts, 0 for the others. */
-static inline void td_mark(const struct td *td, td_floats *marks, const uint16_t *experts, uint32_t count) {
+static inline void td_mark(const struct td *td, float *marks, const uint16_t *experts, uint32_t count) {
     memset(marks, 0, td->stride * sizeof(float));
-    for (uint32_t i = 0; i < count; i++) ((float *)marks)[experts[i]] = 1;
+    for (uint32_t i = 0; i < count; i++) marks[experts[i]] = 1;
+}
+
+/* Thresholds, in 256ths, of the rows that a coarse move is for: see td_rows.h. The turn advances by the golden ratio of
+ * 2^32, which comes near to every place however many streams take turns. */
+static inline void td_thresholds(struct td *td, uint32_t layer, uint32_t count, uint8_t *threshold) {
+    td->turn[layer] += 0x9E3779B9u;
+    const uint32_t apart = UINT32_MAX / count;
+    for (uint32_t i = 0; i < count; i++) threshold[i] = (uint8_t)((td->turn[layer] + i * apart) >> 24);
 }
 
 /* Whether an estimate is beyond TD_MAX_ESTIMATE, or no number; of the bits of the largest one without its sign. */
@@ -200,34 +214,44 @@ static inline int td_diverged(int32_t largest) {
     return largest > limit;
 }
 
-/* The numerics, compiled once for each level of the instruction set. */
+/* The numerics, compiled once for each level of the instruction set, in vectors of as many bytes as it has: the compiler
+ * takes longer ones apart badly. */
 #define TD_NAME(name) name##_portable
+#define TD_VECTOR 16
 #define TD_TARGET
+#include "td_rows.h"
 #include "td_kernel.h"
 #undef TD_NAME
+#undef TD_VECTOR
 #undef TD_TARGET
 
 #if defined(__x86_64__)
 #define TD_NAME(name) name##_avx2
+#define TD_VECTOR 32
 #define TD_TARGET __attribute__((target("avx2")))
+#include "td_rows.h"
 #include "td_kernel.h"
 #undef TD_NAME
+#undef TD_VECTOR
 #undef TD_TARGET
 
 #define TD_NAME(name) name##_avx512
+#define TD_VECTOR 64
 #define TD_TARGET __attribute__((target("avx512bw,avx512vl,avx512dq")))
+#include "td_rows.h"
 #include "td_kernel.h"
 #undef TD_NAME
+#undef TD_VECTOR
 #undef TD_TARGET
 #endif
 
 static inline struct td_kernels td_best_kernels(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return (struct td_kernels){td_observe_avx512, td_combine_avx512};
-    if (__builtin_cpu_supports("avx2")) return (struct td_kernels){td_observe_avx2, td_combine_avx2};
+        return (struct td_kernels){td_observe_avx512, td_combine_avx512, td_decay_avx512};
+    if (__builtin_cpu_supports("avx2")) return (struct td_kernels){td_observe_avx2, td_combine_avx2, td_decay_avx2};
 #endif
-    return (struct td_kernels){td_observe_portable, td_combine_portable};
+    return (struct td_kernels){td_observe_portable, td_combine_portable, td_decay_portable};
 }
 
 #endif
