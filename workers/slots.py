@@ -75,7 +75,7 @@ class Slots:
             return slot
         last: list[int] = []
         for slot in self._victims(expert):
-            if self._expert_in_slot[slot] in awaited:
+            if awaited and self._expert_in_slot[slot] in awaited:
                 last.append(slot)
             elif self._evict(slot):
                 return slot

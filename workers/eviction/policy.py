@@ -61,7 +61,8 @@ class Eviction:
             num_streams=max(geometry.max_sequences, 1),
             slots_per_layer=slots_per_layer,
         )
-        self._protected: set[int] = set()
+        self._ordered: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._protected: list[int] = []  # indices into `_ordered`
         self._demands = DemandReader(segment)
         self._values = np.zeros((geometry.num_layers, geometry.num_experts))
         if affinity is None:
@@ -94,8 +95,7 @@ class Eviction:
         given = 0
         for most in (MOSTLY_ENOUGH, len(experts)):
             order, unprotected = self._policy.victims(experts, among, newcomer, most)
-            # Mostly none, and looking nothing up takes numpy as long as the choice takes.
-            self._protected = {*experts[order[unprotected:]].tolist()} if unprotected < len(order) else set()
+            self._ordered, self._protected = experts, order[unprotected:]
             yield from order[given:]
             if len(order) < most:
                 return
@@ -107,7 +107,7 @@ class Eviction:
 
         The values of "affinity" and "td" are such probabilities. Those of the others only say which goes first.
         """
-        if victim in self._protected:
+        if victim in self._ordered[self._protected]:
             return False
         if not self._has_probabilities:
             return True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from hotset.shm import _core
 from hotset.shm.layout import PrefetchSource, Section
+
+NOBODY: Set[int] = frozenset()
 
 
 class PrefetchRequests:
@@ -56,8 +58,10 @@ class PrefetchRequests:
         """It is being read, and `awaited` from now on."""
         self._begun[expert] = epoch
 
-    def awaited(self) -> set[int]:
+    def awaited(self) -> Set[int]:
         """Experts that were prefetched for a step that is still to come: what was done for them would be lost."""
+        if not self._begun:
+            return NOBODY
         self._begun = {expert: epoch for expert, epoch in self._begun.items() if self._is_to_come(expert, epoch)}
         return {*self._begun}
 
