@@ -70,13 +70,17 @@ class DemandReader:
         geometry = segment.layout.geometry
         self._arena = segment.arena
         self._cursors = [0] * (geometry.num_processes if geometry.demand_words else 0)
+        self._written = 0  # words that were there when the rings were last read
         self._words = np.empty(geometry.demand_words, np.uint16)
         self._out = self._words.data  # which C sees into sooner than into an array
 
     def read(self) -> Iterator[tuple[Records, bool]]:
         """Per process that wrote something since the last call: its records, in order, and whether some were lost
         before they could be read. The array is overwritten by the next."""
+        if (written := self._arena.demands_written()) == self._written:
+            return
         for process, cursor in enumerate(self._cursors):
             count, self._cursors[process], lost = self._arena.read_demands(process, cursor, self._out)
             if count or lost:
                 yield self._words[:count], lost
+        self._written = written

@@ -111,6 +111,11 @@ class PagingQueue:
             return False
         return True
 
+    @property
+    def waiting(self) -> int:
+        """How many messages there are."""
+        return self._queue.current_messages
+
     def receive(self) -> PagingMessage | None:
         """The waiting message of the highest priority, or None."""
         try:

@@ -98,8 +98,10 @@ class Pager:
     # ---- requests
 
     def _receive_messages(self) -> None:
-        """Takes messages until the queue is empty. A message is a hint: the request bit decides."""
-        while (message := self._queue.receive()) is not None:
+        """Takes the messages that wait. A message is a hint: the request bit decides."""
+        for _ in range(self._queue.waiting):
+            if (message := self._queue.receive()) is None:
+                return
             experts = [message.layer * self._num_experts + expert for expert in message.experts]
             if message.direction is PagingDirection.OUT:
                 self._warm_start.drop(experts)

@@ -45,6 +45,12 @@ static PyObject *arena_write_demand(PyObject *self, PyObject *const *args, Py_ss
     Py_RETURN_NONE;
 }
 
+static PyObject *arena_demands_written(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    struct arena *arena = arena_of(self);
+    return arena ? PyLong_FromUnsignedLongLong(demands_written(arena)) : NULL;
+}
+
 static PyObject *arena_read_demands(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     struct arena *arena = arena_of(self);
     uint64_t v[2];
@@ -64,6 +70,7 @@ static PyObject *arena_read_demands(PyObject *self, PyObject *const *args, Py_ss
 #define DEMAND_METHODS                                                                                                \
     {"write_demand", FASTCALL(arena_write_demand),                                                                    \
      "write_demand(process, layer, experts i32[rows, n], streams i32[rows] or None): what a step of a layer uses."},   \
+    {"demands_written", arena_demands_written, METH_NOARGS, "demands_written(): words, of all processes."},            \
     {"read_demands", FASTCALL(arena_read_demands),                                                                    \
      "read_demands(process, cursor, out u16[capacity]) -> (words, new cursor, whether some were lost)."}
 

@@ -65,6 +65,15 @@ static inline int demand_write(const struct arena *arena, uint32_t process, uint
     return 1;
 }
 
+/* Words that all processes have ever written: as long as it stays the same there is nothing to read. Relaxed: a hint,
+ * which no word is read by. */
+static inline uint64_t demands_written(const struct arena *arena) {
+    uint64_t words = 0;
+    for (uint32_t process = 0; demand_ring_capacity(arena) && process < arena->num_processes; process++)
+        words += load_relaxed(&demand_ring_of(arena, process)->written);
+    return words;
+}
+
 /* Copies what was written since `*cursor` to `out` (of the ring's capacity) and moves the cursor; returns the words.
  * `*lost` is set when words had been overwritten: those are skipped, up to the newest. */
 static inline uint64_t demand_read(const struct arena *arena, uint32_t process, uint64_t *cursor, uint16_t *out,

@@ -34,6 +34,17 @@ def test_a_demand_is_read_as_it_was_written(segment: Segment) -> None:
     assert list(reader.read()) == []
 
 
+def test_a_reader_that_stopped_at_one_ring_finds_the_others_next_time(segment: Segment) -> None:
+    reader = DemandReader(segment)
+    for process in range(2):
+        segment.arena.write_demand(process, process, np.array([[3]], np.int32), None)
+    records, _ = next(reader.read())
+    assert records[1] == 0
+    ((records, _),) = reader.read()
+    assert records[1] == 1
+    assert list(reader.read()) == []
+
+
 def test_a_set_belongs_to_no_stream(segment: Segment) -> None:
     reader = DemandReader(segment)
     segment.arena.write_demand(0, 1, np.array([[3, 5]], np.int32), None)

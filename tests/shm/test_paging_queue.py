@@ -45,6 +45,13 @@ def test_urgent_comes_before_page_out_before_prefetch(queue: PagingQueue) -> Non
     assert [queue.receive() for _ in range(4)] == [first, second, page_out, prefetch]
 
 
+def test_it_says_how_many_messages_wait(queue: PagingQueue) -> None:
+    assert queue.waiting == 0
+    for _ in range(2):
+        assert queue.send(PagingMessage(0, [1]))
+    assert queue.waiting == 2
+
+
 def test_a_full_queue_refuses_instead_of_blocking(queue: PagingQueue) -> None:
     for expert in range(MAX_MESSAGES):
         assert queue.send(PagingMessage(0, [expert]))
