@@ -16,6 +16,8 @@ from hotset.runtime.model.pack_manifest import PackManifest
 from hotset.runtime.model.tensor_index import STORED_DTYPES, TensorLocation
 from hotset.shm.layout import WeightFormat
 
+Int64 = npt.NDArray[np.int64]
+
 CHUNK_NBYTES = 256 << 10  # about the least that one read takes: see reading/core/lanes.h
 
 
@@ -60,24 +62,17 @@ class ExpertStore:
                 self._checksums[first : first + len(experts)] = [expert.checksum for expert in experts]
         self._files: dict[str, int] = {}
         self._locations: dict[int, ExpertLocation] = {}
-        self._pieces: dict[int, tuple[memoryview, memoryview]] = {}
-        self._formats: dict[int, WeightFormat] = {}
 
-    def pieces(self, expert_id: int) -> tuple[memoryview, memoryview]:
+    def pieces(self, expert_id: int) -> tuple[Int64, Int64]:
         """What has to be read, as nearly in the order of the slot as the file allows, and which matrices have to be
-        turned then: int64 rows as `_core.Lanes.begin` takes them (reading/_core.pyi), which sees what is in a
-        memoryview sooner than what is in an array. Raises `ExpertReadError`."""
-        if (rows := self._pieces.get(expert_id)) is None:
-            pieces: list[tuple[int, int, int, int, int]] = []
-            for number, chunk in enumerate(self._cut(expert_id)):
-                offset = chunk.offset
-                for start, nbytes in chunk.pieces:
-                    pieces.append((number, self._file(expert_id, chunk), offset, start, nbytes))
-                    offset += nbytes
-            transposed = _transposed(self._location(expert_id))
-            rows = np.array(pieces, np.int64).data, np.array(transposed, np.int64).reshape(-1, 4).data
-            self._pieces[expert_id] = rows
-        return rows
+        turned then: rows as `_core.Lanes.know` takes them (reading/_core.pyi). Raises `ExpertReadError`."""
+        pieces: list[tuple[int, int, int, int, int]] = []
+        for number, chunk in enumerate(self._cut(expert_id)):
+            offset = chunk.offset
+            for start, nbytes in chunk.pieces:
+                pieces.append((number, self._file(expert_id, chunk), offset, start, nbytes))
+                offset += nbytes
+        return np.array(pieces, np.int64), np.array(_transposed(self._location(expert_id)), np.int64).reshape(-1, 4)
 
     def _cut(self, expert_id: int) -> list[Chunk]:
         location = self._location(expert_id)
@@ -101,10 +96,7 @@ class ExpertStore:
         return self._checksums[expert_id]
 
     def weight_format(self, expert_id: int) -> WeightFormat:
-        if (weight_format := self._formats.get(expert_id)) is None:
-            dtype = self._checkpoint.expert_dtype(*divmod(expert_id, self._num_experts))
-            weight_format = self._formats[expert_id] = WeightFormat[dtype.upper()]
-        return weight_format
+        return WeightFormat[self._checkpoint.expert_dtype(*divmod(expert_id, self._num_experts)).upper()]
 
     def verify(self, expert_id: int, checksum: int) -> None:
         """Raises `ExpertReadError` if an expert whose bytes in a slot have this checksum is not what it was."""

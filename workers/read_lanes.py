@@ -99,6 +99,7 @@ class ReadLanes:
         self._store = store
         memory = None if segment is None else segment.memory
         self._lanes = _core.Lanes(slots, count, SLOT_ALIGNMENT if store.direct else 0, memory, process)
+        self._known: set[int] = set()  # experts of which the lanes know where they lie
         self._loads: dict[int, Load] = {}
         self._unopened: list[Load] = []  # whose files cannot be opened
         self._tells_of_all = False
@@ -106,25 +107,19 @@ class ReadLanes:
 
     def begin(self, load: Load) -> None:
         store, expert = self._store, load.expert
-        try:
-            pieces, transposed = store.pieces(expert)
-        except ExpertReadError as problem:
-            if not self._again(load, problem):
-                self._unopened.append(load)
-                os.eventfd_write(self.fd, 1)
-            return
+        if expert not in self._known:
+            try:
+                pieces, transposed = store.pieces(expert)
+            except ExpertReadError as problem:
+                if not self._again(load, problem):
+                    self._unopened.append(load)
+                    os.eventfd_write(self.fd, 1)
+                return
+            self._lanes.know(expert, pieces, transposed, store.weight_format(expert))
+            self._known.add(expert)
         self._loads[expert] = load
         self._lanes.begin(
-            expert,
-            load.slot,
-            pieces,
-            transposed,
-            load.urgent,
-            load.began,
-            store.checksum(expert),
-            store.weight_format(expert),
-            load.source,
-            load.warm_start,
+            expert, load.slot, load.urgent, load.began, store.checksum(expert), load.source, load.warm_start
         )
 
     def promote(self, load: Load) -> bool:
@@ -180,7 +175,8 @@ class ReadLanes:
         return load
 
     def _again(self, load: Load, problem: ExpertReadError) -> bool:
-        """Whether it is begun once more; otherwise it is finished."""
+        """Whether it is begun once more, looked up anew; otherwise it is finished."""
+        self._known.discard(load.expert)
         load.attempts_left -= 1
         if load.attempts_left > 0:
             self.begin(load)

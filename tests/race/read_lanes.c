@@ -36,15 +36,12 @@ static uint8_t *slot_of(uint32_t slot) {
 
 /* The chunks of the file in another order in the slot, so that the checksum has to wait for some of them. */
 static struct load *new_load(int fd, uint32_t slot, uint32_t id, bool urgent, bool known) {
-    struct load *load = calloc(1, sizeof *load);
+    struct load *load = load_new(CHUNKS, CHUNKS, 0);
+    if (!load) return NULL;
     load->id = id;
     load->slot = slot_of(slot);
     load->slot_number = slot;
     load->nbytes = NBYTES;
-    load->chunks = calloc(CHUNKS, sizeof *load->chunks);
-    load->pieces = calloc(CHUNKS, sizeof *load->pieces);
-    load->in_order = calloc(CHUNKS, sizeof *load->in_order);
-    load->num_chunks = load->num_pieces = CHUNKS;
     load->urgent = urgent;
     load->source = !urgent;
     load->is_known = known;
@@ -78,7 +75,7 @@ static void begin(struct lanes *lanes, int fd, uint32_t slot, uint32_t id, uint3
 
 /* Takes what is finished; false if it is not what was asked for. */
 static bool take(struct lanes *lanes) {
-    for (struct load *load; (load = lanes_take_finished(lanes)); load_free(load)) {
+    for (struct load *load; (load = lanes_take_finished(lanes)); free(load)) {
         uint32_t slot = load->slot_number;
         loads[load->id] = NULL;
         occupied[slot] = 0;

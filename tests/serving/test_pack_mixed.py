@@ -24,7 +24,7 @@ from hotset.runtime.model.heat import Heat
 from hotset.runtime.model.pack import Packer
 from hotset.runtime.model.pack_manifest import EXPERTS_FILE, PackManifest
 from hotset.shm.kv_page_format import KvFormat, decode
-from hotset.workers.expert_store import ExpertStore
+from hotset.workers.expert_store import ExpertStore, Int64
 from hotset.workers.read_lanes import Load, ReadLanes
 
 LAYERS, EXPERTS = 2, 10
@@ -210,13 +210,11 @@ class ShakyStore(ExpertStore):
         self.damages = 0
         self._damaged = os.open(damaged, os.O_RDONLY)
 
-    def pieces(self, expert_id: int) -> tuple[memoryview, memoryview]:
+    def pieces(self, expert_id: int) -> tuple[Int64, Int64]:
         pieces, transposed = super().pieces(expert_id)
         if self.damages:
             self.damages -= 1
-            rows = np.array(pieces)
-            rows[:, 1] = self._damaged
-            pieces = rows.data
+            pieces[:, 1] = self._damaged
         return pieces, transposed
 
     def close(self) -> None:
@@ -235,9 +233,9 @@ def test_damage_that_passes_is_read_over_once(tier: str, packed: Path, tmp_path:
     (tmp_path / "damaged").write_bytes(damaged)
     store = ShakyStore(checkpoint, tmp_path / "damaged")
     assert store.weight_format(layer * EXPERTS + expert).name.lower() == tier
-    lanes = ReadLanes(store, [slot], 1)
     for damages, problem in ((1, None), (2, f"expert {expert} of layer {layer} cannot be loaded .* its checksum is")):
         store.damages = damages
+        lanes = ReadLanes(store, [slot], 1)
         lanes.begin(Load(layer * EXPERTS + expert, 0, urgent=True))
         finished: list[Load] = []
         while not finished:  # a read that is to be repeated is finished for the lanes, not for us
@@ -246,7 +244,7 @@ def test_damage_that_passes_is_read_over_once(tier: str, packed: Path, tmp_path:
         (load,) = finished
         assert store.damages == 0
         assert load.error is None if problem is None else re.match(problem, str(load.error))
-    lanes.close()
+        lanes.close()
     store.close()
 
 

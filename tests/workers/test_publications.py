@@ -57,9 +57,8 @@ class Played:
         pieces = np.array([(n, self.file, start + n * CHUNK, n * CHUNK, CHUNK) for n in range(2)], np.int64)
         turned = np.empty((0, 4), np.int64)
         now = time.monotonic_ns()
-        self.core.begin(
-            expert, expert, pieces, turned, urgent, now, expected, WeightFormat.BFLOAT16, source, warm_start
-        )
+        self.core.know(expert, pieces, turned, WeightFormat.BFLOAT16)
+        self.core.begin(expert, expert, urgent, now, expected, source, warm_start)
 
     def read(self) -> None:
         """All that there is to read."""

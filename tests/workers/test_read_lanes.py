@@ -49,7 +49,8 @@ def begin(
     lanes: _core.Lanes, load: int, slot: int, pieces: Int64, turned: Int64 = NOT_TURNED, *, urgent: bool = True
 ) -> None:
     """With nothing known of it."""
-    lanes.begin(load, slot, pieces, turned, urgent, 0, None, WeightFormat.FLOAT32, PrefetchSource.NONE, False)
+    lanes.know(load, pieces, turned, WeightFormat.FLOAT32)
+    lanes.begin(load, slot, urgent, 0, None, PrefetchSource.NONE, False)
 
 
 def checksum_of(slot: npt.NDArray[np.uint8]) -> int:

@@ -22,23 +22,15 @@ class Lanes:
     ) -> None: ...
     @property
     def fd(self) -> int: ...
+    def know(self, id: int, pieces: Buffer, transposed: Buffer, format: int, /) -> None:
+        """Where an expert lies, for all loads of it from now on. Rows of int64. `pieces`: (number of its chunk, file
+        descriptor, offset there, start in the slot, bytes); those of a chunk follow one another in the file.
+        `transposed`: (start in the slot, rows, columns, bytes of a value), as the file has the matrix."""
+
     def begin(
-        self,
-        id: int,
-        slot: int,
-        pieces: Buffer,
-        transposed: Buffer,
-        urgent: bool,
-        began: int,
-        expected: int | None,
-        format: int,
-        source: int,
-        warm_start: bool,
-        /,
+        self, id: int, slot: int, urgent: bool, began: int, expected: int | None, source: int, warm_start: bool, /
     ) -> None:
-        """Rows of int64. `pieces`: (number of its chunk, file descriptor, offset there, start in the slot, bytes);
-        those of a chunk follow one another in the file. `transposed`: (start in the slot, rows, columns, bytes of a
-        value), as the file has the matrix. `expected`: its checksum, if it is known. The rest is for who publishes it:
+        """Of an expert that is known. `expected`: its checksum, if there is one. The rest is for who publishes it:
         core/load.h."""
 
     def promote(self, id: int, /) -> bool: ...

@@ -11,7 +11,13 @@ typedef struct {
     struct arena arena; /* of `memory`, if there is any */
     Py_buffer memory, *slots;
     Py_ssize_t num_slots;
+    struct load **known; /* by expert, what its loads are copies of; NULL where nothing is known */
+    size_t num_known;
 } LanesObject;
+
+static uint64_t expert_limit_of(const struct lanes *lanes) {
+    return lanes->arena ? (uint64_t)lanes->arena->num_layers * lanes->arena->num_experts : 1 << 24; /* of a slot word */
+}
 
 static LanesObject *lanes_of(PyObject *self) {
     if (((LanesObject *)self)->open) return (LanesObject *)self;
@@ -27,6 +33,9 @@ static void close_lanes(LanesObject *object) {
     Py_END_ALLOW_THREADS
     while (object->num_slots) PyBuffer_Release(&object->slots[--object->num_slots]);
     free(object->slots);
+    while (object->num_known) free(object->known[--object->num_known]);
+    free(object->known);
+    object->known = NULL;
     if (object->lanes.arena) PyBuffer_Release(&object->memory);
 }
 

@@ -35,6 +35,8 @@ struct load {
     uint64_t id;
     uint8_t *slot;
     uint64_t nbytes;
+    uint64_t touched; /* bytes from the slot's start that reading may write to: more than `nbytes` in direct reads */
+    size_t block_nbytes; /* of this struct with the parts behind it */
     struct chunk *chunks;
     struct piece *pieces;
     uint32_t *in_order; /* pieces by their start */
@@ -61,13 +63,35 @@ struct load {
     bool published;
 };
 
-static inline void load_free(struct load *load) {
-    if (!load) return;
-    free(load->chunks);
-    free(load->pieces);
-    free(load->in_order);
-    free(load->transposed);
-    free(load);
+/* Where its parts lie: behind it, in one block. */
+static inline void load_place(struct load *load) {
+    load->chunks = (struct chunk *)(load + 1);
+    load->pieces = (struct piece *)(load->chunks + load->num_chunks);
+    load->transposed = (struct transposed *)(load->pieces + load->num_pieces);
+    load->in_order = (uint32_t *)(load->transposed + load->num_transposed);
+}
+
+/* A load whose parts are still to be filled in, for free(); NULL if there is no memory for it. */
+static inline struct load *load_new(uint32_t chunks, uint32_t pieces, uint32_t transposed) {
+    size_t nbytes = sizeof(struct load) + chunks * sizeof(struct chunk) +
+                    pieces * (sizeof(struct piece) + sizeof(uint32_t)) + transposed * sizeof(struct transposed);
+    struct load *load = calloc(1, nbytes);
+    if (!load) return NULL;
+    load->block_nbytes = nbytes;
+    load->num_chunks = chunks;
+    load->num_pieces = pieces;
+    load->num_transposed = transposed;
+    load_place(load);
+    return load;
+}
+
+/* Another one of the same parts. */
+static inline struct load *load_copy(const struct load *load) {
+    struct load *copy = malloc(load->block_nbytes);
+    if (!copy) return NULL;
+    memcpy(copy, load, load->block_nbytes);
+    load_place(copy);
+    return copy;
 }
 
 /* Puts pieces in order; whether they fill the slot's first `nbytes` bytes without gap or overlap. */

@@ -11,7 +11,47 @@ static void lanes_type_dealloc(PyObject *self) {
 
 /* ---- what to read */
 
-enum { LOAD_ID, SLOT, PIECES, TRANSPOSED, URGENT, BEGAN, EXPECTED, FORMAT, SOURCE, WARM_START, BEGIN_ARGUMENTS };
+enum { KNOWN_ID, PIECES, TRANSPOSED, FORMAT, KNOW_ARGUMENTS };
+enum { LOAD_ID, SLOT, URGENT, BEGAN, EXPECTED, SOURCE, WARM_START, BEGIN_ARGUMENTS };
+
+/* `known` with room for `id`; 0 with an exception. */
+static int make_room(LanesObject *object, uint64_t id) {
+    if (id < object->num_known) return 1;
+    size_t count = 2 * (size_t)id + 8;
+    struct load **known = realloc(object->known, count * sizeof *known);
+    if (!known) return PyErr_NoMemory(), 0;
+    memset(known + object->num_known, 0, (count - object->num_known) * sizeof *known);
+    object->known = known;
+    object->num_known = count;
+    return 1;
+}
+
+static PyObject *lanes_type_know(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    LanesObject *object = lanes_of(self);
+    if (!object) return NULL;
+    if (count != KNOW_ARGUMENTS)
+        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", KNOW_ARGUMENTS, count);
+    uint64_t v[2];
+    Py_buffer pieces, transposed;
+    if (!parse_indices((PyObject *const[]){args[KNOWN_ID], args[FORMAT]}, 2, 2, (const char *[]){"expert id", "format"},
+                       (uint64_t[]){expert_limit_of(&object->lanes), 256}, v) ||
+        !make_room(object, v[0]) ||
+        !take_array(args[PIECES], "pieces", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, PIECE_COLUMNS}, &pieces))
+        return NULL;
+    struct load *load = NULL;
+    if (take_array(args[TRANSPOSED], "transposed", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, TRANSPOSED_COLUMNS},
+                   &transposed)) {
+        load = new_load(&pieces, &transposed, object->lanes.alignment);
+        PyBuffer_Release(&transposed);
+    }
+    PyBuffer_Release(&pieces);
+    if (!load) return NULL;
+    load->id = v[0];
+    load->format = (uint16_t)v[1];
+    free(object->known[v[0]]);
+    object->known[v[0]] = load;
+    Py_RETURN_NONE;
+}
 
 static int add_load(struct lanes *lanes, struct load *load) {
     int added = 0;
@@ -35,45 +75,36 @@ static int add_load(struct lanes *lanes, struct load *load) {
     return added;
 }
 
-/* The numbers that come after the arrays; 0 with an exception. */
-static int take_publication(const struct lanes *lanes, struct load *load, PyObject *const *args) {
-    uint64_t v[6], most = lanes->arena ? (uint64_t)lanes->arena->num_layers * lanes->arena->num_experts : UINT64_MAX;
-    if (!parse_indices((PyObject *const[]){args[LOAD_ID], args[URGENT], args[BEGAN], args[FORMAT], args[SOURCE],
-                                           args[WARM_START]}, 6, 6,
-                       (const char *[]){"load", "urgent", "began", "format", "source", "warm_start"},
-                       (uint64_t[]){most, 2, INT64_MAX, 256, PREFETCH_SOURCES, 2}, v))
-        return 0;
-    load->id = v[0];
-    load->urgent = v[1];
-    load->began = v[2];
-    load->format = (uint16_t)v[3];
-    load->source = (uint16_t)v[4];
-    load->warm_start = v[5];
-    load->is_known = args[EXPECTED] != Py_None;
-    if (load->is_known) load->expected = PyLong_AsUnsignedLongLong(args[EXPECTED]);
-    return !PyErr_Occurred();
-}
-
 static PyObject *lanes_type_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     LanesObject *object = lanes_of(self);
     if (!object) return NULL;
+    uint64_t v[6], expected = 0;
     if (count != BEGIN_ARGUMENTS)
         return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", BEGIN_ARGUMENTS, count);
-    uint64_t slot;
-    Py_buffer pieces, transposed;
-    if (!parse_indices(&args[SLOT], 1, 1, (const char *[]){"slot"}, (uint64_t[]){(uint64_t)object->num_slots}, &slot) ||
-        !take_array(args[PIECES], "pieces", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, PIECE_COLUMNS}, &pieces))
+    if (!parse_indices((PyObject *const[]){args[LOAD_ID], args[SLOT], args[URGENT], args[BEGAN], args[SOURCE],
+                                           args[WARM_START]}, 6, 6,
+                       (const char *[]){"expert id", "slot", "urgent", "began", "source", "warm_start"},
+                       (uint64_t[]){expert_limit_of(&object->lanes), (uint64_t)object->num_slots, 2, INT64_MAX,
+                                    PREFETCH_SOURCES, 2}, v))
         return NULL;
-    struct load *load = NULL;
-    if (take_array(args[TRANSPOSED], "transposed", &INT64, 0, 2, (Py_ssize_t[]){ANY_LENGTH, TRANSPOSED_COLUMNS},
-                   &transposed)) {
-        load = new_load(&object->slots[slot], &pieces, &transposed, object->lanes.alignment);
-        PyBuffer_Release(&transposed);
-    }
-    PyBuffer_Release(&pieces);
-    if (!load) return NULL;
-    load->slot_number = (uint32_t)slot;
-    if (!take_publication(&object->lanes, load, args) || !add_load(&object->lanes, load)) return load_free(load), NULL;
+    if (args[EXPECTED] != Py_None) expected = PyLong_AsUnsignedLongLong(args[EXPECTED]);
+    if (PyErr_Occurred()) return NULL;
+    const struct load *known = v[0] < object->num_known ? object->known[v[0]] : NULL;
+    if (!known) return PyErr_Format(PyExc_ValueError, "where expert %llu lies is not known", (unsigned long long)v[0]);
+    if (known->touched > (uint64_t)object->slots[v[1]].shape[0])
+        return PyErr_Format(PyExc_ValueError, "a piece of expert %llu lies outside of slot %llu",
+                            (unsigned long long)v[0], (unsigned long long)v[1]);
+    struct load *load = load_copy(known);
+    if (!load) return PyErr_NoMemory();
+    load->slot = object->slots[v[1]].buf;
+    load->slot_number = (uint32_t)v[1];
+    load->urgent = v[2];
+    load->began = v[3];
+    load->source = (uint16_t)v[4];
+    load->warm_start = v[5];
+    load->is_known = args[EXPECTED] != Py_None;
+    load->expected = expected;
+    if (!add_load(&object->lanes, load)) return free(load), NULL;
     Py_RETURN_NONE;
 }
 
@@ -109,7 +140,7 @@ static PyObject *lanes_type_take_finished(PyObject *self, PyObject *ignored) {
     if (!finished) return NULL;
     eventfd_t events;
     eventfd_read(object->lanes.finished_fd, &events); /* before looking: what finishes later makes it readable again */
-    for (struct load *load; finished && (load = lanes_take_finished(&object->lanes)); load_free(load)) {
+    for (struct load *load; finished && (load = lanes_take_finished(&object->lanes)); free(load)) {
         PyObject *row = Py_BuildValue("KNKNiiK", (unsigned long long)load->id, PyBool_FromLong(load->published),
                                       (unsigned long long)load->checksum, PyBool_FromLong(load->cancelled),
                                       load->error, load->error_fd, (unsigned long long)load->error_offset);
@@ -164,6 +195,7 @@ static PyObject *lanes_get_fd(PyObject *self, void *closure) {
 }
 
 static PyMethodDef lanes_methods[] = {
+    {"know", (PyCFunction)(void (*)(void))lanes_type_know, METH_FASTCALL, "know(id, ...): see _core.pyi."},
     {"begin", (PyCFunction)(void (*)(void))lanes_type_begin, METH_FASTCALL, "begin(id, slot, ...): see _core.pyi."},
     {"promote", lanes_type_promote, METH_O, "promote(id): whether it will be read to its end."},
     {"cancel", lanes_type_cancel, METH_O, "cancel(id): if it is a prefetch."},

@@ -148,7 +148,7 @@ static inline void lanes_close(struct lanes *lanes) {
     pthread_cond_broadcast(&lanes->work);
     pthread_mutex_unlock(&lanes->lock);
     for (size_t i = 0; i < lanes->num_threads; i++) pthread_join(lanes->threads[i], NULL);
-    for (size_t i = 0; i < lanes->count; i++) load_free(lanes->loads[i]);
+    for (size_t i = 0; i < lanes->count; i++) free(lanes->loads[i]);
     free(lanes->loads);
     free(lanes->threads);
     if (lanes->finished_fd >= 0) close(lanes->finished_fd);
