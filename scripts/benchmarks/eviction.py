@@ -1,7 +1,8 @@
 """What an eviction policy costs: ns per layer and token, learning included.
 
-The demands are 4,096 distinct steps in which every expert is as likely as any other: nothing about them can be learned
-by the processor, and the caches that td's guard simulates miss as often as they can.
+The demands are 4,096 distinct steps, "alike": every expert is as likely as any other, so that nothing about them can be
+learned by the processor, and the caches that td's guard simulates miss as often as they can; or "half": half of each
+layer's experts are never used, so that what is known of those fades away.
 
 usage: scripts/bench eviction [--json]
 """
@@ -9,6 +10,7 @@ usage: scripts/bench eviction [--json]
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -33,27 +35,33 @@ MODELS = {  # layers, experts, experts per token
 }
 
 
+DEMANDS = ("alike", "half")
+POLICIES = ("lru", "affinity", "td")
+
+
 class Cost(NamedTuple):
     model: str
+    demands: str
     policy: str
     batch: int
     nanoseconds: float  # per layer and token, median
 
 
-def random_demands(layers: int, experts: int, top_k: int, batch: int) -> Records:
+def random_demands(demands: str, layers: int, experts: int, top_k: int, batch: int) -> Records:
     random = np.random.default_rng(0)
     steps = STEPS // batch
-    chosen = np.argpartition(random.random((steps, batch, layers, experts), np.float32), top_k, axis=-1)
+    used = experts if demands == "alike" else experts // 2
+    chosen = np.argpartition(random.random((steps, batch, layers, used), np.float32), top_k, axis=-1)
     return demands_of_steps(chosen[..., :top_k])
 
 
 def measure() -> list[Cost]:
     costs: list[Cost] = []
     for model, (layers, experts, top_k) in MODELS.items():
-        for batch in (1, 8):
-            records = random_demands(layers, experts, top_k, batch)
+        for demands, batch in itertools.product(DEMANDS, (1, 8)):
+            records = random_demands(demands, layers, experts, top_k, batch)
             tokens = STEPS // batch * batch
-            for name in ("lru", "affinity", "td"):
+            for name in POLICIES:
                 policy = make_policy(
                     parse_eviction(name),
                     num_layers=layers,
@@ -67,7 +75,7 @@ def measure() -> list[Cost]:
                     began = time.perf_counter_ns()
                     policy.observe(records)
                     samples.append((time.perf_counter_ns() - began) / (tokens * layers))
-                costs.append(Cost(model, name, batch, round(statistics.median(samples), 1)))
+                costs.append(Cost(model, demands, name, batch, round(statistics.median(samples), 1)))
     return costs
 
 
@@ -81,12 +89,11 @@ def main() -> None:
         print(json.dumps(report))
         return
     table = Table(title="ns per layer and token, median", title_justify="left", box=None)
-    for name in ("model", "batch", "lru", "affinity", "td"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for model in MODELS:
-        for batch in (1, 8):
-            found = {cost.policy: f"{cost.nanoseconds:.0f}" for cost in costs if cost[0] == model and cost[2] == batch}
-            table.add_row(model, str(batch), *(found[policy] for policy in ("lru", "affinity", "td")))
+    for name in ("model", "demands", "batch", *POLICIES):
+        table.add_column(name, justify="left" if name in ("model", "demands") else "right")
+    for row, found in itertools.groupby(costs, lambda cost: (cost.model, cost.demands, cost.batch)):
+        model, demands, batch = row
+        table.add_row(model, demands, str(batch), *(f"{cost.nanoseconds:.0f}" for cost in found))
     Console(highlight=False).print(table)
 
 
