@@ -38,7 +38,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     `io_nbytes` is what the pager asked of the kernel, `disk_nbytes` what came from the disk for it; both from
     /proc/PID/io. `largest_pss` is of all processes together, this one included. `step_p99_ms` is of the times between
-    an answer's tokens; `waiting` the share of the workers' time, prefill included, in which they waited for experts.
+    an answer's tokens; `waiting` the share of the workers' time, prefill included, in which they waited for experts;
+    `paging` the share in which urgent page-ins were under way, from above, for they may overlap.
     """
 
     token_ids: list[list[int]]
@@ -46,6 +47,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     quarters: list[float]
     step_p99_ms: float
     waiting: float
+    paging: float
     hit_rate: float
     prefill_hit_rate: float
     lost_mass: float
@@ -128,6 +130,7 @@ def run(request: Request) -> Report:
             quarters=quarters,
             step_p99_ms=1000 * float(np.percentile(np.diff(times), 99)) if len(times) > 1 else 0.0,
             waiting=stats.expert_wait_seconds / (ended - submitted) / stats.workers,
+            paging=min(1.0, stats.urgent_page_ins * stats.paging.mean / 1e6 / (ended - submitted)),
             hit_rate=stats.decode_hit_rate,
             prefill_hit_rate=stats.prefill_hit_rate,
             lost_mass=stats.lost_mass,

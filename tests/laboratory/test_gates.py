@@ -72,23 +72,29 @@ def test_what_could_not_be_measured_does_not_pass() -> None:
 
 
 @pytest.mark.usefixtures("scripts_importable")
-@pytest.mark.parametrize(("waiting", "measured"), [(0.7, 2.0), (0.3, None)])
+@pytest.mark.parametrize(("paging", "measured"), [(0.7, 2.0), (0.3, None)])
 def test_throughput_is_judged_only_where_paging_is_the_bottleneck(
-    monkeypatch: pytest.MonkeyPatch, waiting: float, measured: float | None
+    monkeypatch: pytest.MonkeyPatch, paging: float, measured: float | None
 ) -> None:
     from laboratory import gate_measurements
 
     off = SimpleNamespace(
-        tokens_per_second=10.0, waiting=waiting, page_ins=3, paging_p99_us=4000.0, loaded_nbytes=5, disk_nbytes=5
+        tokens_per_second=10.0,
+        waiting=0.2,
+        paging=paging,
+        page_ins=3,
+        paging_p99_us=4000.0,
+        loaded_nbytes=5,
+        disk_nbytes=5,
     )
-    chosen = SimpleNamespace(tokens_per_second=20.0, waiting=0.1)
+    chosen = SimpleNamespace(tokens_per_second=20.0)
     monkeypatch.setattr(
         gate_measurements, "_serve", lambda _, model, settings, limit: off if "routing" in settings else chosen
     )
     options = SimpleNamespace(paged_model=Path("some-model"), paged_memory="2GiB", rounds=3)
     found = gate_measurements.measure_paging(options)  # type: ignore[arg-type]
     assert found["throughput"].measured == measured
-    assert f"{waiting:.0%} of the time" in found["throughput"].how
+    assert f"{paging:.0%} of the time" in found["throughput"].how
     assert found["page-in-p99"].measured == 4.0
 
 
