@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import selectors
 import socket
 import struct
 from collections import deque
@@ -180,6 +181,15 @@ class Channel(Generic[Received]):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def poll_for_room(selector: selectors.BaseSelector, channel: Channel[Any]) -> None:
+    """What the socket did not take at once goes on as soon as it does: whoever is at the other end may have nothing to
+    say, and be waiting for just that. Nothing happens to a channel that the selector does not watch."""
+    key = selector.get_map().get(channel)
+    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.pending_nbytes else 0)
+    if key is not None and key.events != events:
+        selector.modify(channel, events, key.data)
 
 
 def channel_pair(received: Any) -> tuple[Channel[Any], socket.socket]:

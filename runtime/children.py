@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage
+from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage, poll_for_room
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.messages import (
     FromPager,
@@ -144,14 +144,6 @@ class Children:
         self._selector.register(child.channel, selectors.EVENT_READ, on_message)
         self._selector.register(child.pidfd, selectors.EVENT_READ, on_death)
 
-    def _poll_for_room(self, channel: Channel[Any]) -> None:
-        """What its socket does not take at once goes on as soon as it does: a child that has nothing to say may be
-        waiting for just that."""
-        key = self._selector.get_map().get(channel)
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.pending_nbytes else 0)
-        if key is not None and key.events != events:
-            self._selector.modify(channel, events, key.data)
-
     # ---- what is said
 
     def send_worker(self, process: int, message: ToWorker) -> None:
@@ -166,7 +158,7 @@ class Children:
             child.channel.send(message)
         except ChannelClosed:
             return  # its pidfd tells the rest
-        self._poll_for_room(child.channel)
+        poll_for_room(self._selector, child.channel)
 
     def _on_worker(self, process: int) -> None:
         self._hear_worker(process)
@@ -224,7 +216,7 @@ class Children:
 
     def _flush(self, channel: Channel[Any]) -> None:
         channel.flush()
-        self._poll_for_room(channel)
+        poll_for_room(self._selector, channel)
 
     def _end_unreadable(self, child: Child[Any], who: str, error: UnreadableMessage) -> None:
         """Whatever is wrong with it, its messages are missing from now on: another takes its place."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import selectors
 import sys
 
-from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage
+from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage, poll_for_room
 from hotset.runtime.children import Children, Fatal
 from hotset.runtime.disk_reads import DiskReads
 from hotset.runtime.dispatcher import Dispatcher
@@ -211,8 +211,7 @@ class Coordinator:
         try:
             self._on_client()  # what came together with the first message
             while True:
-                writable = selectors.EVENT_WRITE if self._client.pending_nbytes else 0
-                self._selector.modify(self._client, selectors.EVENT_READ | writable, self._on_client)
+                poll_for_room(self._selector, self._client)
                 for key, events in self._selector.select():
                     if events & selectors.EVENT_WRITE and key.fileobj is self._client:
                         self._client.flush()

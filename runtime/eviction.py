@@ -58,9 +58,10 @@ def eviction_nbytes(policy: str, *, num_layers: int, num_experts: int, num_strea
     """
     if parse_eviction(policy).base != "td":
         return 0
-    few = num_experts <= 64
-    row = -(-num_experts // (32 if few else 64)) * (32 if few else 64)  # whole vectors
-    weights = num_layers * num_experts * row * 6 * (2 if few else 1)
+    weight_nbytes = 2 if num_experts <= 64 else 1
+    vector = 64 // weight_nbytes
+    row = -(-num_experts // vector) * vector
+    weights = num_layers * num_experts * row * 6 * weight_nbytes
     return 3 * weights + num_streams * num_layers * (5 * 4 * row + 400)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -33,6 +35,20 @@ def interruptible() -> None:
     """A shell that runs the suite in the background has it ignore SIGINT, and so the programs that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """The next file that is opened has a descriptor beyond the first 1,024, which are all that select() takes."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 2048:
+        pytest.skip(f"only {limits[1]} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, limits[1]))
+    fillers = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    yield
+    for filler in fillers:
+        os.close(filler)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.fixture(scope="session")

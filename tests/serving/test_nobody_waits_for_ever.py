@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -116,19 +115,10 @@ def test_every_request_ends_when_the_coordinator_dies_while_they_are_being_sent(
         assert sorted(ended) == list(range(16))
 
 
+@pytest.mark.usefixtures("many_open_files")
 def test_a_host_may_have_more_than_a_thousand_files_open() -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limits[1] < 2048:
-        pytest.skip(f"only {limits[1]} files may be open")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, limits[1]))
-    fillers = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    try:
-        with Backend(workers=1) as backend:
-            assert len(backend.generate(PROMPTS[0], SHORT).token_ids) == 4
-    finally:
-        for filler in fillers:
-            os.close(filler)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with Backend(workers=1) as backend:
+        assert len(backend.generate(PROMPTS[0], SHORT).token_ids) == 4
 
 
 def test_a_process_that_the_host_starts_meanwhile_does_not_hide_the_coordinators_death(

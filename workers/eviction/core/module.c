@@ -142,7 +142,7 @@ static PyObject *policy_type_set_learned(PyObject *self, PyObject *const *args, 
     if (count != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
     int leads = PyObject_IsTrue(args[2]);
     if (leads < 0 || !copy_learned(policy, args[0], args[1], 0)) return NULL;
-    policy_resume(policy, leads);
+    policy_lead(policy, leads);
     Py_RETURN_NONE;
 }
 

@@ -256,6 +256,8 @@ static inline double guard_hit_rate(struct policy *policy, struct pool *pool, co
     return rate + ((double)hits / policy->count - rate) / policy->guard.steps;
 }
 
+/* Whether what TD learned decides, from now on. Weights that came from an earlier run lead at once if they did then, until
+ * the guard sees that they should not. */
 static inline void policy_lead(struct policy *policy, int td_leads) {
     policy->guard.td_leads = td_leads;
     policy->value = policy_values(policy);
@@ -271,13 +273,7 @@ static inline void policy_guard(struct policy *policy) {
     guard->affinity_rate = guard_hit_rate(policy, &guard->affinity[index], policy->affinity, 0, guard->affinity_rate);
     double ahead = guard->td_rate - guard->affinity_rate;
     int leads = guard->td_leads ? ahead > -GUARD_MARGIN : ahead > GUARD_MARGIN;
-    if (leads == guard->td_leads) return;
-    policy_lead(policy, leads);
-}
-
-/* After weights came from an earlier run: they lead at once if they did then, until the guard sees that they should not. */
-static inline void policy_resume(struct policy *policy, int leads) {
-    policy_lead(policy, leads);
+    if (leads != guard->td_leads) policy_lead(policy, leads);
 }
 
 /* ---- what is fed */
