@@ -1,71 +1,19 @@
-"""The worker's side of the residency protocol: how a worker gets at experts that may not be in memory.
+"""How a worker gets at the experts of a step: resident ones first, missing ones meanwhile, as far as its pins go.
 
-An expert's id is in this worker's pin row from before its slot is looked up until its bytes are no longer needed
-(rules 1 to 3 in shm/core/residency.h). A resident expert is used at once; a missing one is requested and waited for.
+The steps of the protocol, from the pin to the wait, are runtime/expert_pins.py.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-from hotset.runtime.errors import HotsetError
-from hotset.shm.counters import Counter, Histogram, PrefetchCount, prefetch_counter
-from hotset.shm.layout import PrefetchSource, Section
-from hotset.shm.paging_queue import PagingMessage, PagingPriority, PagingQueue
-from hotset.shm.segment import Segment
-
-WAIT_MICROSECONDS = 50_000
-
-Int32 = npt.NDArray[np.int32]
+from hotset.runtime.expert_pins import ExpertPins
+from hotset.runtime.expert_pins import ExpertUnavailable as ExpertUnavailable
+from hotset.shm.counters import Counter
 
 
-class ExpertUnavailable(HotsetError):
-    """The pager has given an expert up: its bytes cannot be loaded."""
-
-    def __init__(self, layer: int, expert: int) -> None:
-        super().__init__(f"expert {expert} of layer {layer} cannot be loaded: the checkpoint's bytes are damaged")
-        self.layer = layer
-        self.expert = expert
-
-
-class ExpertAccess:
-    """Pins, requests and waits on behalf of one worker; counts hits and misses.
-
-    Args:
-        segment: the arena.
-        queue: for requests.
-        process: this worker's row of pins and counters.
-    """
-
-    def __init__(self, segment: Segment, queue: PagingQueue, process: int) -> None:
-        self._arena = segment.arena
-        self._slot_info = segment.view(Section.SLOT_INFO)
-        self._queue = queue
-        self._process = process
-        self._num_experts = segment.layout.geometry.num_experts
-        self._pins = segment.layout.geometry.pins_per_process
-        self._hit_counter = Counter.DECODE_EXPERT_HITS
-        self._miss_counter = Counter.DECODE_EXPERT_MISSES
-
-    def count_as(self, *, prefill: bool) -> None:
-        """Under which counters hits and misses fall from now on."""
-        self._hit_counter = Counter.PREFILL_EXPERT_HITS if prefill else Counter.DECODE_EXPERT_HITS
-        self._miss_counter = Counter.PREFILL_EXPERT_MISSES if prefill else Counter.DECODE_EXPERT_MISSES
-
-    def note_demand(self, layer: int, experts: Int32, streams: Int32 | None = None) -> None:
-        """Tells whoever keeps the cache what this step of the layer wants, before it asks for any of it.
-
-        `experts` [rows, n] with the `streams` [rows] whose tokens they are for; without them, sets of no stream.
-        """
-        self._arena.write_demand(self._process, layer, experts, streams)
-
-    def is_resident(self, layer: int, expert: int) -> bool:
-        """A hint, as the expert is not pinned."""
-        return self._arena.find(layer * self._num_experts + expert) >= 0
+class ExpertAccess(ExpertPins):
+    """Of one worker, which has its whole row of pins for the step that it computes."""
 
     def resident(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yields (expert, slot) of every expert, one by one; see `resident_together`."""
@@ -82,62 +30,27 @@ class ExpertAccess:
 
         Raises `ExpertUnavailable`; the pins that are then still set are the caller's to clear (`Arena.unpin_all`).
         """
-        arena, process, first = self._arena, self._process, layer * self._num_experts
         free_pins = list(range(self._pins))
-        waiting: dict[int, int] = {}  # expert -> pin
+        pinned: dict[int, int] = {}  # expert -> pin
+        waiting: list[int] = []  # of them
         remaining = list(reversed(experts))
         while remaining or waiting:
-            found: list[tuple[int, int]] = []
-            pins: list[int] = []  # of those found
-            missed: list[int] = []
-            began = time.monotonic_ns()
-            while remaining and free_pins:
-                expert, pin = remaining.pop(), free_pins.pop()
-                slot = arena.want(process, pin, first + expert)
-                if slot >= 0:
-                    found.append((expert, slot))
-                    pins.append(pin)
-                else:
-                    waiting[expert] = pin
-                    missed.append(expert)
-            if found:
-                took = time.monotonic_ns() - began
-                arena.record_latency(process, Histogram.SLOT, took // (len(found) + len(missed)))
-            if missed:  # before the others are computed: the pager reads meanwhile
-                arena.count(process, self._miss_counter, len(missed))
-                self._request(layer, missed)
+            new: dict[int, int] = {}
+            while remaining and free_pins and remaining[-1] not in pinned:
+                expert = remaining.pop()
+                pinned[expert] = new[expert] = free_pins.pop()
+            found, missed = self.pin(layer, new)
+            waiting += missed
             if meanwhile is not None:
                 meanwhile()
                 meanwhile = None
-            if found:
-                self._note_hits(first, found)
-                yield found
-                self._unpin(pins, free_pins)
-            if waiting and not (remaining and free_pins):
-                arrived = self._wait(layer, waiting)
-                for expert, slot in arrived:
-                    if arena.take_prefetched(first + expert):
-                        self._count_for_source(slot, PrefetchCount.LATE_HITS)
-                yield arrived
-                self._unpin([waiting.pop(expert) for expert, _ in arrived], free_pins)
-
-    def _unpin(self, pins: Iterable[int], free_pins: list[int]) -> None:
-        for pin in pins:
-            self._arena.unpin(self._process, pin)
-            free_pins.append(pin)
-
-    def prefetch(self, layer: int, experts: Iterable[int], source: PrefetchSource) -> None:
-        """Asks for experts that nobody waits for; what does not fit the queue is dropped."""
-        first = layer * self._num_experts
-        unasked = [expert for expert in experts if self._arena.request_prefetch(first + expert)]
-        if not unasked:
-            return
-        self._arena.count(self._process, Counter.PREFETCH_REQUESTS, len(unasked))
-        self._arena.count(self._process, prefetch_counter(source, PrefetchCount.REQUESTS), len(unasked))
-        if not self._queue.send(PagingMessage(layer, unasked, priority=PagingPriority.PREFETCH, source=source)):
-            self._arena.count(self._process, Counter.PREFETCH_DROPPED, len(unasked))
-            for expert in unasked:
-                self._arena.withdraw_prefetch(first + expert)
+            if not found:
+                found = self.wait(layer, waiting)
+                waiting = [expert for expert in waiting if expert not in {arrived for arrived, _ in found}]
+            yield found
+            pins = [pinned.pop(expert) for expert, _ in found]
+            self.unpin(pins)
+            free_pins += pins
 
     def count_left_out(self, count: int) -> None:
         """Of a layer's step: experts in memory that were selected, and are not computed. They count as hits."""
@@ -148,43 +61,3 @@ class ExpertAccess:
         """Nanoseconds of steps that prefetched, and of as many that did not."""
         self._arena.count(self._process, Counter.TRIAL_NANOSECONDS_WITH, with_it)
         self._arena.count(self._process, Counter.TRIAL_NANOSECONDS_WITHOUT, without)
-
-    def _note_hits(self, first: int, found: Sequence[tuple[int, int]]) -> None:
-        """Of experts that are pinned, with their slots; `first` is the id of their layer's expert 0."""
-        self._arena.count(self._process, self._hit_counter, len(found))
-        for expert, slot in found:
-            if self._arena.take_prefetched(first + expert):
-                self._arena.count(self._process, Counter.PREFETCH_HITS, 1)
-                self._count_for_source(slot, PrefetchCount.HITS)
-
-    def _count_for_source(self, slot: int, count: PrefetchCount) -> None:
-        """For the source of a prefetch that is used for the first time."""
-        source = PrefetchSource(int(self._slot_info[slot, 0]["source"]))
-        self._arena.count(self._process, prefetch_counter(source, count), 1)
-
-    def _request(self, layer: int, experts: Sequence[int]) -> None:
-        """Sets the urgent bits and sends one message for those that nobody had asked for yet."""
-        first = layer * self._num_experts
-        unasked = [expert for expert in experts if self._arena.request_urgent(first + expert)]
-        if unasked:
-            self._queue.send(PagingMessage(layer, unasked))  # if it does not fit, the bits are found by a rescan
-
-    def _wait(self, layer: int, experts: Iterable[int]) -> list[tuple[int, int]]:
-        """Sleeps until at least one of the pinned `experts` is resident; returns those that are, with their slots."""
-        arena, first = self._arena, layer * self._num_experts
-        began = asked = time.monotonic_ns()
-        while True:
-            # Read before the check: an arrival between check and sleep changes it, and the sleep does not begin.
-            generation = arena.generation(layer)
-            found = [(expert, slot) for expert in experts if (slot := arena.find(first + expert)) >= 0]
-            if found:
-                arena.count(self._process, Counter.EXPERT_WAIT_NANOSECONDS, time.monotonic_ns() - began)
-                return found
-            for expert in experts:
-                if arena.failed(first + expert):
-                    raise ExpertUnavailable(layer, expert)
-            if time.monotonic_ns() - asked >= 1000 * WAIT_MICROSECONDS:
-                # No request is lost, but for a pager that was killed at the wrong moment.
-                self._request(layer, list(experts))
-                asked = time.monotonic_ns()
-            arena.wait(layer, generation, WAIT_MICROSECONDS)

@@ -30,7 +30,7 @@ enum { AWAITED = 0, VICTIM = 1, IN_USE = 2, OTHER = 3, UNWANTED = 4, PREFETCHED 
 static struct arena arena;
 static struct affinity_law law;
 
-/* ---- what the processes do, as workers/expert_access.py and workers/pager.py do it ---- */
+/* ---- what the processes do, as runtime/expert_pins.py and workers/pager.py do it ---- */
 
 static uint64_t weights_of(uint32_t id) { return UINT64_C(0x0101010101010101) * (id + 1); }
 

@@ -3,7 +3,7 @@
 Kept in step with the code by hand. Each routine names what it mirrors; all C functions are in shm/core/residency.h:
 
     want, check         pin_set(), residency_find()
-    request, wait       workers/expert_access.py `_wait`: generation, find again, request_set(), send, futex_wait()
+    request, wait       runtime/expert_pins.py `wait`: generation, find again, request_set(), send, futex_wait()
     use, unpin          reading the slot's bytes, pin_clear()
     serve               workers/pager.py `_serve_urgent`, `_serve_prefetch`, `_receive_messages`, `_rescan`
     evict               workers/slots.py `take`, evict_begin(), is_pinned()
