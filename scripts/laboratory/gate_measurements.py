@@ -25,7 +25,7 @@ from hotset.runtime.routing_preference import routing_preference
 ROUTE_ROWS = 4096  # distinct: a processor learns 256 by heart
 ROUTE_SECONDS = 0.5
 STRESS_STREAMS = 8
-PAGING_FOR_HALF_AS_FAST_AGAIN = 1 / 3  # with page-ins under way for less of the time, none of it makes 1.5x
+WAITING_OF_A_BOTTLENECK = 1 / 2  # of the time; were all of a share w saved, it would be 1 / (1 - w) times as fast
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -70,7 +70,7 @@ def measure_quality(options: argparse.Namespace, config: BackendConfig) -> dict[
 def measure_serving(options: argparse.Namespace) -> dict[str, Found]:
     """The slowest steps with the default preference and without, and what is prefetched."""
     memory = {"expert_budget": options.budget}
-    pairs = _serve_in_turn(options, options.model, memory)
+    pairs = _serve_in_turn(options, options.model, memory, options.rounds)
     off, chosen = pairs[-1]
     # Without warming up: auto tries in the beginning, and may read nothing ahead once it has decided.
     ahead = _serve(options, options.model, memory | {"routing": "off", "prefetch": "auto"}, warm_up_tokens=0)
@@ -103,7 +103,9 @@ def measure_paging(options: argparse.Namespace) -> dict[str, Found]:
 def _measure_paging(options: argparse.Namespace, model: Path) -> dict[str, Found]:
     where = f"{options.paged_model.name if options.paged_model else 'a made model of 6 GB'}, {options.paged_memory}"
     try:
-        pairs = _serve_in_turn(options, model, {"memory": options.paged_memory}, parse_nbytes(options.paged_memory))
+        pairs = _serve_in_turn(
+            options, model, {"memory": options.paged_memory}, options.paged_rounds, parse_nbytes(options.paged_memory)
+        )
     except OSError as error:
         reason = f"{where}: no control group can be made here ({error.strerror}), and the page cache would serve"
         return {"throughput": Found(None, reason), "page-in-p99": Found(None, reason)}
@@ -111,8 +113,12 @@ def _measure_paging(options: argparse.Namespace, model: Path) -> dict[str, Found
     faster = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in pairs)
     waiting, paging = (statistics.median(getattr(a, name) for a, _ in pairs) for name in ("waiting", "paging"))
     rates = f"the last {chosen.tokens_per_second:.1f} tokens/s, routing off {off.tokens_per_second:.1f}"
-    share = f"off, page-ins are under way for {paging:.0%} of the time, and {waiting:.0%} of it waits for experts"
-    if paging < PAGING_FOR_HALF_AS_FAST_AGAIN:
+    share = (
+        f"off, the worker waits for experts {waiting:.0%} of the time, and page-ins are under way {paging:.0%} of it"
+    )
+    slowest = statistics.median(b.step_p99_ms / a.step_p99_ms for a, b in pairs)
+    rates += f"; p99 of a step {100 * (slowest - 1):+.0f} %"
+    if waiting < WAITING_OF_A_BOTTLENECK:
         throughput = Found(None, f"{where}: paging is not the bottleneck: {share} ({rates})")
     else:
         throughput = Found(faster, f"{where}, the middle of {len(pairs)} pairs: {rates}; {share}")
@@ -124,13 +130,13 @@ def _measure_paging(options: argparse.Namespace, model: Path) -> dict[str, Found
 
 
 def _serve_in_turn(
-    options: argparse.Namespace, model: Path, memory: dict[str, str], limit: int | None = None
+    options: argparse.Namespace, model: Path, memory: dict[str, str], rounds: int, limit: int | None = None
 ) -> list[tuple[Report, Report]]:
     """With routing off, and with the default: one run's slowest steps say little, and the machine is not always equally
     fast."""
     return [
         (_serve(options, model, memory | {"routing": "off"}, limit), _serve(options, model, memory, limit))
-        for _ in range(options.rounds)
+        for _ in range(rounds)
     ]
 
 

@@ -72,29 +72,30 @@ def test_what_could_not_be_measured_does_not_pass() -> None:
 
 
 @pytest.mark.usefixtures("scripts_importable")
-@pytest.mark.parametrize(("paging", "measured"), [(0.7, 2.0), (0.3, None)])
+@pytest.mark.parametrize(("waiting", "measured"), [(0.6, 2.0), (0.4, None)])
 def test_throughput_is_judged_only_where_paging_is_the_bottleneck(
-    monkeypatch: pytest.MonkeyPatch, paging: float, measured: float | None
+    monkeypatch: pytest.MonkeyPatch, waiting: float, measured: float | None
 ) -> None:
     from laboratory import gate_measurements
 
     off = SimpleNamespace(
         tokens_per_second=10.0,
-        waiting=0.2,
-        paging=paging,
+        waiting=waiting,
+        paging=0.9,
         page_ins=3,
         paging_p99_us=4000.0,
+        step_p99_ms=300.0,
         loaded_nbytes=5,
         disk_nbytes=5,
     )
-    chosen = SimpleNamespace(tokens_per_second=20.0)
+    chosen = SimpleNamespace(tokens_per_second=20.0, step_p99_ms=150.0)
     monkeypatch.setattr(
         gate_measurements, "_serve", lambda _, model, settings, limit: off if "routing" in settings else chosen
     )
-    options = SimpleNamespace(paged_model=Path("some-model"), paged_memory="2GiB", rounds=3)
+    options = SimpleNamespace(paged_model=Path("some-model"), paged_memory="2GiB", paged_rounds=3)
     found = gate_measurements.measure_paging(options)  # type: ignore[arg-type]
     assert found["throughput"].measured == measured
-    assert f"{paging:.0%} of the time" in found["throughput"].how
+    assert f"{waiting:.0%} of the time" in found["throughput"].how
     assert found["page-in-p99"].measured == 4.0
 
 
