@@ -138,7 +138,7 @@ class Children:
         self.send_worker(process, StartWorker(self._instance, self._plan, self._config, process))
 
     def _start_pager(self) -> None:
-        self._send(self._pager, StartPager(self._instance, self._plan, self._config, self._plan.pager_process))
+        self._send(self._pager, StartPager.of(self._instance, self._plan, self._config))
 
     def _watch(self, child: Child[Any], on_message: Callable[[], None], on_death: Callable[[], None]) -> None:
         self._selector.register(child.channel, selectors.EVENT_READ, on_message)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 
 from hotset.runtime.completion import FinishReason
-from hotset.runtime.config import BackendConfig, RoutingPolicy
+from hotset.runtime.config import BackendConfig, ReadMode, RoutingPolicy
 from hotset.runtime.model.calibration import Calibration
 from hotset.runtime.plan import InstancePlan
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.stats import BackendStats, Regret
+from hotset.shm.geometry import Geometry
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -231,10 +232,36 @@ class ProcessFailed(Message, frozen=True, tag=True):
 
 
 class StartPager(Message, frozen=True, tag=True):
+    """First message to a pager: serve the arena of `instance` with the experts of `model`.
+
+    `readers` processes request and use them; `process` is the pager's own row. The settings are those of
+    `BackendConfig`. With `parent`, its process id, the pager dies with the thread of it that started the pager.
+    """
+
     instance: str
-    plan: InstancePlan
-    config: BackendConfig
     process: int
+    geometry: Geometry
+    readers: int
+    model: str
+    eviction: str
+    read_lanes: int
+    read_mode: ReadMode
+    warm_start: bool
+    parent: int | None = None
+
+    @classmethod
+    def of(cls, instance: str, plan: InstancePlan, config: BackendConfig) -> Self:
+        return cls(
+            instance=instance,
+            process=plan.pager_process,
+            geometry=plan.geometry,
+            readers=plan.num_workers,
+            model=config.model,
+            eviction=config.eviction,
+            read_lanes=plan.read_lanes,
+            read_mode=config.read_mode,
+            warm_start=config.warm_start,
+        )
 
 
 class PagerReady(Message, frozen=True, tag=True):

@@ -42,8 +42,7 @@ class PagerAlone:
 
     def start(self) -> None:
         self.child: Child[FromPager] = Child("hotset.workers.pager", FromPager)
-        start = StartPager(self.instance.name, self.plan, self.config, self.plan.pager_process)
-        self.child.channel.send(start)
+        self.child.channel.send(StartPager.of(self.instance.name, self.plan, self.config))
         assert isinstance(self.child.channel.wait(), PagerReady)
 
     def kill(self) -> None:

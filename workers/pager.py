@@ -26,6 +26,7 @@ from hotset.runtime.messages import (
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.supervision import run_child
+from hotset.shm import _core
 from hotset.shm.counters import Counter
 from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
@@ -54,19 +55,19 @@ class Pager:
     def __init__(self, channel: Channel[ToPager], start: StartPager) -> None:
         self._channel = channel
         self._process = start.process
-        self._segment = Segment.attach(start.instance, start.plan.geometry)
+        self._segment = Segment.attach(start.instance, start.geometry)
         self._arena = self._segment.arena
         self._queue = PagingQueue.attach(start.instance)
-        geometry = start.plan.geometry
+        geometry = start.geometry
         self._num_experts = geometry.num_experts
-        model = ModelConfig.load(start.config.model)
-        checkpoint = Checkpoint.open(start.config.model, model)
-        self._read_mode = choose_read_mode(start.config.read_mode, checkpoint, start.plan.read_lanes)
+        model = ModelConfig.load(start.model)
+        checkpoint = Checkpoint.open(start.model, model)
+        self._read_mode = choose_read_mode(start.read_mode, checkpoint, start.read_lanes)
         self._store = ExpertStore(checkpoint, direct=self._read_mode.direct)
-        keeps, model_path = start.config.warm_start, Path(start.config.model)
+        keeps, model_path = start.warm_start, Path(start.model)
         self._warm_start = WarmStart(model_path, self._segment, start.process, enabled=keeps)
         self._eviction = Eviction(
-            start.config.eviction,
+            start.eviction,
             self._segment,
             start.process,
             affinity=self._warm_start.affinity(),
@@ -76,7 +77,7 @@ class Pager:
             self._count(Counter.LEARNED_REFUSED)
         self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
         self._urgent: dict[int, None] = {}  # in the order of arrival
-        self._prefetches = PrefetchRequests(self._arena, geometry.num_experts, start.plan.num_workers)
+        self._prefetches = PrefetchRequests(self._arena, geometry.num_experts, start.readers)
         self._next_rescan = 0.0
         self._arena.recover()
         class_of_expert = {
@@ -84,7 +85,7 @@ class Pager:
             for layer, expert in checkpoint.expert_ids
         }
         self._slots = Slots(self._arena, start.process, geometry, class_of_expert, self._eviction)
-        self._lanes = ReadLanes(self._store, self._segment.slots(), start.plan.read_lanes, self._segment, start.process)
+        self._lanes = ReadLanes(self._store, self._segment.slots(), start.read_lanes, self._segment, start.process)
         self._loads = Loads(
             self._arena,
             start.process,
@@ -258,6 +259,8 @@ class Pager:
 
 
 def serve(channel: Channel[ToPager], start: StartPager) -> None:
+    if start.parent is not None and not _core.die_with_parent(start.parent):
+        return
     pager = Pager(channel, start)
     gc.freeze()  # what a model of 10,000 experts needs to be known of it: looking through it all takes 10 ms and more
     try:

@@ -163,7 +163,7 @@ class PagerUnderTest:
         self.queue = PagingQueue.attach(self.instance.name)
         self.access = ExpertAccess(self.instance.segment, self.queue, WORKER)
         self._child: Child[FromPager] = Child("hotset.workers.pager", FromPager)
-        self._child.channel.send(StartPager(self.instance.name, plan, config, plan.pager_process))
+        self._child.channel.send(StartPager.of(self.instance.name, plan, config))
         answer = self._child.channel.wait()
         if not isinstance(answer, PagerReady):
             raise RuntimeError(f"the pager did not start: {answer}")

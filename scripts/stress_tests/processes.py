@@ -129,8 +129,7 @@ class Processes:
     def _spawn_pager(self) -> Child[FromPager]:
         child: Child[FromPager] = Child(PAGER_MODULE, FromPager, own_session=True, stderr=self._log)
         self._watch(child, self._on_pager, self._on_pager_death)
-        plan = self._instance.plan
-        self._send(child, StartPager(self._instance.name, plan, self._config, plan.pager_process))
+        self._send(child, StartPager.of(self._instance.name, self._instance.plan, self._config))
         return child
 
     def _watch(
