@@ -10,7 +10,7 @@ import selectors
 import sys
 
 from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage, poll_for_room
-from hotset.runtime.children import Children, Fatal
+from hotset.runtime.children import Children
 from hotset.runtime.disk_reads import DiskReads
 from hotset.runtime.dispatcher import Dispatcher
 from hotset.runtime.errors import HotsetError
@@ -52,6 +52,7 @@ from hotset.runtime.messages import (
 from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
 from hotset.runtime.supervision import enter_child, leave
 from hotset.runtime.user_pins import UserPins
+from hotset.runtime.watched_child import Fatal
 from hotset.shm.segment import SegmentError
 
 

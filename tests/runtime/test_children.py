@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hotset.runtime import children as children_module
+from hotset.runtime import watched_child
 from hotset.runtime.channel import Channel, channel_pair
 from hotset.runtime.children import Children
 from hotset.runtime.config import BackendConfig
@@ -75,7 +75,7 @@ class Nursery:
         self.listener.heard.clear()
 
     def worker(self, process: int) -> PlayedChild:
-        played: Any = self.children._workers[process]
+        played: Any = self.children._workers[process].child
         return played
 
     def turn(self) -> None:
@@ -90,7 +90,7 @@ def nursery(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nursery]:
         def __class_getitem__(cls, item: Any) -> Any:
             return PlayedChild
 
-    monkeypatch.setattr(children_module, "Child", Typed)
+    monkeypatch.setattr(watched_child, "Child", Typed)
     nursery = Nursery()
     yield nursery
     nursery.selector.close()
