@@ -7,24 +7,18 @@ import mmap
 import msgspec
 
 from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
-from hotset.runtime.errors import BudgetTooSmall, MemoryTooSmall
+from hotset.runtime.errors import MemoryTooSmall
 from hotset.runtime.eviction import check_pool, eviction_nbytes
-from hotset.runtime.expert_slots import (
-    all_nbytes,
-    expert_budget_nbytes,
-    expert_classes,
-    least_slots,
-    split_slots,
-)
+from hotset.runtime.expert_slots import expert_classes, least_slots, split_slots
 from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import RoutingPreference, routing_preference
+from hotset.runtime.slot_needs import SlotNeeds
 from hotset.shm.geometry import MAX_PAGES, Geometry, SlotClass
 from hotset.shm.kv_page_format import KvFormat
 from hotset.shm.layout import Layout
 
-DEFAULT_READ_LANES = 4  # where there are slots enough
 DEFAULT_EXPERT_BUDGET = "50%"
 MAX_DEFAULT_KV_NBYTES = 2**30
 DEMAND_WORDS = 1 << 16  # of a process: 18 steps of 16 sequences through 24 layers
@@ -109,15 +103,14 @@ class _Planner:
                 f"max_model_len is {self.max_model_len}, expected 1 to {model.max_position_embeddings}, "
                 "which the model was trained for"
             )
-        # The user and every worker can hold all their pins, all of one size, and the pager still finds a slot to load
-        # into: else two workers that wait for each other's slots would wait for ever.
-        self.pinned_slots = config.workers * model.experts_per_token + config.user_pins
-        self.least_of_a_size = self.pinned_slots + (config.read_lanes or 1)
-        self.slot_reasons = (
-            f"workers={config.workers} with {model.experts_per_token} experts per token, user_pins={config.user_pins} "
-            f"and read_lanes={config.read_lanes or 1}"
+        self.needs = SlotNeeds(
+            config.workers,
+            model.experts_per_token,
+            config.user_pins,
+            config.read_lanes,
+            f"workers={config.workers} with {model.experts_per_token} experts per token",
         )
-        least = least_slots(self.classes, self.least_of_a_size)
+        least = least_slots(self.classes, self.needs.of_a_size)
         self.least_slots = sum(slots.count for slots in least)
         self.least_nbytes = sum(slots.count * slots.nbytes for slots in least)
         self.kv_windows = model.kv_groups.windows
@@ -136,7 +129,7 @@ class _Planner:
             geometry=geometry,
             max_model_len=self.max_model_len,
             expert_nbytes=self.checkpoint.expert_nbytes,
-            read_lanes=self._read_lanes(geometry.num_slots),
+            read_lanes=self.needs.lanes(geometry.num_slots),
             eos_token_ids=self.model.eos_token_ids,
             routing=routing_preference(self.config),
             memory=MemorySplit(
@@ -153,11 +146,7 @@ class _Planner:
     def _slots_and_pages(self) -> tuple[tuple[SlotClass, ...], int]:
         if self.config.memory is None:
             budget = DEFAULT_EXPERT_BUDGET if self.config.expert_budget is None else self.config.expert_budget
-            nbytes = expert_budget_nbytes(budget, self.classes)
-            slots = split_slots(nbytes, self.classes, self.least_of_a_size)
-            if slots is None:
-                held = nbytes * self.num_experts // all_nbytes(self.classes)
-                raise BudgetTooSmall(str(budget), held, self.least_slots, self.least_nbytes, self.slot_reasons)
+            slots = self.needs.split(budget, self.classes)
             pages = max(self.pages_for_one, MAX_DEFAULT_KV_NBYTES // self.page_nbytes)
             return slots, self._asked_pages() or min(self.pages_for_all, pages)
         return self._split(parse_nbytes(self.config.memory))
@@ -169,10 +158,10 @@ class _Planner:
         free = memory - self._fixed_nbytes(memory, asked_pages)
         quarter, room = free // 4 // self.page_nbytes, (free - self.least_nbytes) // self.page_nbytes
         num_pages = asked_pages or max(1, min(self.pages_for_all, quarter, room))
-        slots = split_slots(free - num_pages * self.page_nbytes, self.classes, self.least_of_a_size)
+        slots = split_slots(free - num_pages * self.page_nbytes, self.classes, self.needs.of_a_size)
         if slots is None:
             needed = self._least_memory(memory, asked_pages)
-            raise MemoryTooSmall(self.config.memory or 0, needed, self.least_slots, self.slot_reasons)
+            raise MemoryTooSmall(self.config.memory or 0, needed, self.least_slots, str(self.needs))
         if asked_pages is None:
             slots_nbytes = sum(of_a_size.count * of_a_size.nbytes for of_a_size in slots)
             num_pages = min(self.pages_for_all, (free - slots_nbytes) // self.page_nbytes)
@@ -211,20 +200,11 @@ class _Planner:
 
     def _geometry(self, slots: tuple[SlotClass, ...], num_pages: int) -> Geometry:
         config, model = self.config, self.model
-        num_slots = sum(of_a_size.count for of_a_size in slots)
-        # Pins take at most half of the slots of a size, unless its experts are all there anyway.
-        contended = [
-            of_a_size.count
-            for of_a_size, experts in zip(slots, self.classes, strict=True)
-            if of_a_size.count < experts.count
-        ]
-        free = min(contended, default=num_slots) - config.user_pins - self._read_lanes(num_slots)
-        spare = free // (2 * config.workers)
         return Geometry(
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             num_processes=config.workers + 2,
-            pins_per_process=min(model.num_experts, max(model.experts_per_token, spare)),
+            pins_per_process=self.needs.pins_of_a_reader(slots, self.classes, model.num_experts),
             slot_classes=slots,
             num_pages=num_pages,
             page_nbytes=self.page_nbytes,
@@ -234,10 +214,6 @@ class _Planner:
             max_model_len=self.max_model_len,
             demand_words=DEMAND_WORDS,
         )
-
-    def _read_lanes(self, num_slots: int) -> int:
-        """As many as asked for; by default fewer in a small pool, which is legal from one lane on."""
-        return self.config.read_lanes or max(1, min(DEFAULT_READ_LANES, num_slots - self.pinned_slots))
 
     def _processes_nbytes(self) -> int:
         """Coordinator, pager with its policy, regret helper, workers, client, and a worker's activations of the largest
