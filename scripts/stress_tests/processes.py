@@ -69,6 +69,7 @@ class Processes:
     Attributes:
         worker_kills, pager_kills: so far.
         pins_reclaimed: that killed workers held.
+        pins_left: likewise, with the planted violation that nobody reclaims them.
         slots_interrupted: that a killed pager was loading or evicting.
         on_worker_death: called before anything is recovered.
     """
@@ -111,7 +112,7 @@ class Processes:
         self._next_kill_hits_anyone = False
         self._own_deaths = 0
         self._running = False
-        self.worker_kills = self.pager_kills = self.pins_reclaimed = self.slots_interrupted = 0
+        self.worker_kills = self.pager_kills = self.pins_reclaimed = self.pins_left = self.slots_interrupted = 0
         self.on_worker_death: Callable[[], None] = lambda: None
         self._pager = self._spawn_pager()
         for process in range(instance.plan.num_workers):
@@ -195,7 +196,9 @@ class Processes:
         self.on_worker_death()
         self._ready.discard(process)
         self._idle.discard(process)
-        if self._planted != "dead-pins":
+        if self._planted == "dead-pins":
+            self.pins_left += len(self._audit.pins_of(process))
+        else:
             self.pins_reclaimed += self._instance.arena.unpin_all(process)
         self._audit.no_pins(process, f"worker {process}, which is dead,")
         self._unregister(dead.channel)
