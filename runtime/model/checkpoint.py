@@ -92,13 +92,14 @@ class Checkpoint:
 
     def expert(self, layer: int, expert: int) -> ExpertLocation:
         """`layer` is one that has experts."""
-        parts = self._expert_parts(layer, expert)
+        parts = self.expert_parts(layer, expert)
         return ExpertLocation(
             tuple(self.tensors[part.tensor.name].share(part.index, part.of) for part in parts),
             tuple(index for index, part in enumerate(parts) if part.transposed),
         )
 
-    def _expert_parts(self, layer: int, expert: int) -> tuple[ExpertPart, ...]:
+    def expert_parts(self, layer: int, expert: int) -> tuple[ExpertPart, ...]:
+        """Those of `expert`, by their names."""
         return expert_parts(self.config, layer, expert, stacked=self._stacked)
 
     def dense(self, name: str) -> NDArray[Any]:
@@ -133,7 +134,7 @@ class Checkpoint:
     def _check_expert(self, layer: int, expert: int, to_convert: bool) -> str:
         """Its dtype, which all its matrices have, unless they are to be converted."""
         dtype = "bfloat16" if self.config.mxfp4_experts else None  # of the biases beside packed numbers
-        for part in self._expert_parts(layer, expert):
+        for part in self.expert_parts(layer, expert):
             fixed = "uint8" if part.tensor.of_bytes else part.dtype
             location = self._check(part.tensor, (fixed,) if fixed else EXPERT_DTYPES, to_convert and not fixed)
             dtype = dtype or location.dtype
