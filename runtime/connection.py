@@ -26,7 +26,7 @@ from hotset.runtime.messages import (
     ToClient,
 )
 from hotset.runtime.shared_channel import SharedChannel
-from hotset.runtime.supervision import Child
+from hotset.runtime.supervision import Child, last_words
 from hotset.shm.segment import InstanceLock, InstanceNameTaken, remove_ipc_objects
 
 COORDINATOR_MODULE = "hotset.runtime.coordinator"
@@ -191,7 +191,7 @@ class Connection:
         if self._closing:
             return BackendError("the backend is closed")
         how = self._reap(STOP_SECONDS)
-        return BackendError((reason or f"the coordinator {how}") + self._last_words())
+        return BackendError((reason or f"the coordinator {how}") + last_words(self._stderr))
 
     def _hand_over(self, number: int, answer: Generated | Reply | HotsetError) -> None:
         waiting = self._waiting.get(number)
@@ -214,11 +214,6 @@ class Connection:
                 finally:
                     lock.release()
             return how
-
-    def _last_words(self) -> str:
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return f"; its last line was: {lines[-1]}" if lines else ""
 
     def _die(self, error: BackendError) -> None:
         """From now on every waiting and every further call gets `error`."""

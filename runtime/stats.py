@@ -133,12 +133,16 @@ def _ratio(part: float, whole: float) -> float:
 
 
 class InstanceCounters:
-    """What the processes of an instance have counted since the last reset, added up."""
+    """What the processes of an instance have counted since the last reset, added up.
+
+    Attributes:
+        metrics: of routing and paging, since the same reset.
+    """
 
     def __init__(self, segment: Segment) -> None:
         self._arena = segment.arena
         self._slot_info = segment.view(Section.SLOT_INFO)[:, 0]
-        self._metrics = MoeMetrics(segment)
+        self.metrics = MoeMetrics(segment)
         self._baseline = np.zeros(COUNTERS_PER_PROCESS, np.uint64)
 
     def reset(self) -> None:
@@ -147,7 +151,7 @@ class InstanceCounters:
         What was prefetched until now loses its mark: else it would be used after it was read and counted before.
         """
         self._baseline = self._totals()
-        self._metrics.reset()
+        self.metrics.reset()
         for expert in self._arena.resident_experts():
             self._arena.take_prefetched(expert)
 
@@ -171,7 +175,7 @@ class InstanceCounters:
         regret: Regret | None,
     ) -> BackendStats:
         """The snapshot that a user gets: what the arena has counted, and what the coordinator knows besides."""
-        counts, routing, cache = self.counts(), self._metrics.summary(), scheduler.cache
+        counts, routing, cache = self.counts(), self.metrics.summary(), scheduler.cache
         without = counts[Counter.TRIAL_NANOSECONDS_WITHOUT]
         return BackendStats(
             decode_expert_hits=counts[Counter.DECODE_EXPERT_HITS],
@@ -196,13 +200,13 @@ class InstanceCounters:
             disk_bytes_read=disk_bytes_read,
             read_mode=read_mode,
             read_mode_reason=read_mode_reason,
-            tiers=measured_tiers(self._metrics, counts, len(self._arena.resident_experts())),
+            tiers=measured_tiers(self.metrics, counts, len(self._arena.resident_experts())),
             routing_decisions=routing.routing_decisions,
             routing=routing.routing_latency,
             paging=routing.paging_latency,
             lost_mass=routing.lost_mass,
             resident_experts=len(self._arena.resident_experts()),
-            resident_expert_bytes=self._resident_nbytes(plan.geometry.num_slots),
+            resident_expert_bytes=self.resident_nbytes(plan.geometry.num_slots),
             expert_budget_bytes=plan.expert_budget_nbytes,
             kv_pages_used=cache.num_used_pages,
             kv_pages_peak=scheduler.peak_pages,
@@ -222,7 +226,7 @@ class InstanceCounters:
             regret=regret,
         )
 
-    def _resident_nbytes(self, num_slots: int) -> int:
+    def resident_nbytes(self, num_slots: int) -> int:
         resident = [slot for slot in range(num_slots) if self._arena.slot(slot)[2] == SlotState.RESIDENT]
         return int(self._slot_info["nbytes"][resident].sum())
 

@@ -85,6 +85,13 @@ class Child(Generic[Received]):
         return describe_exit(code)
 
 
+def last_words(stderr: IO[bytes]) -> str:
+    """Of a child whose errors went into this file, as the end of a sentence; "" if it said nothing."""
+    stderr.seek(0)
+    lines = stderr.read().decode(errors="replace").strip().splitlines()
+    return f"; its last line was: {lines[-1]}" if lines else ""
+
+
 def describe_exit(code: int) -> str:
     if code >= 0:
         return f"exited with status {code}"

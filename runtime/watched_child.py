@@ -64,6 +64,7 @@ class WatchedChild(Generic[Received]):
         self._selector = selector
         self._on_message = on_message
         self._on_heard = on_heard
+        self._is_buried = False
         selector.register(self.child.channel, selectors.EVENT_READ, self._on_readable)
         selector.register(self.child.pidfd, selectors.EVENT_READ, on_death)
 
@@ -79,6 +80,8 @@ class WatchedChild(Generic[Received]):
         poll_for_room(self._selector, self.child.channel)
 
     def _on_readable(self) -> None:
+        if self._is_buried:  # its death came first out of the same poll
+            return
         self.hear()
         if self._on_heard is not None:
             self._on_heard()
@@ -99,6 +102,7 @@ class WatchedChild(Generic[Received]):
 
     def bury(self) -> str:
         """Reaps it, and says how it ended."""
+        self._is_buried = True
         self._unregister(self.child.channel)
         self._unregister(self.child.pidfd)
         return self.child.reap()
