@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from hotset.runtime.errors import RequestFailed as RequestFailed
     from hotset.runtime.errors import RequestTooLong as RequestTooLong
     from hotset.runtime.errors import TooManyPins as TooManyPins
+    from hotset.runtime.expert_pins import ExpertUnavailable as ExpertUnavailable
+    from hotset.runtime.experts.cache import ExpertCache as ExpertCache
+    from hotset.runtime.experts.config import ExpertCacheConfig as ExpertCacheConfig
+    from hotset.runtime.experts.errors import ExpertCacheClosed as ExpertCacheClosed
+    from hotset.runtime.experts.errors import ExpertCacheError as ExpertCacheError
+    from hotset.runtime.experts.errors import ExpertCacheFull as ExpertCacheFull
+    from hotset.runtime.experts.errors import NotEnoughPins as NotEnoughPins
+    from hotset.runtime.experts.pinned import PinnedExperts as PinnedExperts
+    from hotset.runtime.experts.stats import ExpertCacheStats as ExpertCacheStats
+    from hotset.runtime.experts.weights import ExpertWeights as ExpertWeights
     from hotset.runtime.kv.cache import PagedKvCache as PagedKvCache
     from hotset.runtime.kv.errors import OutOfBounds as OutOfBounds
     from hotset.runtime.kv.errors import OutOfPages as OutOfPages
@@ -66,6 +76,13 @@ _MODULES = {
         "RequestTooLong",
         "TooManyPins",
     ),
+    "expert_pins": ("ExpertUnavailable",),
+    "experts.cache": ("ExpertCache",),
+    "experts.config": ("ExpertCacheConfig",),
+    "experts.errors": ("ExpertCacheClosed", "ExpertCacheError", "ExpertCacheFull", "NotEnoughPins"),
+    "experts.pinned": ("PinnedExperts",),
+    "experts.stats": ("ExpertCacheStats",),
+    "experts.weights": ("ExpertWeights",),
     "metrics": ("Latency", "MoeMetrics", "MoeMetricsSummary"),
     "kv.cache": ("PagedKvCache",),
     "kv.shared_prompts": ("Admission",),

@@ -8,7 +8,11 @@ from hotset.shm.layout import PrefetchSource
 
 LEAST_PRECISION = 0.6  # a prefetch that is used less often costs more reads than it saves waits
 
-SOURCES = {source.name.lower().replace("_", "-"): source for source in PrefetchSource if source}
+SOURCES = {
+    source.name.lower().replace("_", "-"): source
+    for source in PrefetchSource
+    if source not in (PrefetchSource.NONE, PrefetchSource.ENGINE)
+}
 AUTO_SOURCES = (PrefetchSource.GATE_AHEAD,)
 
 

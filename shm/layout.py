@@ -55,7 +55,7 @@ class WeightFormat(enum.IntEnum):
 
 
 class PrefetchSource(enum.IntEnum):
-    """Who asked for the expert in a slot before it was needed: workers/prefetch has one module for each."""
+    """Who asked for the expert in a slot before it was needed: workers/prefetch has a module for each but the last."""
 
     NONE = 0  # nobody: a worker waited for it
     GATE_AHEAD = 1
@@ -63,6 +63,7 @@ class PrefetchSource(enum.IntEnum):
     RUNNERS_UP = 3
     AFFINITY = 4
     TRANSITIONS = 5
+    ENGINE = 6  # somebody else's, which has only the expert cache
 
 
 class Section(enum.IntEnum):

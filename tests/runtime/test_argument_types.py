@@ -15,6 +15,7 @@ import pytest
 from hotset.runtime import (
     AffinityConfig,
     BackendConfig,
+    ExpertCacheConfig,
     KvPageMemory,
     PagedKvCache,
     RouterConfig,
@@ -24,7 +25,14 @@ from hotset.runtime import (
 from hotset.runtime.kv.config import CacheConfig
 from hotset.shm.kv_page_format import KvPageLayout
 
-CONFIGS: list[type[msgspec.Struct]] = [BackendConfig, SamplingParams, RouterConfig, AffinityConfig, CacheConfig]
+CONFIGS: list[type[msgspec.Struct]] = [
+    BackendConfig,
+    ExpertCacheConfig,
+    SamplingParams,
+    RouterConfig,
+    AffinityConfig,
+    CacheConfig,
+]
 NEEDED = {CacheConfig: {"num_pages": 4}}
 FIELDS = [(config, name) for config in CONFIGS for name in config.__struct_fields__]
 

@@ -37,7 +37,7 @@ def make_sources(
                 return Affinity(lambda: router.affinity.snapshot()[0])
             case PrefetchSource.TRANSITIONS:
                 return Transitions(gates.layers, model.num_experts)
-            case PrefetchSource.NONE:
+            case PrefetchSource.NONE | PrefetchSource.ENGINE:
                 raise ValueError("the source is NONE, expected one that names experts")
 
     return {number: make(number) for number in asked}
