@@ -22,7 +22,7 @@ from hotset.workers.background_writer import BackgroundWriter
 from hotset.workers.eviction import _core
 
 FILE_NAME = "td.safetensors"
-FEATURES = "2"  # counts up when core/td.h changes what a weight means
+FEATURES = "3"  # counts up when core/td.h changes what a weight means
 MOST = 8.0  # no weight that has not diverged is near it
 
 

@@ -78,11 +78,11 @@ def test_damaged_files_and_those_of_other_shapes_are_refused(folder: Path) -> No
     path.write_bytes(whole)
     arrays = load_file(path)
     arrays["traits"][1, 2, 3] = np.nan
-    save_file(arrays, path, {"features": "2"})
+    save_file(arrays, path, {"features": "3"})
     with pytest.raises(UnusableLearned, match="not all weights are numbers"):
         Learned.load(folder, policy)
-    save_file(arrays, path, {"features": "1"})
-    with pytest.raises(UnusableLearned, match="its features are 1, expected 2"):
+    save_file(arrays, path, {"features": "2"})
+    with pytest.raises(UnusableLearned, match="its features are 2, expected 3"):
         Learned.load(folder, policy)
 
 

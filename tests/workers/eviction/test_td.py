@@ -40,9 +40,9 @@ class PlainTd:
 
     def observe(self, stream: int, layer: int, used: list[int], batch: int) -> None:
         neighbours = [(layer - 1) % self.layers, (layer - 2) % self.layers, (layer - 3) % self.layers]
-        most = 3 if self.experts > 64 else self.experts
-        sets = [used, self.latest.get((stream, layer), [])]
-        sets += [self.latest.get((stream, near), [])[:most] for near in (*neighbours, (layer + 1) % self.layers)]
+        of_own, of_others = (4, 3) if self.experts > 64 else (self.experts, self.experts)
+        sets = [used, self.latest.get((stream, layer), [])[:of_own]]
+        sets += [self.latest.get((stream, near), [])[:of_others] for near in (*neighbours, (layer + 1) % self.layers)]
         rows = [(number, expert) for number, members in enumerate(sets) for expert in members]
         now = np.isin(np.arange(self.experts), used).astype(np.float32)
         averages = self.averages[stream, layer] * (1 - RATES[:, None]) + RATES[:, None] * now
@@ -74,8 +74,7 @@ class PlainTd:
             weights = self.set_weights[layer, *row]
             if self.coarse:
                 threshold = (self.turn[layer] + place * ((2**32 - 1) // len(rows))) % 2**32 >> 24
-                whole = (change // 256).clip(-15, 14) + (change % 256 > threshold)
-                weights[:] = (weights + whole).clip(-112, 112)
+                weights[:] = (weights + change // 256 + (change % 256 > threshold)).clip(-128, 127)
             else:
                 weights += change
 
@@ -130,7 +129,7 @@ def test_weights_of_8_bits_stay_within_them() -> None:
     policy.observe(records_of(ids))
     for _ in ids:
         plain.observe(0, 0, [7], 1)
-    assert plain.set_weights.max() == 112
+    assert plain.set_weights.max() == 127
     estimates = np.empty(70, np.float32)
     policy.estimates(0, 0, estimates)
     np.testing.assert_allclose(estimates, plain.estimates[0, 0], atol=1e-5)

@@ -72,9 +72,8 @@ static PyObject *policy_type_seed(PyObject *self, PyObject *argument) {
     if (!policy) return NULL;
     Py_ssize_t shape[2] = {policy->num_layers, policy->num_experts};
     if (!take_array(argument, "scores", &FLOAT64, 0, 2, shape, &view)) return NULL;
-    memcpy(policy->affinity, view.buf, (size_t)view.len);
+    policy_seed_affinity(policy, view.buf);
     PyBuffer_Release(&view);
-    for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy_value(policy, layer);
     Py_RETURN_NONE;
 }
 

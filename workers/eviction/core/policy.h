@@ -27,7 +27,10 @@
 #include "pool.h"
 #include "td.h"
 
+_Static_assert(TD_MAX_EXPERTS <= POOL_MAX_EXPERTS, "a pool holds a layer's experts");
+
 #define POLICY_DECAY (31 / 32.)
+#define POLICY_LEAST_UNIT 1e-30 /* see policy_decay */
 #define POLICY_NEVER 1e-100     /* affinities below are 0: processors are slow with numbers that are much smaller */
 #define POLICY_ADAPTIVE_RATIO 3
 #define POLICY_FLOOR 0.25       /* of a layer's share of the slots, where values can be compared between layers */
@@ -62,7 +65,8 @@ struct policy {
     uint64_t *layer_steps;/* [layers] */
     const double *value;  /* [layers][experts]; what the resident experts are compared by: one of the next three */
     double *blend;        /* [layers][experts]; of the bases that have no values of their own below */
-    double *affinity;     /* [layers][experts] */
+    double *affinity;     /* [layers][experts], in units of ... */
+    double *affinity_unit;/* [layers] */
     double *td_value;     /* [layers][experts]; if base is TD */
     uint64_t *last_used;  /* [layers][experts]: `steps` then */
     double *uses;         /* [layers][experts] */
@@ -84,6 +88,7 @@ static inline void policy_free(struct policy *policy) {
     free(policy->last_used);
     free(policy->uses);
     free(policy->affinity);
+    free(policy->affinity_unit);
     free(policy->stream_seen);
     free(policy->live);
     free(policy->member);
@@ -127,14 +132,16 @@ static inline int policy_init(struct policy *policy) {
     policy->last_used = calloc(places, sizeof(uint64_t));
     policy->uses = calloc(places, sizeof(double));
     policy->affinity = calloc(places, sizeof(double));
+    policy->affinity_unit = malloc(policy->num_layers * sizeof(double));
     policy->stream_seen = calloc((size_t)policy->num_streams * policy->num_layers, sizeof(uint64_t));
     policy->live = calloc(policy->num_streams, sizeof(uint16_t));
     policy->member = calloc(policy->num_experts, 1);
     policy->td_value = calloc(places, sizeof(double));
     policy->value = policy_values(policy);
     if (!(policy->layer_steps && policy->blend && policy->last_used && policy->uses && policy->affinity &&
-          policy->stream_seen && policy->live && policy->member && policy->td_value))
+          policy->affinity_unit && policy->stream_seen && policy->live && policy->member && policy->td_value))
         return 0;
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy->affinity_unit[layer] = 1;
     if (policy->base != POLICY_TD) return 1;
     return td_init(&policy->td, policy->num_layers, policy->num_experts, policy->num_streams) &&
            guard_init(&policy->guard, policy->num_layers, policy->num_experts, policy->slots_per_layer);
@@ -161,6 +168,7 @@ static inline uint32_t policy_floor(const struct policy *policy) {
 
 /* By what a layer's values are multiplied after the latest demand to be compared with those of others: see above. */
 static inline double policy_nearness(const struct policy *policy, uint32_t layer) {
+    if (policy->value == policy->affinity) return policy->affinity_unit[layer];
     if (!policy_td_leads(policy)) return 1;
     uint32_t since = (policy->layer + policy->num_layers - layer) % policy->num_layers;
     return pow(td_discount(policy->batch), -(double)since / policy->num_layers);
@@ -209,7 +217,7 @@ static inline void policy_value_blend(struct policy *policy, uint32_t layer) {
     const double *uses = policy->uses + first;
     int frequency = policy_prefers_frequency(policy, uses);
     const uint64_t *last_used = policy->last_used + first;
-    double most = 1, weight = policy->affinity_weight;
+    double most = 1, weight = policy->affinity_weight, unit = policy->affinity_unit[layer];
     uint64_t oldest = policy->steps;
     for (uint32_t e = 0; e < policy->num_experts; e++) {
         most = uses[e] > most ? uses[e] : most;
@@ -218,7 +226,7 @@ static inline void policy_value_blend(struct policy *policy, uint32_t layer) {
     double longest = policy->steps > oldest ? (double)(policy->steps - oldest) : 1;
     for (uint32_t e = 0; e < policy->num_experts; e++) {
         double base = frequency ? uses[e] / most : (double)(last_used[e] - oldest) / longest;
-        policy->blend[first + e] = (1 - weight) * base + weight * policy->affinity[first + e];
+        policy->blend[first + e] = (1 - weight) * base + weight * unit * policy->affinity[first + e];
     }
 }
 
@@ -233,16 +241,44 @@ static inline void policy_value_td(struct policy *policy, uint32_t layer) {
                            policy->td_value + (size_t)layer * policy->num_experts);
 }
 
-/* Of a layer whose demand, or affinity, changed. */
-static inline void policy_value(struct policy *policy, uint32_t layer) {
+static inline int policy_is_blend(const struct policy *policy) {
+    return policy->value == policy->blend && (policy->base == POLICY_ADAPTIVE || policy->affinity_weight > 0);
+}
+
+/* After a demand. */
+static inline void policy_value(struct policy *policy) {
     if (policy->value != policy->blend) return;
-    if (policy->base == POLICY_ADAPTIVE || policy->affinity_weight > 0) {
-        policy_value_blend(policy, layer);
+    if (policy_is_blend(policy)) {
+        policy_value_blend(policy, policy->layer);
         return;
     }
-    size_t first = (size_t)layer * policy->num_experts;
-    for (size_t id = first; id < first + policy->num_experts; id++)
+    const size_t first = (size_t)policy->layer * policy->num_experts;
+    for (uint32_t i = 0; i < policy->count; i++) {
+        const size_t id = first + policy->experts[i];
         policy->blend[id] = policy->base == POLICY_LRU ? (double)policy->last_used[id] : policy->uses[id];
+    }
+}
+
+/* ---- affinity */
+
+/* All of a layer's affinities decay when their unit does, so that a step touches those of its own experts only. Before
+ * the unit is too small the affinities are brought back to 1. */
+static inline void policy_decay(struct policy *policy, uint32_t layer) {
+    double *unit = policy->affinity_unit + layer, *affinity = policy->affinity + (size_t)layer * policy->num_experts;
+    *unit *= POLICY_DECAY;
+    if (*unit > POLICY_LEAST_UNIT) return;
+    for (uint32_t e = 0; e < policy->num_experts; e++)
+        affinity[e] = affinity[e] * *unit > POLICY_NEVER ? affinity[e] * *unit : 0;
+    *unit = 1;
+}
+
+/* [layers][experts]: what an earlier run knew. */
+static inline void policy_seed_affinity(struct policy *policy, const double *affinity) {
+    memcpy(policy->affinity, affinity, sizeof(double) * policy->num_layers * policy->num_experts);
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++) {
+        policy->affinity_unit[layer] = 1;
+        if (policy_is_blend(policy)) policy_value_blend(policy, layer);
+    }
 }
 
 /* ---- the guard */
@@ -251,8 +287,8 @@ static inline double guard_hit_rate(struct policy *policy, struct pool *pool, co
                                     double rate) {
     size_t first = (size_t)policy->layer * policy->num_experts;
     uint32_t hits = pool_hits(pool, 0, policy->experts, policy->count);
-    pool_admit(pool, 0, policy->experts, policy->count, value + first, policy->last_used + first,
-               policy_kept(policy, calibrated));
+    const struct pool_order order = {value + first, policy->last_used + first};
+    pool_admit(pool, 0, policy->experts, policy->count, order, policy_kept(policy, calibrated));
     return rate + ((double)hits / policy->count - rate) / policy->guard.steps;
 }
 
@@ -278,24 +314,35 @@ static inline void policy_guard(struct policy *policy) {
 
 /* ---- what is fed */
 
-/* `row` [stream, expert, ...] is what TD learns from next. */
-static inline void policy_prefetch(const struct policy *policy, uint32_t layer, const uint16_t *row, uint32_t count) {
-    if (row[0] < policy->num_streams && count <= TD_MAX_TOP_K)
-        td_prefetch(&policy->td, row[0], layer, row + 1, count);
+/* The token that TD learns from after row number `i` of a record; 0 if it learns from none then. `next`: the record that
+ * comes next, or NULL if that is not known; then the next layer's is expected. */
+static inline int policy_next_token(const struct policy *policy, const uint16_t *record, uint32_t i,
+                                    const uint16_t *next, struct td_token *token) {
+    const uint32_t count = record[DEMAND_EXPERTS];
+    const uint16_t *row = record + DEMAND_HEADER_WORDS + i * (count + 1u);
+    if (i + 1 < record[DEMAND_ROWS]) {
+        row += count + 1u;
+        *token = (struct td_token){row[0], record[DEMAND_LAYER], count, row + 1};
+    } else if (next && next[DEMAND_ROWS]) {
+        row = next + DEMAND_HEADER_WORDS;
+        *token = (struct td_token){row[0], next[DEMAND_LAYER], next[DEMAND_EXPERTS], row + 1};
+    } else {
+        *token = (struct td_token){row[0], (record[DEMAND_LAYER] + 1u) % policy->num_layers, 0, row + 1};
+    }
+    return token->stream < policy->num_streams && token->count <= TD_MAX_TOP_K;
 }
 
-/* `next`: the record that comes next, or NULL if that is not known. */
 static inline void policy_learn(struct policy *policy, const uint16_t *record, const uint16_t *next) {
     uint32_t layer = policy->layer, count = record[DEMAND_EXPERTS];
     const uint16_t *row = record + DEMAND_HEADER_WORDS;
     for (uint32_t i = 0; i < record[DEMAND_ROWS]; i++, row += count + 1u) {
         if (row[0] >= policy->num_streams || count > TD_MAX_TOP_K) continue; /* a set, not one token's choice */
-        if (i + 1 < record[DEMAND_ROWS]) policy_prefetch(policy, layer, row + count + 1u, count);
-        else if (next) policy_prefetch(policy, next[DEMAND_LAYER], next + DEMAND_HEADER_WORDS, next[DEMAND_EXPERTS]);
-        else td_prefetch(&policy->td, row[0], (layer + 1) % policy->num_layers, NULL, 0);
+        struct td_token token;
+        const int follows = policy_next_token(policy, record, i, next, &token);
         policy->stream_seen[(size_t)row[0] * policy->num_layers + layer] = policy->layer_steps[layer];
         policy->batch = record[DEMAND_ROWS];
-        policy->kernels.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS]);
+        policy->kernels.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS],
+                                follows ? &token : NULL);
     }
     policy_value_td(policy, layer);
     policy_guard(policy);
@@ -310,16 +357,17 @@ static inline void policy_observe(struct policy *policy, const uint16_t *record,
     policy->layer_steps[layer]++;
     double seen = policy->steps < POLICY_CROWD_RATE ? (double)policy->steps : POLICY_CROWD_RATE;
     policy->distinct += ((double)policy->count - policy->distinct) / seen;
-    double *affinity = policy->affinity + first;
-    policy->kernels.decay(affinity, policy->num_experts, POLICY_DECAY, POLICY_NEVER);
+    policy_decay(policy, layer);
+    const double boost = (1 - POLICY_DECAY) / policy->affinity_unit[layer];
     for (uint32_t i = 0; i < policy->count; i++) {
-        uint32_t expert = policy->experts[i];
-        affinity[expert] += 1 - POLICY_DECAY;
-        policy->uses[first + expert]++;
-        policy->last_used[first + expert] = policy->steps;
+        const size_t id = first + policy->experts[i];
+        policy->affinity[id] += boost;
+        policy->last_used[id] = policy->steps;
     }
+    if (policy->base == POLICY_LFU || policy->base == POLICY_ADAPTIVE)
+        for (uint32_t i = 0; i < policy->count; i++) policy->uses[first + policy->experts[i]]++;
     if (policy->base == POLICY_TD) policy_learn(policy, record, next);
-    policy_value(policy, layer);
+    policy_value(policy);
 }
 
 #endif

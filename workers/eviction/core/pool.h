@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#define POOL_MAX_EXPERTS 1024u /* of a layer */
+
 struct pool {
     uint32_t num_layers, num_experts, slots, floor, used;
     uint32_t *used_in_layer;
@@ -50,37 +52,79 @@ static inline void pool_remove(struct pool *pool, uint32_t id) {
     pool->used_in_layer[id / pool->num_experts]--;
 }
 
-/* Who goes first: who is worth least (value NULL: all are worth the same), of equal ones who was used longest ago, then
- * the lowest id. Experts of `layer` that are marked in `kept` stay, unless kept is NULL, and so do those of layers that
+/* What experts are compared by. */
+struct pool_order {
+    const double *value;       /* NULL: all are worth the same */
+    const uint64_t *last_used;
+};
+
+static inline double pool_worth(const struct pool_order *order, uint32_t id) {
+    return order->value ? order->value[id] : 0;
+}
+
+/* Who goes first: who is worth least, of equal ones who was used longest ago, then the lowest id. */
+static inline int pool_before(const struct pool_order *order, uint32_t a, uint32_t b) {
+    const double worth = pool_worth(order, a), other = pool_worth(order, b);
+    if (worth != other) return worth < other;
+    if (order->last_used[a] != order->last_used[b]) return order->last_used[a] < order->last_used[b];
+    return a < b;
+}
+
+/* Who goes first. Experts of `layer` that are marked in `kept` stay, unless kept is NULL, and so do those of layers that
  * have `floor` or less. UINT32_MAX if nobody may go. */
-static inline uint32_t pool_victim(const struct pool *pool, const double *value, const uint64_t *last_used,
-                                   uint32_t layer, const uint8_t *kept, uint32_t floor) {
+static inline uint32_t pool_victim(const struct pool *pool, const struct pool_order *order, uint32_t layer,
+                                   const uint8_t *kept, uint32_t floor) {
     const uint32_t first = layer * pool->num_experts;
     uint32_t victim = UINT32_MAX;
     double least = INFINITY;
     for (uint32_t i = 0; i < pool->used; i++) {
         const uint32_t id = pool->residents[i];
-        const double worth = value ? value[id] : 0;
+        const double worth = pool_worth(order, id);
         if (worth > least) continue; /* most are: nothing else needs to be looked at */
         if (kept && id - first < pool->num_experts && kept[id - first]) continue;
         if (floor && pool->used_in_layer[id / pool->num_experts] <= floor) continue;
-        if (worth == least && victim != UINT32_MAX &&
-            (last_used[id] > last_used[victim] || (last_used[id] == last_used[victim] && id > victim)))
-            continue;
+        if (victim != UINT32_MAX && !pool_before(order, id, victim)) continue;
         least = worth;
         victim = id;
     }
     return victim;
 }
 
+/* The `most` (at least 1) experts that go first of a pool of one layer, without those that are kept; returns how many
+ * there are. */
+static inline uint32_t pool_victims(const struct pool *pool, const struct pool_order *order, const uint8_t *kept,
+                                    uint32_t most, uint32_t *victims) {
+    uint32_t count = 0;
+    double enough = INFINITY; /* what the last of `most` victims is worth */
+    for (uint32_t i = 0; i < pool->used; i++) {
+        const uint32_t id = pool->residents[i];
+        if (pool_worth(order, id) > enough || (kept && kept[id])) continue;
+        uint32_t at = count;
+        if (count < most) count++;
+        else if (!pool_before(order, id, victims[--at])) continue;
+        for (; at && pool_before(order, id, victims[at - 1]); at--) victims[at] = victims[at - 1];
+        victims[at] = id;
+        if (count == most) enough = pool_worth(order, victims[most - 1]);
+    }
+    return count;
+}
+
 /* All of `experts` come in at once, then the pool shrinks to its slots. When the kept ones alone are too many, each
  * newcomer drives out an earlier one, whatever that is worth. */
 static inline void pool_admit(struct pool *pool, uint32_t layer, const uint16_t *experts, uint32_t count,
-                              const double *value, const uint64_t *last_used, const uint8_t *kept) {
+                              struct pool_order order, const uint8_t *kept) {
     for (uint32_t i = 0; i < count; i++) pool_add(pool, layer * pool->num_experts + experts[i]);
+    if (pool->num_layers == 1 && pool->used > pool->slots) {
+        uint32_t victims[POOL_MAX_EXPERTS];
+        const uint32_t going = pool_victims(pool, &order, kept, pool->used - pool->slots, victims);
+        for (uint32_t i = 0; i < going; i++) pool_remove(pool, victims[i]);
+    }
     while (pool->used > pool->slots) {
-        uint32_t victim = pool_victim(pool, value, last_used, layer, kept, pool->floor);
-        if (victim == UINT32_MAX) victim = pool_victim(pool, kept ? NULL : value, last_used, layer, NULL, 0);
+        uint32_t victim = pool_victim(pool, &order, layer, kept, pool->floor);
+        if (victim == UINT32_MAX) {
+            const struct pool_order any = {kept ? NULL : order.value, order.last_used};
+            victim = pool_victim(pool, &any, layer, NULL, 0);
+        }
         pool_remove(pool, victim);
     }
 }

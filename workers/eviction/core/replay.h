@@ -61,7 +61,8 @@ static inline void replay_step(struct replay_pools *all, const struct policy *po
         result->hits += hits;
         result->misses += used.count - hits;
     }
-    pool_admit(pool, layer, used.experts, used.count, value + first, policy->last_used + first, kept);
+    const struct pool_order order = {value + first, policy->last_used + first};
+    pool_admit(pool, layer, used.experts, used.count, order, kept);
 }
 
 /* The policy learns from one record, by which the latest demand is what the gate chose. `used`: what the step then used

@@ -8,7 +8,7 @@
  * Active rows: the members of six expert sets of the token's stream: this layer's now and one token ago, and the
  * latest of the layers l-1, l-2, l-3 and l+1 (cyclic: the layer before the first is the previous token's last).
  * Traits of the expert itself: 1, used now, and moving averages of its use with rates 1/4, 1/16, 1/64 and 1/256.
- * Where experts are many (more than TD_FEW_EXPERTS), only the foremost of another layer's set count.
+ * Where experts are many (more than TD_FEW_EXPERTS), only the foremost of all sets but the first count.
  *
  * One token later the truth is nearer: it is 1 if e was used, else gamma times the new estimate. The weights that
  * were active then move by eta times the difference. So y_e tends to the mean of gamma^(tokens until the next use
@@ -25,22 +25,26 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define TD_SETS 6u
 #define TD_TRAITS 6u
 #define TD_AVERAGES 4u
 #define TD_MAX_TOP_K 32u
 #define TD_FEW_EXPERTS 64u    /* in models with more, a weight has 8 bits, and ... */
-#define TD_FOREMOST 3u        /* ... of another layer's set only the experts ranked highest are active rows */
+#define TD_FOREMOST 3u        /* ... of another layer's set only the experts ranked highest are active rows, and ... */
+#define TD_FOREMOST_OWN 4u    /* ... of the layer's own set one token ago */
 #define TD_MAX_EXPERTS 1024u
 #define TD_BYTES 64u          /* rows are padded to whole vectors of 64 bytes; padding stays zero */
 #define TD_LANES 32u          /* of 16 bits in such a vector */
 #define TD_HUGE_PAGE (2u << 20)
 #define TD_LINE 64u
 #define TD_FAR (16u << 20) /* bytes of W */
+#define TD_INTO_L2 2       /* of a prefetch: not further, where the layer's other numbers would push it out */
 #define TD_UNIT (1 / 4096.f)        /* of set weights of 16 bits, which so hold -8 to 8, and ... */
 #define TD_COARSE_UNIT (1 / 1536.f) /* ... of 8 bits: -0.07 to 0.07, beyond which hardly one of many would go */
-#define TD_MOST_UNITS 15            /* that a weight of 8 bits moves by at once */
 #define TD_MAX_STEP 0.005f    /* eta */
 #define TD_STABLE_STEP 0.5f   /* eta * tokens per step * |features|^2: it diverges from about 1 on */
 #define TD_NEVER 1e-20f       /* averages of use below are 0: processors are slow with the numbers that come next */
@@ -48,10 +52,21 @@
 
 static const float td_rates[TD_AVERAGES] = {1 / 4.f, 1 / 16.f, 1 / 64.f, 1 / 256.f};
 
+/* One token's experts of a layer; `count` 0: they are not known yet. */
+struct td_token {
+    uint32_t stream, layer, count;
+    const uint16_t *experts;
+};
+
+/* Rows of a layer's W. */
+struct td_rows {
+    uint32_t count;
+    uint16_t rows[TD_SETS * TD_MAX_TOP_K];
+};
+
 struct td;
 typedef void td_observe_function(struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
-                                 uint32_t count, uint32_t batch);
-typedef void td_decay_function(double *scores, uint32_t count, double decay, double least);
+                                 uint32_t count, uint32_t batch, const struct td_token *next);
 typedef void td_combine_function(const struct td *td, uint32_t layer, const uint16_t *streams, uint32_t count,
                                  double *value);
 
@@ -59,7 +74,6 @@ typedef void td_combine_function(const struct td *td, uint32_t layer, const uint
 struct td_kernels {
     td_observe_function *observe;
     td_combine_function *combine;
-    td_decay_function *decay;
 };
 
 struct td {
@@ -148,40 +162,53 @@ static inline void td_forget_streams(struct td *td) {
     memset(td->set_size, 0, sizeof(uint16_t) * td->num_streams * td->num_layers);
 }
 
+/* The rows that were active when the latest token of `place` was observed; its own set first. */
+static inline void td_take_rows(const struct td *td, size_t place, struct td_rows *rows) {
+    rows->count = td->num_active[place];
+    memcpy(rows->rows, td->active + place * TD_SETS * TD_MAX_TOP_K, sizeof(uint16_t) * rows->count);
+}
+
+static inline void td_keep_rows(struct td *td, size_t place, const struct td_rows *rows, uint32_t set_size) {
+    memcpy(td->active + place * TD_SETS * TD_MAX_TOP_K, rows->rows, sizeof(uint16_t) * rows->count);
+    td->num_active[place] = (uint16_t)rows->count;
+    td->set_size[place] = (uint16_t)set_size;
+}
+
 /* Appends the first `most` experts that the latest token of `place` used, as rows of the weight block of set number
  * `set`. */
-static inline uint32_t td_append(const struct td *td, size_t place, uint32_t set, uint32_t most, uint16_t *rows,
-                                 uint32_t count) {
+static inline void td_append(const struct td *td, size_t place, uint32_t set, uint32_t most, struct td_rows *rows) {
     const uint16_t *own = td->active + place * TD_SETS * TD_MAX_TOP_K;
-    for (uint32_t i = 0; i < td->set_size[place] && i < most; i++) rows[count++] = (uint16_t)(set * td->num_experts + own[i]);
-    return count;
+    const uint32_t count = td->set_size[place] < most ? td->set_size[place] : most;
+    for (uint32_t i = 0; i < count; i++) rows->rows[rows->count + i] = (uint16_t)(set * td->num_experts + own[i]);
+    rows->count += count;
 }
 
 /* The rows that are active after this token used `experts`; its own set first. */
-static inline uint32_t td_active_rows(const struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
-                                      uint32_t count, uint16_t *rows) {
+static inline void td_active_rows(const struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
+                                  uint32_t count, struct td_rows *rows) {
     static const uint8_t before[] = {1, 2, 3};
-    size_t first = (size_t)stream * td->num_layers;
-    uint32_t layers = td->num_layers, n = 0;
-    for (uint32_t i = 0; i < count; i++) rows[n++] = experts[i];
-    n = td_append(td, first + layer, 1, TD_MAX_TOP_K, rows, n);
-    const uint32_t most = td->num_experts > TD_FEW_EXPERTS ? TD_FOREMOST : TD_MAX_TOP_K;
+    const size_t first = (size_t)stream * td->num_layers;
+    const uint32_t layers = td->num_layers, many = td->num_experts > TD_FEW_EXPERTS;
+    const uint32_t of_own = many ? TD_FOREMOST_OWN : TD_MAX_TOP_K, of_others = many ? TD_FOREMOST : TD_MAX_TOP_K;
+    memcpy(rows->rows, experts, sizeof(uint16_t) * count);
+    rows->count = count;
+    td_append(td, first + layer, 1, of_own, rows);
     for (uint32_t i = 0; i < 3; i++)
-        n = td_append(td, first + (layer + layers - before[i] % layers) % layers, 2 + i, most, rows, n);
-    return td_append(td, first + (layer + 1) % layers, 5, most, rows, n);
+        td_append(td, first + (layer + layers - before[i] % layers) % layers, 2 + i, of_others, rows);
+    td_append(td, first + (layer + 1) % layers, 5, of_others, rows);
 }
 
-/* Asks for the rows that will be active when the token's `experts` of a layer are observed, or for as many as are known
- * before they are: where W is so large that they are in no cache of a core. Elsewhere asking costs more than waiting. */
-static inline void td_prefetch(const struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
-                               uint32_t count) {
-    uint16_t rows[TD_SETS * TD_MAX_TOP_K];
+/* Asks for the rows that will be active when the token is observed, or for as many as are known before: where W is so
+ * large that they are in no cache of a core. Elsewhere asking costs more than waiting. */
+static inline void td_prefetch(const struct td *td, const struct td_token *token) {
+    struct td_rows rows;
     if (td->num_layers * td_layer_nbytes(td) < TD_FAR) return;
-    uint32_t num_rows = td_active_rows(td, stream, layer, experts, count, rows);
-    const uint8_t *weights = td->set_weights + layer * td_layer_nbytes(td);
+    td_active_rows(td, token->stream, token->layer, token->experts, token->count, &rows);
+    const uint8_t *weights = td->set_weights + token->layer * td_layer_nbytes(td);
     const size_t nbytes = td->row_nbytes;
-    for (uint32_t i = 0; i < num_rows; i++)
-        for (size_t line = 0; line < nbytes; line += TD_LINE) __builtin_prefetch(weights + rows[i] * nbytes + line, 1);
+    for (uint32_t i = 0; i < rows.count; i++)
+        for (size_t line = 0; line < nbytes; line += TD_LINE)
+            __builtin_prefetch(weights + rows.rows[i] * nbytes + line, 0, TD_INTO_L2);
 }
 
 static inline void td_reset_layer(struct td *td, uint32_t layer) {
@@ -198,12 +225,12 @@ static inline void td_mark(const struct td *td, float *marks, const uint16_t *ex
     for (uint32_t i = 0; i < count; i++) marks[experts[i]] = 1;
 }
 
-/* Thresholds, in 256ths, of the rows that a coarse move is for: see td_rows.h. The turn advances by the golden ratio of
+/* Thresholds, in 256ths less 128, of the rows that a coarse move is for: see td_rows.h. The turn advances by the golden ratio of
  * 2^32, which comes near to every place however many streams take turns. */
-static inline void td_thresholds(struct td *td, uint32_t layer, uint32_t count, uint8_t *threshold) {
+static inline void td_thresholds(struct td *td, uint32_t layer, uint32_t count, int8_t *threshold) {
     td->turn[layer] += 0x9E3779B9u;
     const uint32_t apart = UINT32_MAX / count;
-    for (uint32_t i = 0; i < count; i++) threshold[i] = (uint8_t)((td->turn[layer] + i * apart) >> 24);
+    for (uint32_t i = 0; i < count; i++) threshold[i] = (int8_t)((td->turn[layer] + i * apart) >> 24 ^ 0x80);
 }
 
 /* Whether an estimate is beyond TD_MAX_ESTIMATE, or no number; of the bits of the largest one without its sign. */
@@ -214,44 +241,58 @@ static inline int td_diverged(int32_t largest) {
     return largest > limit;
 }
 
+typedef int8_t td_bytes __attribute__((vector_size(16)));
+
+/* a + b, or the end of 8 bits that it is beyond. */
+static inline td_bytes td_add_saturated(td_bytes a, td_bytes b) {
+    const td_bytes sum = (td_bytes)((__typeof__(a < b))a + b), most = 127 ^ (a < 0), beyond = ((a ^ sum) & (b ^ sum)) < 0;
+    return (sum & ~beyond) | (most & beyond);
+}
+
 /* The numerics, compiled once for each level of the instruction set, in vectors of as many bytes as it has: the compiler
  * takes longer ones apart badly. */
 #define TD_NAME(name) name##_portable
 #define TD_VECTOR 16
 #define TD_TARGET
+#define TD_ADD_SATURATED(a, b) td_add_saturated(a, b)
 #include "td_rows.h"
 #include "td_kernel.h"
 #undef TD_NAME
 #undef TD_VECTOR
 #undef TD_TARGET
+#undef TD_ADD_SATURATED
 
 #if defined(__x86_64__)
 #define TD_NAME(name) name##_avx2
 #define TD_VECTOR 32
 #define TD_TARGET __attribute__((target("avx2")))
+#define TD_ADD_SATURATED(a, b) _mm256_adds_epi8((__m256i)(a), (__m256i)(b))
 #include "td_rows.h"
 #include "td_kernel.h"
 #undef TD_NAME
 #undef TD_VECTOR
 #undef TD_TARGET
+#undef TD_ADD_SATURATED
 
 #define TD_NAME(name) name##_avx512
 #define TD_VECTOR 64
 #define TD_TARGET __attribute__((target("avx512bw,avx512vl,avx512dq")))
+#define TD_ADD_SATURATED(a, b) _mm512_adds_epi8((__m512i)(a), (__m512i)(b))
 #include "td_rows.h"
 #include "td_kernel.h"
 #undef TD_NAME
 #undef TD_VECTOR
 #undef TD_TARGET
+#undef TD_ADD_SATURATED
 #endif
 
 static inline struct td_kernels td_best_kernels(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return (struct td_kernels){td_observe_avx512, td_combine_avx512, td_decay_avx512};
-    if (__builtin_cpu_supports("avx2")) return (struct td_kernels){td_observe_avx2, td_combine_avx2, td_decay_avx2};
+        return (struct td_kernels){td_observe_avx512, td_combine_avx512};
+    if (__builtin_cpu_supports("avx2")) return (struct td_kernels){td_observe_avx2, td_combine_avx2};
 #endif
-    return (struct td_kernels){td_observe_portable, td_combine_portable, td_decay_portable};
+    return (struct td_kernels){td_observe_portable, td_combine_portable};
 }
 
 #endif

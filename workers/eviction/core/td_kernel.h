@@ -56,49 +56,48 @@ TD_TARGET static int32_t TD_NAME(td_step_experts)(struct td *td, uint32_t layer,
 }
 
 /* One token of `stream` used `experts` (at most TD_MAX_TOP_K) of `layer`, in a step of `batch` tokens: learns from
- * it, and leaves the new estimates in td->estimate. */
+ * it, and leaves the new estimates in td->estimate. `next`: what is observed next, or NULL. */
 TD_TARGET static void TD_NAME(td_observe)(struct td *td, uint32_t stream, uint32_t layer, const uint16_t *experts,
-                                          uint32_t count, uint32_t batch) {
+                                          uint32_t count, uint32_t batch, const struct td_token *next) {
     const size_t place = (size_t)stream * td->num_layers + layer;
     _Alignas(TD_BYTES) uint16_t sums[TD_MAX_EXPERTS];
     _Alignas(TD_BYTES) int16_t change[TD_MAX_EXPERTS];
     _Alignas(TD_BYTES) float used[TD_MAX_EXPERTS], used_before[TD_MAX_EXPERTS];
-    uint16_t rows[TD_SETS * TD_MAX_TOP_K];
+    struct td_rows earlier, now;
+    td_take_rows(td, place, &earlier);
     td_mark(td, used, experts, count);
-    td_mark(td, used_before, td->active + place * TD_SETS * TD_MAX_TOP_K, td->set_size[place]);
-    uint32_t num_rows = td_active_rows(td, stream, layer, experts, count, rows);
-    if (td->coarse) TD_NAME(td_sum_coarse)(td, layer, rows, num_rows, sums);
-    else TD_NAME(td_sum)(td, layer, rows, num_rows, sums);
-    const uint32_t learns = td->num_active[place];
-    const float eta = learns ? td_step(batch, td->num_active[place]) : 0;
+    td_mark(td, used_before, earlier.rows, td->set_size[place]);
+    td_active_rows(td, stream, layer, experts, count, &now);
+    td_keep_rows(td, place, &now, count);
+    if (td->coarse) TD_NAME(td_sum_coarse)(td, layer, now.rows, now.count, sums);
+    else TD_NAME(td_sum)(td, layer, now.rows, now.count, sums);
+    if (next) td_prefetch(td, next);
+    const float eta = earlier.count ? td_step(batch, earlier.count) : 0;
     int32_t largest = TD_NAME(td_step_experts)(td, layer, place, used, used_before, sums,
                                                td_discount(batch), eta, change);
     if (td_diverged(largest)) {
         td_reset_layer(td, layer);
         memset(td->estimate + place * td->stride, 0, sizeof(float) * td->stride);
-    } else if (learns && td->coarse) {
-        TD_NAME(td_move_coarse)(td, layer, place, change);
-    } else if (learns) {
-        TD_NAME(td_move)(td, layer, place, change);
+    } else if (earlier.count && td->coarse) {
+        TD_NAME(td_move_coarse)(td, layer, earlier.rows, earlier.count, change);
+    } else if (earlier.count) {
+        TD_NAME(td_move)(td, layer, earlier.rows, earlier.count, change);
     }
-    memcpy(td->active + place * TD_SETS * TD_MAX_TOP_K, rows, sizeof(uint16_t) * num_rows);
-    td->num_active[place] = (uint16_t)num_rows;
-    td->set_size[place] = (uint16_t)count;
 }
 
 /* Per expert 1 - product over the streams of (1 - y), y at most 1: that at least one of them wants it soon. */
 TD_TARGET static void TD_NAME(td_combine)(const struct td *td, uint32_t layer, const uint16_t *streams, uint32_t count,
                                           double *value) {
     float nobody[TD_MAX_EXPERTS];
+    if (count == 1) {
+        const float *y = td->estimate + ((size_t)streams[0] * td->num_layers + layer) * td->stride;
+        for (uint32_t e = 0; e < td->num_experts; e++) value[e] = y[e] < 1 ? y[e] : 1;
+        return;
+    }
     for (uint32_t e = 0; e < td->num_experts; e++) nobody[e] = 1;
     for (uint32_t s = 0; s < count; s++) {
         const float *y = td->estimate + ((size_t)streams[s] * td->num_layers + layer) * td->stride;
         for (uint32_t e = 0; e < td->num_experts; e++) nobody[e] *= 1 - (y[e] < 1 ? y[e] : 1);
     }
     for (uint32_t e = 0; e < td->num_experts; e++) value[e] = 1 - (double)nobody[e];
-}
-
-/* Scores that would be below `least` are 0. */
-TD_TARGET static void TD_NAME(td_decay)(double *scores, uint32_t count, double decay, double least) {
-    for (uint32_t e = 0; e < count; e++) scores[e] = scores[e] > least ? scores[e] * decay : 0;
 }

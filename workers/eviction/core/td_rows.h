@@ -7,7 +7,7 @@
  * With 8 bits a unit is larger, and if all rows moved by it at once, or none, estimates would jump. So of the rows that
  * should move by a fraction of a unit such a fraction moves by a whole one: those that the fraction is above the
  * threshold of. Thresholds lie evenly from 0 to 1, and whose is which turns with every move of the layer. A weight
- * stops short of the ends of its 8 bits by what it may move at once, so that no move wraps around. */
+ * stops at the ends of its 8 bits. */
 
 /* The sum of the given rows of a layer's W, modulo 2^16: it is right if the sum itself is within -8 to 8. */
 TD_TARGET static void TD_NAME(td_sum)(const struct td *td, uint32_t layer, const uint16_t *rows, uint32_t count,
@@ -32,21 +32,21 @@ TD_TARGET static void TD_NAME(td_sum)(const struct td *td, uint32_t layer, const
     }
 }
 
-/* Moves the rows that were active at the previous token of `place`. */
-TD_TARGET static void TD_NAME(td_move)(struct td *td, uint32_t layer, size_t place, const int16_t *moves) {
+/* Moves the given rows. */
+TD_TARGET static void TD_NAME(td_move)(struct td *td, uint32_t layer, const uint16_t *rows, uint32_t count,
+                                       const int16_t *moves) {
     typedef uint16_t lanes __attribute__((vector_size(TD_VECTOR), may_alias));
     const size_t width = td->stride * sizeof(uint16_t) / TD_VECTOR;
     const lanes *change = (const lanes *)moves;
     lanes *weights = (lanes *)(td->set_weights + layer * td_layer_nbytes(td));
-    const uint16_t *rows = td->active + place * TD_SETS * TD_MAX_TOP_K;
     size_t v = 0;
     for (; v + 4 <= width; v += 4)
-        for (uint32_t i = 0; i < td->num_active[place]; i++) {
+        for (uint32_t i = 0; i < count; i++) {
             lanes *row = weights + rows[i] * width + v;
             for (uint32_t j = 0; j < 4; j++) row[j] += change[v + j];
         }
     for (; v < width; v++)
-        for (uint32_t i = 0; i < td->num_active[place]; i++) weights[rows[i] * width + v] += change[v];
+        for (uint32_t i = 0; i < count; i++) weights[rows[i] * width + v] += change[v];
 }
 
 /* td_sum of rows of 8 bits: of the bytes at even places and of those at odd ones, each 128 too large and so never
@@ -78,27 +78,27 @@ TD_TARGET static void TD_NAME(td_sum_coarse)(const struct td *td, uint32_t layer
 }
 
 /* td_move of rows of 8 bits; `change` in 256ths of a unit. */
-TD_TARGET static void TD_NAME(td_move_coarse)(struct td *td, uint32_t layer, size_t place, const int16_t *change) {
-    const size_t width = td->stride;
-    int8_t *weights = (int8_t *)(td->set_weights + layer * td_layer_nbytes(td));
-    const uint16_t *rows = td->active + place * TD_SETS * TD_MAX_TOP_K;
-    const uint32_t count = td->num_active[place];
-    int8_t whole[TD_MAX_EXPERTS];
-    uint8_t fraction[TD_MAX_EXPERTS], threshold[TD_SETS * TD_MAX_TOP_K];
-    for (size_t e = 0; e < width; e++) {
-        const int16_t units = change[e] >> 8;
-        const int16_t most = TD_MOST_UNITS - 1, least = -TD_MOST_UNITS;
-        whole[e] = (int8_t)(units < least ? least : units > most ? most : units);
-        fraction[e] = (uint8_t)change[e];
+TD_TARGET static void TD_NAME(td_move_coarse)(struct td *td, uint32_t layer, const uint16_t *rows, uint32_t count,
+                                              const int16_t *change) {
+    typedef int8_t lanes __attribute__((vector_size(TD_VECTOR), may_alias));
+    enum { BLOCK = TD_BYTES / TD_VECTOR };
+    const size_t width = td->stride / TD_VECTOR;
+    lanes *weights = (lanes *)(td->set_weights + layer * td_layer_nbytes(td));
+    _Alignas(TD_BYTES) int8_t whole[TD_MAX_EXPERTS], fraction[TD_MAX_EXPERTS]; /* fractions and thresholds: -128 is 0 */
+    int8_t threshold[TD_SETS * TD_MAX_TOP_K];
+    for (size_t e = 0; e < td->stride; e++) {
+        whole[e] = (int8_t)(change[e] >> 8);
+        fraction[e] = (int8_t)(change[e] ^ 0x80);
     }
     td_thresholds(td, layer, count, threshold);
-    for (uint32_t i = 0; i < count; i++) {
-        int8_t *row = __builtin_assume_aligned(weights + rows[i] * width, TD_BYTES);
-        for (size_t v = 0; v < width; v += TD_BYTES)
-            for (size_t e = v; e < v + TD_BYTES; e++) {
-                const int8_t moved = (int8_t)(row[e] + whole[e] + (fraction[e] > threshold[i]));
-                const int8_t most = 127 - TD_MOST_UNITS;
-                row[e] = moved > most ? most : moved < -most ? (int8_t)-most : moved;
+    for (size_t v = 0; v < width; v += BLOCK) {
+        const lanes *less = (const lanes *)whole + v, *beyond = (const lanes *)fraction + v;
+        for (uint32_t i = 0; i < count; i++) {
+            lanes *row = weights + rows[i] * width + v;
+            for (uint32_t j = 0; j < BLOCK; j++) {
+                const lanes more = (lanes)(beyond[j] > threshold[i]); /* -1: one unit more */
+                row[j] = (lanes)TD_ADD_SATURATED(row[j], less[j] - more);
             }
+        }
     }
 }
