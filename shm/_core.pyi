@@ -1,6 +1,6 @@
 """The C extension's interface; shm/core/bind_*.h hold the descriptions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,13 @@ class Arena:
     def slot_release(self, slot: int, /) -> None: ...
     def load_begin(self, slot: int, expert: int, /) -> None: ...
     def prefetch_begin(self, slot: int, expert: int, /) -> None: ...
+    def load_first(self, slots: Iterable[int], expert: int, urgent: bool, process: int, /) -> int:
+        """The first of these slots that is EMPTY, or whose expert can be evicted, begins to load; -1 if there is none.
+        Evictions are counted in the row of `process`."""
+
+    def unanswered(self, experts: Iterable[int], /) -> list[int]:
+        """Those that are requested urgently and neither resident nor failed. Requests for the others are answered."""
+
     def load_publish(self, slot: int, checksum: int, nbytes: int, format: int, source: int, /) -> None: ...
     def recover(self) -> None: ...
     def urgent_requests(self) -> list[int]: ...

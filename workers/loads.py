@@ -68,7 +68,7 @@ class Loads:
         warm_start: bool = False,
         source: PrefetchSource = PrefetchSource.NONE,
     ) -> None:
-        (self._arena.load_begin if urgent else self._arena.prefetch_begin)(slot, expert)
+        """Into a slot that is LOADING (slots.py)."""
         load = self._loads[expert] = Load(expert, slot, urgent=urgent, warm_start=warm_start, source=source)
         if urgent:
             self._count_urgent_loads(1)

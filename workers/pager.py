@@ -131,8 +131,11 @@ class Pager:
     def _serve_urgent(self) -> None:
         """Begins urgent loads until the lanes have enough to do. One that finds no slot of its class does not hold up
         the others: their waiters may pin what it waits for."""
+        if not self._urgent:
+            return
         self._answer_urgent()
         full_classes: set[int] = set()
+        awaited = self._prefetches.awaited()
         for expert in list(self._urgent):
             if expert in self._loads:
                 continue  # it was given up a moment ago, and begins again once its slot is free
@@ -142,7 +145,7 @@ class Pager:
             slot_class = self._slots.class_of(expert)
             if slot_class in full_classes:
                 continue
-            if (slot := self._slots.take(expert, self._prefetches.awaited())) is not None:
+            if (slot := self._slots.take(expert, awaited)) is not None:
                 del self._urgent[expert]
                 self._loads.begin(expert, slot, urgent=True)
             else:
@@ -154,9 +157,8 @@ class Pager:
     def _answer_urgent(self) -> None:
         """Those that need no load of their own, or not any more: an earlier message, or a rescan, may have served them.
         All of them before a prefetch is given up for any: it may be what another one waits for."""
-        for expert in list(self._urgent):
-            if not self._arena.requested(expert, True) or self._is_settled(expert) or self._loads.overtake(expert):
-                del self._urgent[expert]
+        unanswered = self._arena.unanswered(self._urgent)
+        self._urgent = {expert: None for expert in unanswered if not self._loads.overtake(expert)}
 
     def _is_settled(self, expert: int) -> bool:
         """Whether there is nothing to load: then the request is answered."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -61,39 +61,54 @@ class Slots:
         resident = self._expert_in_slot[self._expert_in_slot >= 0]
         return resident[list(self._eviction.order(resident))[::-1]]
 
-    # ---- to load into
+    # ---- to load into: the slot that is returned is LOADING, its request withdrawn
 
     def take_empty(self, expert: int) -> int | None:
-        """An EMPTY slot of its class."""
-        slots = self._empty[self._class_of_expert[expert]]
-        return slots.pop() if slots else None
+        """An EMPTY slot of its class, for what nobody waits for."""
+        return self._load_into(self._empty[self._class_of_expert[expert]][-1:], expert, urgent=False)
 
     def take(self, expert: int, awaited: Set[int]) -> int | None:
-        """An EMPTY or EVICTING slot of its class to load `expert` into, which somebody waits for. None if all experts
-        in such slots are pinned. `awaited`: those that go last, as they were prefetched for a step that is to come."""
-        if (slot := self.take_empty(expert)) is not None:
-            return slot
-        last: list[int] = []
-        for slot in self._victims(expert):
-            if awaited and self._expert_in_slot[slot] in awaited:
-                last.append(slot)
-            elif self._evict(slot):
-                return slot
-        return next((slot for slot in last if self._evict(slot)), None)
+        """A slot of its class for `expert`, which somebody waits for. None if all experts in such slots are pinned.
+        `awaited`: those that go last, as they were prefetched for a step that is to come."""
+        slots: Iterable[int] = self._empty[self._class_of_expert[expert]][-1:]
+        if not slots:
+            slots = self._awaited_last(expert, awaited) if awaited else self._victims(expert)
+        return self._load_into(slots, expert, urgent=True)
 
     def take_for_prefetch(self, expert: int, awaited: Set[int]) -> int | None:
         """The same if nobody waits for it: None also if the experts that could go are worth more, or `awaited`."""
         if (slot := self.take_empty(expert)) is not None:
             return slot
+        return self._load_into(self._worth_less(expert, awaited), expert, urgent=False)
+
+    def _awaited_last(self, expert: int, awaited: Set[int]) -> Iterator[int]:
+        last: list[int] = []
+        for slot in self._victims(expert):
+            if self._expert_in_slot[slot] in awaited:
+                last.append(slot)
+            else:
+                yield slot
+        yield from last
+
+    def _worth_less(self, expert: int, awaited: Set[int]) -> Iterator[int]:
         for slot in self._victims(expert):
             resident = int(self._expert_in_slot[slot])
             if resident in awaited:
                 continue
             if not self._eviction.yields(resident):
-                return None
-            if self._evict(slot):
-                return slot
-        return None
+                return
+            yield slot
+
+    def _load_into(self, slots: Iterable[int], expert: int, *, urgent: bool) -> int | None:
+        """The first of `slots` that can be had."""
+        slot = self._arena.load_first(slots, expert, urgent, self._process)
+        if slot < 0:
+            return None
+        if self._expert_in_slot[slot] >= 0:
+            self._expert_in_slot[slot] = -1
+        else:
+            self._empty[self._class_of_expert[expert]].pop()
+        return slot
 
     def fill(self, slot: int, expert: int) -> None:
         """It was published there."""
@@ -121,11 +136,3 @@ class Slots:
         if pinned := self._arena.user_pins():
             may_go = may_go & ~np.isin(self._expert_in_slot, pinned)
         return self._eviction.order(self._expert_in_slot, expert, may_go)
-
-    def _evict(self, slot: int) -> bool:
-        if not self._arena.evict_begin(slot):
-            self._arena.count(self._process, Counter.EVICTIONS_REFUSED, 1)
-            return False
-        self._expert_in_slot[slot] = -1
-        self._arena.count(self._process, Counter.EVICTIONS, 1)
-        return True

@@ -1,4 +1,5 @@
-/* Methods of Arena for pins, requests and slots: residency.h and futex.h, with their arguments checked. */
+/* Methods of Arena for pins, requests and waiting: residency.h and futex.h, with their arguments checked. What the pager
+ * does with slots is in bind_slots.h. */
 #ifndef HOTSET_BIND_RESIDENCY_H
 #define HOTSET_BIND_RESIDENCY_H
 
@@ -9,6 +10,8 @@
 static inline uint64_t expert_limit(const struct arena *arena) {
     return (uint64_t)arena->num_layers * arena->num_experts;
 }
+
+#define FASTCALL(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
 
 #define EXPERT_ARGUMENT                                                            \
     struct arena *arena = arena_of(self);                                          \
@@ -166,124 +169,6 @@ static PyObject *arena_slot(PyObject *self, PyObject *arg) {
                          (int)slot_word_state(word));
 }
 
-static PyObject *arena_evict_begin(PyObject *self, PyObject *arg) {
-    SLOT_ARGUMENT
-    return PyBool_FromLong(evict_begin(arena, (uint32_t)slot));
-}
-
-static PyObject *arena_slot_release(PyObject *self, PyObject *arg) {
-    SLOT_ARGUMENT
-    enum slot_state state = slot_word_state(load_relaxed(&arena->slot_words[slot]));
-    if (state != SLOT_LOADING && state != SLOT_EVICTING)
-        return PyErr_Format(PyExc_ValueError, "slot %d is in state %d, expected LOADING (1) or EVICTING (3) to release it",
-                            (int)slot, (int)state);
-    slot_release(arena, (uint32_t)slot);
-    Py_RETURN_NONE;
-}
-
-static PyObject *begin_to_load(PyObject *self, PyObject *const *args, Py_ssize_t count,
-                               void (*begin)(const struct arena *, uint32_t, uint32_t)) {
-    struct arena *arena = arena_of(self);
-    uint64_t v[2];
-    if (!arena) return NULL;
-    if (!parse_indices(args, count, 2, (const char *[]){"slot", "expert id"},
-                       (uint64_t[]){arena->num_slots, expert_limit(arena)}, v))
-        return NULL;
-    enum slot_state state = slot_word_state(load_relaxed(&arena->slot_words[v[0]]));
-    if (state != SLOT_EMPTY && state != SLOT_EVICTING) {
-        PyErr_Format(PyExc_ValueError, "slot %d is in state %d, expected EMPTY (0) or EVICTING (3) to load into it",
-                     (int)v[0], (int)state);
-        return NULL;
-    }
-    uint32_t entry = load_relaxed(&arena->directory[v[1]]);
-    if (entry && entry != v[0] + 1)
-        return PyErr_Format(PyExc_ValueError, "expert %d is in slot %d already, expected one that is in no slot", (int)v[1],
-                            (int)entry - 1);
-    begin(arena, (uint32_t)v[0], (uint32_t)v[1]);
-    Py_RETURN_NONE;
-}
-
-static PyObject *arena_load_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    return begin_to_load(self, args, count, load_begin);
-}
-
-static PyObject *arena_prefetch_begin(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    return begin_to_load(self, args, count, prefetch_begin);
-}
-
-static PyObject *arena_load_publish(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    struct arena *arena = arena_of(self);
-    if (!arena) return NULL;
-    if (count != 5) return PyErr_Format(PyExc_TypeError, "expected 5 arguments, got %zd", count);
-    uint64_t checksum = PyLong_AsUnsignedLongLong(args[1]);
-    if (PyErr_Occurred()) return NULL;
-    PyObject *rest[4] = {args[0], args[2], args[3], args[4]};
-    uint64_t v[4];
-    if (!parse_indices(rest, 4, 4, (const char *[]){"slot", "nbytes", "format", "source"},
-                       (uint64_t[]){arena->num_slots, UINT64_C(1) << 32, 256, 256}, v))
-        return NULL;
-    enum slot_state state = slot_word_state(load_relaxed(&arena->slot_words[v[0]]));
-    if (state != SLOT_LOADING)
-        return PyErr_Format(PyExc_ValueError, "slot %d is in state %d, expected LOADING (1) to publish it", (int)v[0],
-                            (int)state);
-    load_publish(arena, (uint32_t)v[0], checksum, (uint32_t)v[1], (uint16_t)v[2], (uint16_t)v[3]);
-    Py_RETURN_NONE;
-}
-
-static PyObject *arena_recover(PyObject *self, PyObject *ignored) {
-    (void)ignored;
-    struct arena *arena = arena_of(self);
-    if (!arena) return NULL;
-    residency_recover(arena);
-    Py_RETURN_NONE;
-}
-
-/* The ids whose bit is set in `mask`, ascending. */
-static PyObject *mask_ids(const struct arena *arena, atomic_u64 *mask) {
-    PyObject *ids = PyList_New(0);
-    for (uint32_t layer = 0; ids && layer < arena->num_layers; layer++)
-        for (uint32_t word = 0; word < arena->mask_words; word++) {
-            uint64_t bits = load_acquire(mask + (size_t)layer * arena->mask_stride + word);
-            for (; bits; bits &= bits - 1) {
-                uint32_t expert = word * 64 + (uint32_t)__builtin_ctzll(bits);
-                PyObject *id = PyLong_FromUnsignedLong(layer * arena->num_experts + expert);
-                if (!id || PyList_Append(ids, id) < 0) {
-                    Py_XDECREF(id);
-                    Py_DECREF(ids);
-                    return NULL;
-                }
-                Py_DECREF(id);
-            }
-        }
-    return ids;
-}
-
-static PyObject *arena_urgent_requests(PyObject *self, PyObject *ignored) {
-    (void)ignored;
-    struct arena *arena = arena_of(self);
-    return arena ? mask_ids(arena, arena->urgent_mask) : NULL;
-}
-
-static PyObject *arena_prefetch_requests(PyObject *self, PyObject *ignored) {
-    (void)ignored;
-    struct arena *arena = arena_of(self);
-    return arena ? mask_ids(arena, arena->prefetch_mask) : NULL;
-}
-
-static PyObject *arena_resident_experts(PyObject *self, PyObject *ignored) {
-    (void)ignored;
-    struct arena *arena = arena_of(self);
-    return arena ? mask_ids(arena, arena->resident_mask) : NULL;
-}
-
-static PyObject *arena_user_pins(PyObject *self, PyObject *ignored) {
-    (void)ignored;
-    struct arena *arena = arena_of(self);
-    return arena ? mask_ids(arena, arena->user_pins) : NULL;
-}
-
-#define FASTCALL(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
-
 #define RESIDENCY_METHODS                                                                                              \
     {"want", FASTCALL(arena_want), "want(process, pin, id): pin the expert, then its slot, or -1 if not resident."},    \
     {"unpin", FASTCALL(arena_unpin), "unpin(process, pin): the pin is free again."},                                   \
@@ -302,16 +187,6 @@ static PyObject *arena_user_pins(PyObject *self, PyObject *ignored) {
     {"generation", arena_generation, METH_O, "generation(layer): read before the last check, given to wait()."},       \
     {"wait", FASTCALL(arena_wait), "wait(layer, generation, timeout_us): sleep until the layer's residency changes."}, \
     {"wake", arena_wake, METH_O, "wake(layer): after load_publish() or set_failed()."},                                \
-    {"slot", arena_slot, METH_O, "slot(index): (generation, expert id, state)."},                                      \
-    {"evict_begin", arena_evict_begin, METH_O, "Pager: RESIDENT to EVICTING; False if pinned or not resident."},       \
-    {"slot_release", arena_slot_release, METH_O, "Pager: EVICTING or LOADING to EMPTY."},                              \
-    {"load_begin", FASTCALL(arena_load_begin), "load_begin(slot, id): to LOADING, then clears the request bits."},     \
-    {"prefetch_begin", FASTCALL(arena_prefetch_begin), "The same for a load that may be given up: keeps an urgent bit."},\
-    {"load_publish", FASTCALL(arena_load_publish), "load_publish(slot, checksum, nbytes, format, source)."},       \
-    {"recover", arena_recover, METH_NOARGS, "Pager restart: rebuilds masks and directory from the slot words."},       \
-    {"urgent_requests", arena_urgent_requests, METH_NOARGS, "Ids with the urgent bit set."},                           \
-    {"prefetch_requests", arena_prefetch_requests, METH_NOARGS, "Ids with the prefetch bit set."},                     \
-    {"resident_experts", arena_resident_experts, METH_NOARGS, "Ids with the residency bit set."},                     \
-    {"user_pins", arena_user_pins, METH_NOARGS, "Ids that the user has pinned."}
+    {"slot", arena_slot, METH_O, "slot(index): (generation, expert id, state)."}
 
 #endif

@@ -4,6 +4,7 @@
 #include "bind_kv_pages.h"
 #include "bind_metrics.h"
 #include "bind_residency.h"
+#include "bind_slots.h"
 #include "bind_routing.h"
 #include "kv_page.h"
 #include "module.h"
@@ -158,6 +159,7 @@ static PyMethodDef arena_methods[] = {
      "hand_out_page(page, generation): before the new owner writes the KV page; see kv_page.h."},
     {"count", FASTCALL(arena_count), "count(process, counter, amount): adds to a counter of the caller's own row."},
     RESIDENCY_METHODS,
+    SLOT_METHODS,
     METRICS_METHODS,
     DEMAND_METHODS,
     {NULL, NULL, 0, NULL},

@@ -6,8 +6,8 @@ Kept in step with the code by hand. Each routine names what it mirrors; all C fu
     request, wait       runtime/expert_pins.py `wait`: generation, find again, request_set(), send, futex_wait()
     use, unpin          reading the slot's bytes, pin_clear()
     serve               workers/pager.py `_serve_urgent`, `_serve_prefetch`, `_receive_messages`, `_rescan`
-    evict               workers/slots.py `take`, evict_begin(), is_pinned()
-    load_begin          load_begin(), ReadLanes.begin()
+    evict               Arena.load_first(), for workers/slots.py `take`: evict_begin(), is_pinned()
+    load_begin          Arena.load_first(): load_begin(); ReadLanes.begin()
     read_lane           workers/reading/core/read.h lane_read(), publish.h lanes_finish(): load_publish() and
                         futex_bump_and_wake() by the lane (R5)
     finish              workers/loads.py `finish`: nothing to do for what was published, else slot_release()

@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
     "prefetch_begin": ((0, 0), (SLOT, EXPERT)),
     "load_publish": ((0, 0, 1, 0, 0), (SLOT,)),
 }
+WITH_LISTS = ("load_first", "unanswered")  # test_load_first.py
 WITHOUT_ARGUMENTS = ("recover", "urgent_requests", "prefetch_requests", "resident_experts", "user_pins")
 
 
@@ -72,11 +73,11 @@ def arena(private: Segment) -> _core.Arena:
 def test_every_method_is_in_the_list() -> None:
     """The methods of routing have tests of their own."""
     methods: set[str] = set()
-    for file in ("bind_residency.h", "module.c"):
+    for file in ("bind_residency.h", "bind_slots.h", "module.c"):
         methods.update(
             re.findall(r'^    \{"(\w+)", (?:FASTCALL|arena_\w+, METH_)', (CORE / file).read_text(), re.MULTILINE)
         )
-    assert methods == {*METHODS, *WITHOUT_ARGUMENTS, "close"}
+    assert methods == {*METHODS, *WITH_LISTS, *WITHOUT_ARGUMENTS, "close"}
 
 
 def out_of_range() -> list[Any]:

@@ -28,6 +28,9 @@ struct lanes {
     pthread_cond_t work; /* there is more to read, or the lanes close */
     struct load **loads; /* in the order in which they came, finished ones too until they are taken */
     size_t count, capacity;
+    size_t sleeping; /* lanes that wait for `work` */
+    bool called;     /* one of them was told, and has not looked yet: it calls the next if there is work for more */
+    bool from_disk;  /* the latest run */
     bool closing;
     bool direct;
     uint64_t alignment;            /* of direct reads */
@@ -44,8 +47,9 @@ struct lanes {
 /* Something is finished. Not under the lock: who is told would wake only to wait for it. */
 static inline void lanes_tell(struct lanes *lanes) { eventfd_write(lanes->finished_fd, 1); }
 
-/* The next chunks to read, as one; they then count as being read. Under the lock. */
-static inline struct load *lanes_take(struct lanes *lanes, struct chunk *run) {
+/* The next chunks to read, as one; they then count as being read. Whether another lane would find some too: in `more`.
+ * Under the lock. */
+static inline struct load *lanes_take(struct lanes *lanes, struct chunk *run, bool *more) {
     struct load *best = NULL;
     bool urgent_under_way = false, prefetch_is_read = false;
     size_t unread = 0;
@@ -61,15 +65,48 @@ static inline struct load *lanes_take(struct lanes *lanes, struct chunk *run) {
     }
     if (!best || (!best->urgent && (urgent_under_way || prefetch_is_read))) return NULL;
     size_t share = unread / (lanes->num_threads ? lanes->num_threads : unread);
+    uint32_t before = best->next_chunk;
     *run = load_take(best, share < MOST_CHUNKS ? (uint32_t)share : MOST_CHUNKS, lanes->alignment);
     best->reading++;
+    *more = best->urgent && unread > best->next_chunk - before;
     return best;
+}
+
+/* There is work for one more lane: whether it has to be signalled, after unlocking. */
+static inline bool lanes_call(struct lanes *lanes) {
+    bool call = lanes->sleeping && !lanes->called;
+    lanes->called |= call;
+    return call;
 }
 
 static inline struct load *lanes_find(const struct lanes *lanes, uint64_t id) {
     for (size_t i = 0; i < lanes->count; i++)
         if (lanes->loads[i]->id == id) return lanes->loads[i];
     return NULL;
+}
+
+/* 0, and the load is the lanes'; or EEXIST, as one of its expert is under way, or ENOMEM. From the page cache it is a
+ * matter of processors: one lane is woken, and wakes the next if there is work for two. A disk is faster with several
+ * requests at once. */
+static inline int lanes_begin(struct lanes *lanes, struct load *load) {
+    int error = 0;
+    size_t signals = 0;
+    pthread_mutex_lock(&lanes->lock);
+    if (lanes->count == lanes->capacity) {
+        size_t capacity = 2 * lanes->capacity + 8;
+        struct load **loads = realloc(lanes->loads, capacity * sizeof *loads);
+        if (loads) lanes->loads = loads, lanes->capacity = capacity;
+    }
+    if (lanes_find(lanes, load->id)) error = EEXIST;
+    else if (lanes->count == lanes->capacity) error = ENOMEM;
+    else {
+        lanes->loads[lanes->count++] = load;
+        signals = load->urgent && lanes->from_disk ? load->num_chunks : lanes_call(lanes);
+        if (signals > lanes->sleeping) signals = lanes->sleeping;
+    }
+    pthread_mutex_unlock(&lanes->lock);
+    while (signals--) pthread_cond_signal(&lanes->work); /* not under the lock, for which whoever wakes would wait */
+    return error;
 }
 
 /* Under the lock. */

@@ -84,6 +84,7 @@ static inline void lane_read(struct lanes *lanes, struct load *load, const struc
     int error = read_chunk(lanes, load, chunk, &done, &from_disk);
     pthread_mutex_lock(&lanes->lock);
     load->from_disk |= from_disk;
+    lanes->from_disk = from_disk;
     if (error && !load->error) {
         load->error = error;
         load->error_fd = chunk->fd;
@@ -110,12 +111,18 @@ static inline void *lane_run(void *argument) {
     pthread_mutex_lock(&lanes->lock);
     while (!lanes->closing) {
         struct chunk run;
-        struct load *load = lanes_take(lanes, &run);
+        bool more;
+        struct load *load = lanes_take(lanes, &run, &more);
         if (!load) {
+            lanes->sleeping++;
             pthread_cond_wait(&lanes->work, &lanes->lock);
+            lanes->sleeping--;
+            lanes->called = false;
             continue;
         }
+        bool call = more && lanes_call(lanes);
         pthread_mutex_unlock(&lanes->lock);
+        if (call) pthread_cond_signal(&lanes->work);
         lane_read(lanes, load, &run);
         pthread_mutex_lock(&lanes->lock);
     }
@@ -127,6 +134,7 @@ static inline void *lane_run(void *argument) {
 static inline int lanes_start(struct lanes *lanes, size_t count) {
     pthread_mutex_init(&lanes->lock, NULL);
     pthread_cond_init(&lanes->work, NULL);
+    lanes->from_disk = true; /* until it is known better */
     lanes->finished_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (lanes->finished_fd < 0) return errno;
     lanes->threads = calloc(count ? count : 1, sizeof *lanes->threads);
