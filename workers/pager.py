@@ -32,6 +32,7 @@ from hotset.shm.paging_queue import PagingDirection, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment
 from hotset.workers.eviction.policy import Eviction
 from hotset.workers.expert_store import ExpertStore
+from hotset.workers.kept import Kept
 from hotset.workers.loads import Loads
 from hotset.workers.prefetch.requests import PrefetchRequests
 from hotset.workers.read_lanes import ReadLanes
@@ -40,7 +41,6 @@ from hotset.workers.slots import Slots
 from hotset.workers.warm_start import WarmStart
 
 RESCAN_SECONDS = 0.1
-LEARNED_SAVE_SECONDS = 60.0  # what td eviction learned, of which a kill can lose so much
 LOADS_PER_LANE = 2  # begun at once, so that a lane finds the next one without waiting for the main thread
 RETRY_SECONDS = 0.001  # for requests that found every slot pinned: pins last about a layer step
 PREFETCHES_AT_ONCE = 2  # one is read; the next begins without waiting for this process
@@ -75,7 +75,6 @@ class Pager:
         )
         if self._eviction.learned.refused:
             self._count(Counter.LEARNED_REFUSED)
-        self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
         self._urgent: dict[int, None] = {}  # in the order of arrival
         self._prefetches = PrefetchRequests(self._arena, geometry.num_experts, start.readers)
         self._next_rescan = 0.0
@@ -94,6 +93,12 @@ class Pager:
             self._slots,
             on_failure=lambda error: channel.send(ExpertFailed(error.layer, error.expert, str(error))),
             on_give_up=self._warm_start.put_back,
+        )
+        self._kept = Kept(
+            self._warm_start,
+            self._eviction.learned,
+            resident=self._slots.resident,
+            tell=lambda problems: channel.send(WarmStartProblem(problems)),
         )
 
     # ---- requests
@@ -189,7 +194,7 @@ class Pager:
         self._count(Counter.PREFETCH_DROPPED)
         return True
 
-    # ---- what earlier instances had, and what later ones will
+    # ---- what earlier instances had
 
     def _serve_warm_start(self) -> None:
         """Begins loads into empty slots while nobody wants anything else."""
@@ -202,18 +207,6 @@ class Pager:
             if expert not in self._loads and (slot := self._slots.take_empty(expert)) is not None:
                 self._loads.begin(expert, slot, urgent=False, warm_start=True)
 
-    def _save_heat(self, *, wait: bool = False) -> None:
-        self._warm_start.save(self._slots.resident(), wait=wait)
-
-    def _save_learned(self, *, wait: bool = False) -> None:
-        self._eviction.learned.save(wait=wait)
-        self._next_learned_save = time.monotonic() + LEARNED_SAVE_SECONDS
-
-    def _report_warm_start(self) -> None:
-        problems = [problem for kept in (self._warm_start, self._eviction.learned) if (problem := kept.take_problem())]
-        if problems:
-            self._channel.send(WarmStartProblem("; ".join(problems)))
-
     # ---- the loop
 
     def run(self) -> None:
@@ -224,27 +217,22 @@ class Pager:
             poll.register(source, select.POLLIN)
         mode = self._read_mode
         self._channel.send(PagerReady(self._process, "direct" if mode.direct else "buffered", mode.reason))
-        self._report_warm_start()
+        self._kept.tell_problems()
         ready = {channel, queue, lanes}
         while True:
             self._loads.finish()  # what lanes tell of, and what they do not: first, so that all of it is remembered
             if channel in ready and any(isinstance(message, StopWorking) for message in self._channel.receive()):
-                self._save_heat(wait=True)
-                self._save_learned(wait=True)
-                self._report_warm_start()
+                self._kept.save_all()
                 return
             if queue in ready:
                 self._receive_messages()
             if time.monotonic() >= self._next_rescan:
                 self._eviction.learn()  # before the rings come round, however rare misses are
                 self._rescan()
-                self._report_warm_start()
+                self._kept.tell_problems()
             self._serve_urgent()
             self._lanes.tell_of_all(bool(self._urgent))
-            if self._warm_start.is_save_due():
-                self._save_heat()
-            if time.monotonic() >= self._next_learned_save:
-                self._save_learned()
+            self._kept.save_if_due()
             timeout = 0.0
             if not self._serve_prefetch():
                 self._serve_warm_start()
