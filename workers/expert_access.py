@@ -46,7 +46,8 @@ class ExpertAccess(ExpertPins):
                 meanwhile = None
             if not found:
                 found = self.wait(layer, waiting)
-                waiting = [expert for expert in waiting if expert not in {arrived for arrived, _ in found}]
+                arrived = {expert for expert, _ in found}
+                waiting = [expert for expert in waiting if expert not in arrived]
             yield found
             pins = [pinned.pop(expert) for expert, _ in found]
             self.unpin(pins)
