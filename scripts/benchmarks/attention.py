@@ -11,7 +11,6 @@ usage: scripts/bench attention [--tokens 4096] [--threads 1] [--json]
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from laboratory.arguments import Parser, whole
 from plain_read import PlainRead
 
 from hotset.shm.kv_page_format import KvFormat, KvPageLayout
@@ -128,10 +128,10 @@ def measure(tokens: int, repeats: int, clock: Callable[[], int], read: PlainRead
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench attention", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="length of the sequence")
-    parser.add_argument("--threads", type=int, default=1, help="of our kernel; numpy's einsum has one")
-    parser.add_argument("--repeats", type=int, default=60)
+    parser = Parser(prog="scripts/bench attention", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tokens", type=whole(1), default=4096, help="length of the sequence")
+    parser.add_argument("--threads", type=whole(1, 256), default=1, help="of our kernel; numpy's einsum has one")
+    parser.add_argument("--repeats", type=whole(1), default=60)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     options = parser.parse_args(argv)
     load = os.getloadavg()[0]

@@ -10,7 +10,6 @@ usage: scripts/bench compute [--threads N] [--mebibytes 1024] [--json]
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from laboratory.arguments import Parser, whole
 from plain_read import PlainRead
 
 from hotset.shm.kv_page_format import KvFormat, encode
@@ -201,11 +201,13 @@ def print_results(results: list[Result], unit: str, of: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench compute", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every candidate")
-    parser.add_argument("--mebibytes", type=int, default=1024, help="of weights that one row streams through")
-    parser.add_argument("--rows", type=int, default=32, help="of the second measurement")
-    parser.add_argument("--passes", type=int, default=5, help="over the weights; ten times as many of rows")
+    parser = Parser(prog="scripts/bench compute", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "--threads", type=whole(1, 256), default=len(os.sched_getaffinity(0)), help="of every candidate"
+    )
+    parser.add_argument("--mebibytes", type=whole(1), default=1024, help="of weights that one row streams through")
+    parser.add_argument("--rows", type=whole(1), default=32, help="of the second measurement")
+    parser.add_argument("--passes", type=whole(1), default=5, help="over the weights; ten times as many of rows")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     options = parser.parse_args(argv)
     limits = dict.fromkeys(BLAS_THREADS, str(options.threads))

@@ -9,7 +9,6 @@ usage: scripts/bench eviction [--json]
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -17,6 +16,7 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+from laboratory.arguments import Parser
 from rich.console import Console
 from rich.table import Table
 
@@ -80,7 +80,7 @@ def measure() -> list[Cost]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench eviction", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="scripts/bench eviction", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     costs = measure()

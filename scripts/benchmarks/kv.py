@@ -10,7 +10,6 @@ usage: scripts/bench kv [--json]
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import json
@@ -28,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
+from laboratory.arguments import Parser
 
 from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.kv.page_pool import PagePool
@@ -337,7 +337,7 @@ def show(row: Row) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench kv", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="scripts/bench kv", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     options = parser.parse_args(argv)
     load = os.getloadavg()[0]

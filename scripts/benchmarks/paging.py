@@ -15,7 +15,6 @@ usage: scripts/bench paging [--megabytes 1 4 16] [--rounds 5] [--json]
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import mmap
@@ -35,6 +34,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from laboratory.arguments import Parser, whole
 from rich.console import Console
 from rich.table import Table
 
@@ -290,9 +290,9 @@ def print_tables(rates: list[Rate], latencies: list[UrgentLatency]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The pager against a plain preadv loop.")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 4, 16], help="sizes of an expert, in MiB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = Parser(prog="scripts/bench paging", description="The pager against a plain preadv loop.")
+    parser.add_argument("--megabytes", type=whole(1), nargs="+", default=[1, 4, 16], help="sizes of an expert, in MiB")
+    parser.add_argument("--rounds", type=whole(1), default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rates, latencies = measure(options.megabytes, options.rounds)

@@ -22,10 +22,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from laboratory.arguments import Parser, model_path, numbers, slots_per_layer, trace_path, whole
+from laboratory.traces import load_trace
+from perplexity import BLOCK_SIZE, CHUNK, Experts, heldout_windows
 from rich.console import Console
 from rich.table import Table
 
-from hotset.runtime.argument_types import integer
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
@@ -40,11 +42,6 @@ from hotset.workers.prefetch.gate_ahead import GateAhead
 from hotset.workers.prefetch.runners_up import RunnersUp
 from hotset.workers.prefetch.source import Float32, Int32, LayerStep, RankedSource
 from hotset.workers.prefetch.transitions import Transitions
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from laboratory.arguments import numbers, slots_per_layer
-from laboratory.traces import load_trace
-from perplexity import BLOCK_SIZE, CHUNK, Experts, heldout_windows
 
 DECAY = 31 / 32
 
@@ -252,7 +249,6 @@ def measure(steps: Sequence[LayerStep], budget: float, num_experts: int, gates: 
 
 def run(options: argparse.Namespace) -> list[Row]:
     budgets = numbers("--budgets", options.budgets, float, least=0)
-    integer("--tokens", options.tokens, 1)
     if options.trace is not None:
         trace = load_trace(options.trace)
         if trace.ids is None:
@@ -268,10 +264,11 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench prefetch", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, default=TRAINED_MODEL)
-    parser.add_argument("--trace", type=Path, help="instead of a model: an .npz, as for scripts/hitrate")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser = Parser(prog="scripts/bench prefetch", description=(__doc__ or "").split("\n")[0])
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", type=model_path, default=TRAINED_MODEL)
+    source.add_argument("--trace", type=trace_path, help="instead of a model: an .npz, as for scripts/hitrate")
+    parser.add_argument("--tokens", type=whole(1), default=8192)
     parser.add_argument("--budgets", default="12.5,25,50")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

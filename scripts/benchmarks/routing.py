@@ -13,7 +13,6 @@ usage: scripts/bench routing [--json] [...]
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from laboratory.arguments import Parser, positive
 from rich.console import Console
 from rich.table import Table
 
@@ -317,9 +317,9 @@ def print_table(results: list[Result]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench routing", description=__doc__.splitlines()[0])
+    parser = Parser(prog="scripts/bench routing", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="a list of results instead of the table")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--seconds", type=positive, default=1.0, help="per measurement")
     arguments = parser.parse_args(argv)
     # The kernel in use, and the one every x86-64 has; the plain one is an oracle, not a contender.
     kernels = [name for name in _core.route_kernels() if name != "plain"] or ["plain"]

@@ -16,16 +16,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from laboratory.arguments import Parser, model_path, whole
 from memory_cgroup import MemoryCgroup
 from serving_run import Report, Request
 
 from hotset.runtime import HotsetError
-from hotset.runtime.config import TRAINED_MODEL, format_nbytes, parse_nbytes
+from hotset.runtime.config import TRAINED_MODEL, BackendConfig, format_nbytes, parse_nbytes
+from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
+from hotset.runtime.plan import InstancePlan, plan_instance
 
 CHILD = Path(__file__).with_name("serving_run.py")
 
@@ -59,8 +63,30 @@ def _report(command: list[str]) -> Report:
     return msgspec.json.decode(done.stdout, type=Report)
 
 
+def plan_of(request: Request) -> InstancePlan:
+    """Raises what `Backend` would: said before the first run of many."""
+    model = ModelConfig.load(request.model)
+    config = BackendConfig(model=request.model, **request.settings)
+    return plan_instance(config, model, Checkpoint.open(request.model, model))
+
+
+class Run(msgspec.Struct, frozen=True):
+    """`chosen` and `memory` name its row."""
+
+    request: Request
+    limit: int | None
+    chosen: dict[str, str]
+    memory: str
+
+
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    runs = list(runs_of(options))
+    for run in runs:
+        plan_of(run.request)
+    return [run.chosen | {"memory": run.memory} | as_row(measure(run.request, run.limit)) for run in runs]
+
+
+def runs_of(options: argparse.Namespace) -> Iterator[Run]:
     settings = {
         "workers": options.workers,
         "max_num_seqs": max(4, options.prompts),
@@ -68,7 +94,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         "warm_start": False,
     }
     common = {
-        "model": str(options.model.absolute()),
+        "model": str(options.model),
         "prompts": options.prompts,
         "max_tokens": options.tokens,
         "warm_up_tokens": options.warm_up,
@@ -77,6 +103,8 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     memories = [
         (f"{budget}% of experts", {"expert_budget": f"{budget}%"}) for budget in options.budgets.split(",") if budget
     ]
+    if not memories and not options.memory:
+        raise ValueError("--budgets is '' and --memory is not given, expected one of them")
     if options.memory:
         memories.append((f"{options.memory} in all", {"memory": options.memory}))
     for routing in options.routing.split(","):
@@ -85,9 +113,8 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             for _, prefetch in itertools.product(range(options.rounds), options.prefetch.split(",")):
                 chosen = {"routing": routing, "prefetch": prefetch}
                 request = Request(settings=settings | chosen | memory, **common)
-                report = measure(request, parse_nbytes(memory["memory"]) if "memory" in memory else None)
-                found.append(chosen | {"memory": name} | as_row(report))
-    return found
+                limit = parse_nbytes(memory["memory"], "--memory") if "memory" in memory else None
+                yield Run(request, limit, chosen, name)
 
 
 def as_row(report: Report) -> dict[str, Any]:
@@ -124,17 +151,17 @@ def print_table(found: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench serving", description="Serving with few experts in memory.")
-    parser.add_argument("--model", type=Path, default=TRAINED_MODEL)
+    parser = Parser(prog="scripts/bench serving", description="Serving with few experts in memory.")
+    parser.add_argument("--model", type=model_path, default=TRAINED_MODEL)
     parser.add_argument("--budgets", default="12.5,25,50,100", help="percentages of experts resident")
     parser.add_argument("--memory", help="a budget for everything, held by a control group, as one more row")
     parser.add_argument("--routing", default="off,range")
     parser.add_argument("--prefetch", default="off")
-    parser.add_argument("--rounds", type=int, default=1, help="of the values of --prefetch, in turn")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--warm-up", type=int, default=64, help="tokens generated before the measured ones")
+    parser.add_argument("--rounds", type=whole(1), default=1, help="of the values of --prefetch, in turn")
+    parser.add_argument("--workers", type=whole(1), default=1)
+    parser.add_argument("--prompts", type=whole(1), default=1)
+    parser.add_argument("--tokens", type=whole(1), default=256)
+    parser.add_argument("--warm-up", type=whole(0), default=64, help="tokens generated before the measured ones")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     try:

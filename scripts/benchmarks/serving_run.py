@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hotset.runtime import Backend, SamplingParams
+from hotset.runtime import Backend, HotsetError, SamplingParams
 from hotset.runtime.stats import PrefetchStats
 
 
@@ -158,5 +158,7 @@ def _sampling(request: Request, tokens: int) -> SamplingParams:
 if __name__ == "__main__":
     try:
         print(msgspec.json.encode(run(msgspec.json.decode(sys.argv[1], type=Request))).decode())
+    except (HotsetError, ValueError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
     except KeyboardInterrupt:  # whoever started this says so
         raise SystemExit(130) from None

@@ -148,28 +148,40 @@ def _serve(
     *,
     warm_up_tokens: int | None = None,
 ) -> Report:
-    common = {"workers": 1, "max_num_seqs": 4, "warm_start": False}
-    if limit is not None:
-        common["max_model_len"] = options.tokens + 64  # what remains is for experts
-    request = Request(
-        model=str(model),
-        settings=common | settings,
-        max_tokens=options.tokens,
-        warm_up_tokens=options.tokens // 4 if warm_up_tokens is None else warm_up_tokens,
-        temperature=1.0,
-    )
+    request = serving_request(options, model, settings, limited=limit is not None)
+    if warm_up_tokens is not None:
+        request = msgspec.structs.replace(request, warm_up_tokens=warm_up_tokens)
     return measure(request, limit)
 
 
-def measure_stress(options: argparse.Namespace) -> dict[str, Found]:
-    """Many streams under the budget for everything that an instance of that expert budget plans for itself."""
-    request = Request(
+def serving_request(options: argparse.Namespace, model: Path, settings: dict[str, str], *, limited: bool) -> Request:
+    """One stream."""
+    common = {"workers": 1, "max_num_seqs": 4, "warm_start": False}
+    if limited:
+        common["max_model_len"] = options.tokens + 64  # what remains is for experts
+    return Request(
+        model=str(model),
+        settings=common | settings,
+        max_tokens=options.tokens,
+        warm_up_tokens=options.tokens // 4,
+        temperature=1.0,
+    )
+
+
+def stress_request(options: argparse.Namespace) -> Request:
+    """Many streams."""
+    return Request(
         model=str(options.model),
         settings={"workers": 2, "expert_budget": options.budget, "max_num_seqs": STRESS_STREAMS, "warm_start": False},
         prompts=STRESS_STREAMS,
         max_tokens=options.tokens,
         temperature=1.0,
     )
+
+
+def measure_stress(options: argparse.Namespace) -> dict[str, Found]:
+    """Under the budget for everything that an instance of that expert budget plans for itself."""
+    request = stress_request(options)
     planned = measure(msgspec.structs.replace(request, max_tokens=2)).planned_nbytes
     where = f"{STRESS_STREAMS} streams of {options.tokens} tokens, two workers"
     try:

@@ -20,7 +20,16 @@ from typing import Any
 
 import msgspec
 from laboratory import quality
-from laboratory.arguments import numbers, slots_per_layer
+from laboratory.arguments import (
+    Parser,
+    image_file,
+    model_path,
+    numbers,
+    slots_per_layer,
+    trace_path,
+    whole,
+    written_file,
+)
 from laboratory.traces import FORMAT, Trace, load_trace
 from rich.console import Console
 from rich.table import Table
@@ -133,7 +142,7 @@ MODEL_ONLY = {
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scripts/hitrate",
         description=(__doc__ or "").split("\n")[0],
         epilog=FORMAT,
@@ -141,8 +150,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         argument_default=argparse.SUPPRESS,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, help="replay this one; what a trace is, is said below")
-    source.add_argument("--model", type=Path, help="folder of a checkpoint: decode held-out text with it")
+    source.add_argument("--trace", type=trace_path, help="replay this one; what a trace is, is said below")
+    source.add_argument("--model", type=model_path, help="folder of a checkpoint: decode held-out text with it")
     parser.add_argument("--budgets", default=BUDGETS, help=f"percent of the experts that are resident ({BUDGETS})")
     parser.add_argument(
         "--policies", help=f"what serving takes, and, with a trace, min ({POLICIES}; {quality.POLICIES})"
@@ -152,18 +161,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--pool", choices=("layer", "shared"), default="layer", help="slots of each layer's own, or one pool"
     )
     parser.add_argument("--json", action="store_true", default=False, help="one JSON object")
-    parser.add_argument("--plot", type=Path, default=None, help="draw it into this .png")
+    parser.add_argument("--plot", type=image_file, default=None, help="draw it into this .png")
     trace = parser.add_argument_group("with --trace")
     trace.add_argument("--experts", type=int, help="per layer, if the trace does not say (the largest id + 1)")
     model = parser.add_argument_group("with --model")
     model.add_argument("--routing", help=f"policies ({quality.ROUTING})")
     model.add_argument("--strengths", action="append", metavar="ROUTING=S,S,...", help="instead of the usual ones")
-    model.add_argument("--tokens", type=int, help="at least so many are counted (73728)")
-    model.add_argument("--texts", type=int, help="decoded side by side, a multiple of the batch (12)")
-    model.add_argument("--window", type=int, help="tokens of a context, at most as many as the model has (1024)")
-    model.add_argument("--warm-up", type=int, help="windows of each text that are not counted (2)")
-    model.add_argument("--results", type=Path, help="keep what was measured in this file, and go on from it")
-    model.add_argument("--threads", type=int, help="(2)")
+    model.add_argument("--tokens", type=whole(1), help="at least so many are counted (73728)")
+    model.add_argument("--texts", type=whole(1), help="decoded side by side, a multiple of the batch (12)")
+    model.add_argument("--window", type=whole(1), help="tokens of a context, at most as many as the model has (1024)")
+    model.add_argument("--warm-up", type=whole(0), help="windows of each text that are not counted (2)")
+    model.add_argument("--results", type=written_file, help="keep what was measured in this file, and go on from it")
+    model.add_argument("--threads", type=whole(1, 256), help="(2)")
     options = parser.parse_args(arguments)
     mode, other = (MODEL_ONLY, TRACE_ONLY) if "model" in options else (TRACE_ONLY, MODEL_ONLY)
     for name in other:

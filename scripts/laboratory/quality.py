@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 from training_corpus import heldout_stream
 
-from hotset.runtime.argument_types import integer
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.model_cache import model_identity
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -298,21 +297,22 @@ def strengths_of(text: str) -> tuple[str, tuple[float, ...]]:
     return routing, tuple(numbers("--strengths", listed, float, least=0))
 
 
-LEAST = {"tokens": 1, "texts": 1, "window": 1, "warm_up": 0}
-"""Of the options that are numbers; the kernels have limits of their own for the threads."""
+def held_out(model: Path, *, tokens: int, texts: int, window: int, warm_up: int) -> tuple[Text, npt.NDArray[np.int32]]:
+    """What is decoded, and its tokens as `windows_of` gives them. Raises `ValueError` if there is not as much text."""
+    config = ModelConfig.load(model)
+    length = min(config.max_position_embeddings, window)
+    windows = warm_up + -(-tokens // (texts * length))
+    stream = heldout_stream(Tokenizer(model).encode, config.eos_token_ids[0])
+    text = Text(model_identity(model), texts, windows, length, warm_up)
+    return text, windows_of(stream, texts=texts, windows=windows, length=length)
 
 
 def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
-    for name, least in LEAST.items():
-        integer(f"--{name.replace('_', '-')}", getattr(options, name), least)
-    config = ModelConfig.load(options.model)
-    settings = settings_of(options, config.num_experts)
-    length = min(config.max_position_embeddings, options.window)
-    windows = options.warm_up + -(-options.tokens // (options.texts * length))
-    text = Text(model_identity(options.model), options.texts, windows, length, options.warm_up)
-    stream = heldout_stream(Tokenizer(options.model).encode, config.eos_token_ids[0])
-    tokens = windows_of(stream, texts=options.texts, windows=windows, length=length)
+    settings = settings_of(options, ModelConfig.load(options.model).num_experts)
+    text, tokens = held_out(
+        options.model, tokens=options.tokens, texts=options.texts, window=options.window, warm_up=options.warm_up
+    )
     _kernels.set_num_threads(options.threads)
     console = Console(highlight=False)
     progress = Console(file=sys.stderr, highlight=False)

@@ -77,7 +77,11 @@ class Trace(msgspec.Struct, frozen=True):
 def load_trace(path: Path, *, num_experts: int | None = None) -> Trace:
     """Of `FORMAT`. `num_experts` is the model's; by default what the manifest says, or the largest id + 1."""
     if path.is_dir():
+        if num_experts is not None:
+            raise TraceError(f"--experts is {num_experts}, expected none: manifest.json of {path} says it")
         return _load_events(path)
+    if not path.is_file():
+        raise TraceError(f"there is no trace at {path}, expected an .npz file or a folder with events.csv")
     if num_experts is not None:
         integer("--experts", num_experts, 1, MAX_EXPERTS)
     arrays = _read_arrays(path)

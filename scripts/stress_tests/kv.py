@@ -19,6 +19,7 @@ from collections import Counter
 from typing import Any
 
 import posix_ipc
+from laboratory.arguments import Parser, model_path, positive, whole
 from stress_tests.kv_load import MAX_MODEL_LEN, Load, killer, record_answers
 from stress_tests.kv_report import Report, print_report
 from stress_tests.page_publication import check_publication
@@ -26,7 +27,9 @@ from stress_tests.page_watchers import PageWatchers, change_full_pages
 from stress_tests.stop_signals import stop_signals
 
 from hotset.runtime import Backend, HotsetError
+from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.kv.layer_groups import pages_of_sequence
+from hotset.runtime.model.config import ModelConfig
 from hotset.shm.segment import PREFIX, SHM_FOLDER, queue_name
 
 STEP_TOKENS = 32  # so that a prompt takes several steps, of which any may be the last of its worker
@@ -112,19 +115,25 @@ def stress(options: argparse.Namespace, report: Report) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/stress kv", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--workers", type=int, default=4, help="worker processes; default: 4")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long; default: 30")
-    parser.add_argument("--model", default=None, help="folder of a checkpoint; default: the model that ships")
-    parser.add_argument("--seed", type=int, default=None, help="of requests and kills; default: another every time")
+    parser = Parser(prog="scripts/stress kv", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--workers", type=whole(1), default=4, help="worker processes; default: 4")
+    parser.add_argument("--seconds", type=positive, default=30.0, help="how long; default: 30")
     parser.add_argument(
-        "--publications", type=int, default=PUBLICATIONS, help=f"pages that G2 publishes; default: {PUBLICATIONS}"
+        "--model", type=model_path, default=None, help="folder of a checkpoint; default: the model that ships"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=None, help="of requests and kills; default: another every time"
+    )
+    parser.add_argument(
+        "--publications", type=whole(1), default=PUBLICATIONS, help=f"pages that G2 publishes; default: {PUBLICATIONS}"
     )
     parser.add_argument("--plant", action="store_true", help="violate an invariant on purpose; the run has to find it")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
-    if options.workers < 1 or options.seconds <= 0:
-        parser.error("--workers has to be at least 1 and --seconds more than 0")
+    try:
+        ModelConfig.load(options.model or TRAINED_MODEL)
+    except HotsetError as error:
+        parser.error(str(error))
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(2**31)
     report = Report()

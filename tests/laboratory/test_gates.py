@@ -113,18 +113,39 @@ def test_the_made_model_can_be_served_and_is_removed() -> None:
     [
         (["--paged-memory", "much"], "--paged-memory is 'much', expected bytes"),
         (["--budget", "7"], "the budget is '7', expected a percentage"),
-        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
-        (["--tokens", "0"], "--tokens is 0, expected at least 1"),
+        (["--rounds", "0"], "--rounds is '0', expected an integer of at least 1"),
+        (["--tokens", "many"], "--tokens is 'many', expected an integer of at least 1"),
+        (["--model", ""], "--model is '', expected the path"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: list[str], message: str) -> None:
     done = gates(*arguments)
-    assert done.returncode == 2 and message in done.stderr
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "nan%"], "--budget is 'nan', expected numbers"),
+        (["--budget", "5%"], "the expert budget 5% holds 6 experts, but at least"),
+        (["--quality-tokens", "99999999"], "tokens, expected at least 1000"),
+        (["--paged-model", "/nonexistent"], "There is no model folder at /nonexistent"),
+        (["--paged-model", TRAINED, "--paged-memory", "1MiB"], "memory is 1MiB, expected at least"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(arguments: list[str], message: str) -> None:
+    done = gates(*arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [("speed=1", "there is no gate 'speed', expected one of hit-rate"), ("hit-rate", "NAME=NUMBER")],
+    [
+        ("hit-rate=nan", "--wanted is 'hit-rate=nan', expected NAME=NUMBER"),
+        ("speed=1", "there is no gate 'speed', expected one of hit-rate"),
+        ("hit-rate", "NAME=NUMBER"),
+    ],
 )
 def test_thresholds_of_no_gate_are_refused(wanted: str, message: str) -> None:
     done = gates("--wanted", wanted)

@@ -85,6 +85,7 @@ def test_a_plot_is_a_png(trace: Path, tmp_path: Path) -> None:
     [
         (["--policies", "clock"], "eviction is 'clock', expected one of lru, lfu"),
         (["--budgets", "0"], "a budget of 0 % of 16 experts is 0 slots, expected 1 to 16"),
+        (["--budgets", "101"], "a budget of 101 % of 16 experts is 16.16 slots, expected 1 to 16"),
         (["--budgets", "many"], "--budgets is 'many', expected numbers"),
         (["--budgets", "nan"], "--budgets is 'nan', expected numbers of at least 0"),
         (["--budgets", "25,inf"], "--budgets is '25,inf', expected numbers of at least 0"),
@@ -196,7 +197,23 @@ def test_event_lists_that_are_none_are_refused(tmp_path: Path, events: str, sent
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "is not an event list" in hitrate("--trace", tmp_path).stderr
-    assert "No such file" in hitrate("--trace", tmp_path / "nothing.npz").stderr
+    for path in (tmp_path / "nothing.npz", "/dev/zero"):
+        assert f"there is no trace at {path}" in hitrate("--trace", path).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--trace", ""], "--trace is '', expected the path"),
+        (["--trace", "x", "--plot", "x.jpg"], "--plot is 'x.jpg', expected a file that ends in .png"),
+        (["--trace", "x", "--plot", "/nonexistent/x.png"], "expected a file in a folder that is there"),
+        (["--model", "x", "--results", "/nonexistent/x"], "expected a file in a folder that is there"),
+        (["--trace", "x", "--threads", "1"], "--threads is for --model"),
+    ],
+)
+def test_options_are_refused_before_hours_of_measuring(arguments: list[str], sentence: str) -> None:
+    done = hitrate(*arguments)
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_help_says_what_a_trace_is() -> None:

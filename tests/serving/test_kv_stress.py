@@ -31,6 +31,20 @@ CHECKS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--seconds", "nan"], "--seconds is 'nan', expected a number over 0"),
+        (["--publications", "-1"], "--publications is '-1', expected an integer of at least 1"),
+        (["--model", ""], "--model is '', expected the path"),
+        (["--model", "/nonexistent"], "There is no model folder at /nonexistent"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: list[str], sentence: str) -> None:
+    done = subprocess.run([*STRESS, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and sentence in done.stderr and done.stdout == ""
+
+
 def stress(*options: str) -> tuple[int, dict[str, Any]]:
     done = subprocess.run([*STRESS, *SMALL, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode in (0, 1), done.stderr

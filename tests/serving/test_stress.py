@@ -124,6 +124,22 @@ def test_a_budget_that_is_too_small_is_refused_in_one_sentence() -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--seconds", "nan"], "--seconds is 'nan', expected a number over 0"),
+        (["--patience", "-1"], "--patience is '-1', expected a number over 0"),
+        (["--seed", "-1"], "--seed is '-1', expected an integer from 0"),
+        (["--experts", "100000"], "--experts is '100000', expected an integer from 1 to 1024"),
+        (["--top-k", "65"], "--top-k is 65 and --experts is"),
+        (["--kills-per-second", "3"], "--kills-per-second is 3, expected --kill beside it"),
+    ],
+)
+def test_options_that_make_no_sense_or_do_nothing_are_refused(options: list[str], sentence: str) -> None:
+    done = subprocess.run([*STRESS, *SMALL, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_without_json_it_prints_progress_and_a_table() -> None:
     command = [*STRESS, *SMALL, "--seconds", "1"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
