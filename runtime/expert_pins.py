@@ -2,14 +2,13 @@
 
 An expert's id is in the process's pin row from before its slot is looked up until its bytes are no longer needed
 (rules 1 to 3 in shm/core/residency.h). What is resident then is used at once; what is missing is requested, and waited
-for. In which order that is done with several experts is up to who uses this: a worker (workers/expert_access.py), or
-an engine that has only the cache (expert_cache.py).
+for. Workers use this (workers/expert_access.py), and engines that have only the cache (experts/reader.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +113,43 @@ class ExpertPins:
         """What they held is not read any more."""
         for pin in pins:
             self._arena.unpin(self._process, pin)
+
+    def in_turn(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        free_pins: list[int],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yields (expert, slot) of every expert, in lists of those that can be used at once, resident ones first, with
+        no more than these pins.
+
+        They are pinned until the next list is asked for, and those that are missing are requested before the first is
+        given, as far as there are pins. `meanwhile` is called once, in between.
+
+        Raises `ExpertUnavailable`; pins that are then still set, or when nobody asks any more, are not in `free_pins`.
+        """
+        pinned: dict[int, int] = {}  # expert -> pin
+        waiting: list[int] = []  # of them
+        remaining = list(reversed(experts))
+        while remaining or waiting:
+            new: dict[int, int] = {}
+            while remaining and free_pins and remaining[-1] not in pinned:
+                expert = remaining.pop()
+                pinned[expert] = new[expert] = free_pins.pop()
+            found, missed = self.pin(layer, new)
+            waiting += missed
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
+            if not found:
+                found = self.wait(layer, waiting)
+                arrived = {expert for expert, _ in found}
+                waiting = [expert for expert in waiting if expert not in arrived]
+            yield found
+            pins = [pinned.pop(expert) for expert, _ in found]
+            self.unpin(pins)
+            free_pins += pins
 
     def prefetch(self, layer: int, experts: Iterable[int], source: PrefetchSource) -> None:
         """Asks for experts that nobody waits for; what does not fit the queue is dropped."""

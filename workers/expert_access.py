@@ -1,7 +1,4 @@
-"""How a worker gets at the experts of a step: resident ones first, missing ones meanwhile, as far as its pins go.
-
-The steps of the protocol, from the pin to the wait, are runtime/expert_pins.py.
-"""
+"""How a worker gets at the experts of a step: the residency protocol (runtime/expert_pins.py) with a row of its own."""
 
 from __future__ import annotations
 
@@ -23,35 +20,8 @@ class ExpertAccess(ExpertPins):
     def resident_together(
         self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
     ) -> Iterator[list[tuple[int, int]]]:
-        """Yields (expert, slot) of every expert, in lists of those that can be used at once, resident ones first.
-
-        They are pinned until the next list is asked for, and those that are missing are requested before the first is
-        given. `meanwhile` is called once, in between.
-
-        Raises `ExpertUnavailable`; the pins that are then still set are the caller's to clear (`Arena.unpin_all`).
-        """
-        free_pins = list(range(self._pins))
-        pinned: dict[int, int] = {}  # expert -> pin
-        waiting: list[int] = []  # of them
-        remaining = list(reversed(experts))
-        while remaining or waiting:
-            new: dict[int, int] = {}
-            while remaining and free_pins and remaining[-1] not in pinned:
-                expert = remaining.pop()
-                pinned[expert] = new[expert] = free_pins.pop()
-            found, missed = self.pin(layer, new)
-            waiting += missed
-            if meanwhile is not None:
-                meanwhile()
-                meanwhile = None
-            if not found:
-                found = self.wait(layer, waiting)
-                arrived = {expert for expert, _ in found}
-                waiting = [expert for expert in waiting if expert not in arrived]
-            yield found
-            pins = [pinned.pop(expert) for expert, _ in found]
-            self.unpin(pins)
-            free_pins += pins
+        """`in_turn` with all pins of the row; those that an error leaves are for the caller's `Arena.unpin_all`."""
+        return self.in_turn(layer, experts, list(range(self._pins)), meanwhile)
 
     def count_left_out(self, count: int) -> None:
         """Of a layer's step: experts in memory that were selected, and are not computed. They count as hits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,9 @@ from hotset.runtime.experts.config import ExpertCacheConfig, plan_cache
 from hotset.runtime.experts.membership import Membership
 from hotset.runtime.experts.owner import ExpertCacheOwner
 from hotset.runtime.experts.pinned import PinnedExperts
-from hotset.runtime.experts.reader import ExpertReader
+from hotset.runtime.experts.reader import Demand, ExpertReader
 from hotset.runtime.experts.stats import ExpertCacheStats
+from hotset.runtime.experts.weights import ExpertWeights
 from hotset.runtime.memory_tiers import PageCache
 from hotset.runtime.messages import GetStats, PageOutExperts, PinExperts, ResetStats, UnpinExperts
 from hotset.runtime.model.checkpoint import Checkpoint
@@ -142,11 +143,31 @@ class ExpertCache:
         Raises, when the block begins: `NotEnoughPins`, `ExpertCacheClosed`; see `PinnedExperts` for what comes later.
         """
         layer = self._layer(layer)
+        ids, demand = self._step(experts, wanted, streams, prefill=prefill)
+        return PinnedExperts(self._reader, layer, ids, demand, prefill=prefill)
+
+    def in_turn(
+        self,
+        layer: int,
+        experts: Any,
+        *,
+        wanted: Any = None,
+        streams: Iterable[int] | None = None,
+        prefill: bool = False,
+    ) -> Iterator[tuple[int, ExpertWeights]]:
+        """The same one after the other, `for expert, weights in cache.in_turn(layer, experts):`. Those that are in
+        memory come first. There may be more of them than pins; each is pinned until the next is asked for."""
+        layer = self._layer(layer)
+        ids, demand = self._step(experts, wanted, streams, prefill=prefill)
+        return self._reader.in_turn(layer, ids, demand, prefill=prefill)
+
+    def _step(
+        self, experts: Any, wanted: Any, streams: Iterable[int] | None, *, prefill: bool
+    ) -> tuple[tuple[int, ...], Demand]:
         rows = expert_rows("experts", experts, self.num_experts)
         learned = rows if wanted is None else expert_rows("wanted", wanted, self.num_experts)
         first = self._membership.joined.process * self.config.streams
-        demand = demand_of(learned, streams, first, self.config.streams, prefill=prefill)
-        return PinnedExperts(self._reader, layer, distinct(rows), demand, prefill=prefill)
+        return distinct(rows), demand_of(learned, streams, first, self.config.streams, prefill=prefill)
 
     def prefetch(self, layer: int, experts: Any) -> None:
         """Has these read while nobody waits for the disk, for the layer's next step; a hint, that may be dropped."""

@@ -45,7 +45,7 @@ class PinnedExperts(Mapping[int, ExpertWeights]):
     ) -> None:
         if self._pins is not None:
             pins, self._pins = self._pins, None
-            self._reader.end(pins)
+            self._reader.end(pins.values())
 
     def __getitem__(self, expert: int) -> ExpertWeights:
         """Waits for it. Raises `ExpertUnavailable` if it cannot be loaded, `ExpertCacheClosed` if nobody loads it any

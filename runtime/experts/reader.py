@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ class ExpertReader:
     def __init__(
         self, segment: Segment, membership: Membership, checkpoint: Checkpoint, on_closed: Callable[[], None]
     ) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # taken again where the garbage collector ends a block that was forgotten
         self._segment = segment
         self._arena = segment.arena
         self._membership = membership
@@ -58,7 +58,7 @@ class ExpertReader:
         self._pid = os.getpid()
         self._geometry = segment.layout.geometry
         self._queue = PagingQueue.attach(membership.name)
-        self._pins = ExpertPins(segment, self._queue, self._process, self._check_owner)
+        self._pins = {prefill: self._pins_of(segment, prefill=prefill) for prefill in (False, True)}
         self._slots = SlotWeights(segment, checkpoint)
         self._free = list(range(self._geometry.pins_per_process))
         self._blocks = 0
@@ -71,38 +71,61 @@ class ExpertReader:
     def begin(self, layer: int, experts: Sequence[int], demand: Demand, *, prefill: bool) -> Begun:
         """A block: pins all, or raises `NotEnoughPins`; asks for those that are missing."""
         with self._lock:
-            self._membership.check()
-            if len(experts) > len(self._free):
-                raise NotEnoughPins(len(experts), len(self._free), self._geometry.pins_per_process)
-            if len(experts):
-                self._pins.note_demand(layer, *demand)
-                if self._counts_use:
-                    self._affinity.update(layer, np.array(experts, np.int32))
-            self._pins.count_as(prefill=prefill)
-            pins = {expert: self._free.pop() for expert in experts}
-            self._blocks += 1
-            found, _ = self._pins.pin(layer, pins)
+            pins = dict(zip(experts, self._take_pins(len(experts), layer, experts, demand), strict=True))
+            found, _ = self._pins[prefill].pin(layer, pins)
             return Begun(pins, found)
+
+    def in_turn(
+        self, layer: int, experts: Sequence[int], demand: Demand, *, prefill: bool
+    ) -> Iterator[tuple[int, ExpertWeights]]:
+        """A block, from the first to the last, or until nobody asks any more: each expert with its weights, as many of
+        them pinned at once as pins are free. Raises `NotEnoughPins` if that is none."""
+        with self._lock:
+            needed = min(len(experts), len(self._free) or 1)
+            pins = self._take_pins(needed, layer, experts, demand)
+        try:
+            for together in self._pins[prefill].in_turn(layer, experts, pins.copy()):
+                for expert, slot in together:
+                    yield expert, self.weights(slot, layer, expert)
+        except ExpertUnavailable as error:
+            raise self._located(error) from None
+        finally:
+            self.end(pins)
+
+    def _take_pins(self, needed: int, layer: int, experts: Sequence[int], demand: Demand) -> list[int]:
+        """Begins a block. With the lock."""
+        self._membership.check()
+        if needed > len(self._free):
+            raise NotEnoughPins(needed, len(self._free), self._geometry.pins_per_process)
+        if experts:
+            self._pins[False].note_demand(layer, *demand)
+            if self._counts_use:
+                self._affinity.update(layer, np.array(experts, np.int32))
+        self._blocks += 1
+        return [self._free.pop() for _ in range(needed)]
 
     def wait(self, layer: int, experts: Iterable[int]) -> list[tuple[int, int]]:
         """(expert, slot) of at least one of these, which are pinned and were not resident."""
         self._membership.check()
         try:
-            return self._pins.wait(layer, experts)
+            return self._pins[False].wait(layer, experts)
         except ExpertUnavailable as error:
-            part = self._checkpoint.expert(layer, error.expert).parts[0]
-            raise ExpertUnavailable(layer, error.expert, f"{part.file} at byte {part.offset}") from None
+            raise self._located(error) from None
+
+    def _located(self, error: ExpertUnavailable) -> ExpertUnavailable:
+        part = self._checkpoint.expert(error.layer, error.expert).parts[0]
+        return ExpertUnavailable(error.layer, error.expert, f"{part.file} at byte {part.offset}")
 
     def weights(self, slot: int, layer: int, expert: int) -> ExpertWeights:
         return self._slots.of(slot, layer, expert)
 
-    def end(self, pins: dict[int, int]) -> None:
+    def end(self, pins: Collection[int]) -> None:
         """Of a block: what it pinned is not read any more. A fork ends its copy of a block, which is another's."""
         if os.getpid() != self._pid:
             return
         with self._lock:
-            self._pins.unpin(pins.values())
-            self._free += pins.values()
+            self._pins[False].unpin(pins)
+            self._free += pins
             self._blocks -= 1
             is_last = self._closed and not self._blocks
         if is_last:
@@ -120,7 +143,7 @@ class ExpertReader:
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         with self._lock:
             self._membership.check()
-            self._pins.prefetch(layer, experts, PrefetchSource.ENGINE)
+            self._pins[False].prefetch(layer, experts, PrefetchSource.ENGINE)
 
     def router(self, config: RouterConfig, selection_bias: npt.NDArray[np.float32] | None) -> MemoryAwareRouter:
         with self._lock:
@@ -138,6 +161,12 @@ class ExpertReader:
             is_last = not self._blocks
         if is_last:
             self._let_go()
+
+    def _pins_of(self, segment: Segment, *, prefill: bool) -> ExpertPins:
+        """Threads may count as either at once."""
+        pins = ExpertPins(segment, self._queue, self._process, self._check_owner)
+        pins.count_as(prefill=prefill)
+        return pins
 
     def _let_go(self) -> None:
         self._membership.leave()

@@ -168,6 +168,25 @@ def test_blocks_share_the_pins_of_the_process(cache: ExpertCache) -> None:
         assert len([*pinned.values()]) == pins
 
 
+def test_more_experts_than_pins_come_one_after_the_other(cache: ExpertCache) -> None:
+    evict_all(cache)
+    with cache.pinned(1, [7, 9]) as pinned:
+        [*pinned.values()]
+    cache.reset_stats()
+    given = []
+    for expert, weights in cache.in_turn(1, np.arange(24).reshape(6, 4)):
+        assert np.array_equal(weights["gate"], bits(1, expert, "gate"))
+        given.append(expert)
+    assert sorted(given) == [*range(24)] and given.index(7) < cache.pins_per_process > given.index(9)
+    assert (cache.stats().expert_hits, cache.stats().expert_misses) == (2, 22)
+    pins = cache.pins_per_process
+    for _ in cache.in_turn(2, range(EXPERTS)):
+        break  # whoever stops early gives the pins back
+    with cache.pinned(2, range(pins)), pytest.raises(NotEnoughPins):
+        next(cache.in_turn(2, [1]))
+    assert [*cache.in_turn(2, [])] == []
+
+
 def test_threads_use_it_at_once() -> None:
     failures: list[BaseException] = []
 
@@ -348,6 +367,8 @@ def test_a_damaged_expert_is_named_and_the_others_can_be_used(tmp_path: Path) ->
             for _ in range(2):
                 with pytest.raises(ExpertUnavailable, match=f"expert 3 of layer 1 .* {location.file} at byte"):
                     pinned[3]
+        with pytest.raises(ExpertUnavailable, match=f"expert 3 of layer 1 .* {location.file} at byte"):
+            [*cache.in_turn(1, range(8))]
         assert cache.stats().failed_loads >= 1
         with cache.pinned(1, range(3)) as pinned:
             assert len([*pinned.values()]) == 3
