@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from hotset.runtime.answers import AnswerText, Completion, Piece, answer_pieces, join_pieces
 from hotset.runtime.argument_types import integer, integers
-from hotset.runtime.config import TRAINED_MODEL, BackendConfig
+from hotset.runtime.config import BackendConfig, model_path
 from hotset.runtime.connection import Connection
 from hotset.runtime.errors import TooManyPins
 from hotset.runtime.memory_tiers import PageCache
@@ -68,11 +67,8 @@ class Backend:
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **settings: Any) -> None:
-        given: Any = model
-        if not isinstance(given, str | PathLike | None) or model == "":
-            raise ValueError(f"model is {model!r}, expected the path of a checkpoint folder or a GGUF file, or None")
+        folder = model_path(model)
         check_settings(settings, "Backend", BackendConfig)
-        folder = TRAINED_MODEL if model is None else Path(model)
         self.config = BackendConfig(model=str(model_folder(folder)), **settings)
         name = new_instance_name() if self.config.name is None else self.config.name
         self.instance = check_instance_name(name)

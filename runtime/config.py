@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,6 +29,14 @@ STRENGTH_OPTIONS: dict[RoutingPolicy, str] = {
 KvDtype = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 
 TRAINED_MODEL = Path(__file__).parent / "model" / "trained"
+
+
+def model_path(given: Any) -> Path:
+    """Where the model is that a user names; None is the small one that ships with hotset."""
+    if not isinstance(given, str | os.PathLike | None) or given == "":
+        raise ValueError(f"model is {given!r}, expected the path of a checkpoint folder or a GGUF file, or None")
+    return TRAINED_MODEL if given is None else Path(os.fspath(given))  # pyright: ignore[reportUnknownArgumentType]
+
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,8 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import integer, integers
-from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.argument_types import integer
+from hotset.runtime.config import model_path
 from hotset.runtime.errors import TooManyPins
 from hotset.runtime.experts.arguments import demand_of, distinct, expert_rows
 from hotset.runtime.experts.config import ExpertCacheConfig, plan_cache
@@ -65,11 +64,9 @@ class ExpertCache:
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **settings: Any) -> None:
-        given: Any = model
-        if not isinstance(given, str | PathLike | None) or model == "":
-            raise ValueError(f"model is {model!r}, expected the path of a checkpoint folder or a GGUF file, or None")
+        path = model_path(model)
         check_settings(settings, "ExpertCache", ExpertCacheConfig)
-        folder = model_folder(TRAINED_MODEL if model is None else Path(model))
+        folder = model_folder(path)
         config = ExpertCacheConfig(model=str(folder), **settings)
         name = check_instance_name(new_instance_name() if config.name is None else config.name)
         checkpoint = Checkpoint.open(folder)
@@ -171,7 +168,7 @@ class ExpertCache:
 
     def prefetch(self, layer: int, experts: Any) -> None:
         """Has these read while nobody waits for the disk, for the layer's next step; a hint, that may be dropped."""
-        self._reader.prefetch(self._layer(layer), distinct(expert_rows("experts", experts, self.num_experts)))
+        self._reader.prefetch(*self._named(layer, experts))
 
     def resident(self, layer: int) -> npt.NDArray[np.bool_]:
         """Which experts of the layer are in memory just now, [num_experts]; a hint, as they are not pinned."""
@@ -190,26 +187,25 @@ class ExpertCache:
     def pin_experts(self, layer: int, experts: Iterable[int]) -> None:
         """Keeps these in memory, until `unpin_experts`, whoever ends; those that are absent begin to be loaded at once.
 
-        `stats().pinned_experts_absent` says how many are still to come. Raises `TooManyPins`, and pins none of them,
-        if more than the setting `user_pins` would be pinned.
+        Raises `TooManyPins`, and pins none of them, if more than the setting `user_pins` would be pinned.
         """
-        layer, ids = self._layer(layer), integers("experts", experts)
-        pinned = self._membership.ask(lambda query: PinExperts(query, layer, self._checked(ids))).pinned
+        layer, ids = self._named(layer, experts)
+        pinned = self._membership.ask(lambda query: PinExperts(query, layer, ids)).pinned
         if pinned > self.config.user_pins:
             raise TooManyPins(pinned, self.config.user_pins)
 
     def unpin_experts(self, layer: int, experts: Iterable[int]) -> None:
         """They may be evicted again, as any other."""
-        layer, ids = self._layer(layer), integers("experts", experts)
-        self._membership.ask(lambda query: UnpinExperts(query, layer, self._checked(ids)))
+        layer, ids = self._named(layer, experts)
+        self._membership.ask(lambda query: UnpinExperts(query, layer, ids))
 
     def page_out(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Frees the slots of these experts; one that is being used stays.
 
         Returns those for which this was refused: they are pinned by `pin_experts`, or the pager has no time to listen.
         """
-        layer, ids = self._layer(layer), integers("experts", experts)
-        return self._membership.ask(lambda query: PageOutExperts(query, layer, self._checked(ids))).refused
+        layer, ids = self._named(layer, experts)
+        return self._membership.ask(lambda query: PageOutExperts(query, layer, ids)).refused
 
     # ---- numbers
 
@@ -230,16 +226,14 @@ class ExpertCache:
             raise ValueError(f"layer is {layer}, expected one of {self.num_layers} that has experts")
         return layer
 
-    def _checked(self, experts: list[int]) -> list[int]:
-        if wrong := [expert for expert in experts if not 0 <= expert < self.num_experts]:
-            raise ValueError(f"expert id is {wrong[0]}, expected 0 <= id < {self.num_experts}")
-        return experts
+    def _named(self, layer: int, experts: Any) -> tuple[int, list[int]]:
+        return self._layer(layer), [*distinct(expert_rows("experts", experts, self.num_experts))]
 
     # ---- life
 
     def close(self) -> None:
-        """Lets go of the cache; its maker ends it. Blocks that are open, in other threads, may end in peace: they can
-        use what has arrived. May be called again; in a forked process it does nothing."""
+        """Lets go of the cache; its maker ends it. Blocks that are open can use what has arrived until they end. May be
+        called again; in a forked process it does nothing."""
         if os.getpid() != self._process or not self._first_close.acquire(blocking=False):
             return
         self._membership.end()

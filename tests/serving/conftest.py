@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from instances import abandoned, wait_until
 
-from hotset.runtime import Backend
+from hotset.runtime import Backend, ExpertCache
 
 
 @pytest.fixture(autouse=True)
@@ -27,4 +27,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Backend]:
     with Backend(workers=2, expert_budget="50%", warm_start=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cache() -> Iterator[ExpertCache]:
+    """A quarter of the experts, and nobody else who uses them; tests begin where others have left it."""
+    with ExpertCache(expert_budget="25%", user_pins=2, warm_start=False) as running:
         yield running
