@@ -58,10 +58,13 @@ class PlainTd:
             eta = np.float32(min(0.005, 0.5 / (batch * (len(old_rows) + 3))))
             target = np.where(now > 0, np.float32(1), gamma * y.clip(0, 1))
             change = eta * (target - self.estimates[stream, layer])
-            steps = np.float32(256 / COARSE_UNIT if self.coarse else 1 / self.unit)  # coarse: in 256ths
-            exact = change * steps + self.remainder[layer]
-            whole = np.rint(exact)
-            self.remainder[layer] = exact - whole
+            if self.coarse:  # in 256ths
+                dither = np.float32(self.turn[layer] % 2**16 / 2**16 - 0.5)
+                whole = np.rint(change * np.float32(256 / COARSE_UNIT) + dither)
+            else:
+                exact = change * np.float32(1 / self.unit) + self.remainder[layer]
+                whole = np.rint(exact)
+                self.remainder[layer] = exact - whole
             self.move(layer, old_rows, whole.astype(np.int64))
             self.trait_weights[layer] += change * old_traits
         self.features[stream, layer] = (rows, traits)

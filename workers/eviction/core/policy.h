@@ -67,7 +67,8 @@ struct policy {
     double *blend;        /* [layers][experts]; of the bases that have no values of their own below */
     double *affinity;     /* [layers][experts], in units of ... */
     double *affinity_unit;/* [layers] */
-    double *td_value;     /* [layers][experts]; if base is TD */
+    double *td_value;     /* [layers][experts]; if base is TD. Of layers with a demand that nobody asked about yet, ... */
+    uint8_t *stale;       /* [layers]: ... it is still of an earlier one: see policy_fresh */
     uint64_t *last_used;  /* [layers][experts]: `steps` then */
     double *uses;         /* [layers][experts] */
     uint64_t *stream_seen;/* [streams][layers]: layer_steps then */
@@ -93,6 +94,7 @@ static inline void policy_free(struct policy *policy) {
     free(policy->live);
     free(policy->member);
     free(policy->td_value);
+    free(policy->stale);
     td_free(&policy->td);
     for (uint32_t i = 0; i < GUARD_LAYERS; i++) {
         pool_free(&policy->guard.td[i]);
@@ -137,9 +139,11 @@ static inline int policy_init(struct policy *policy) {
     policy->live = calloc(policy->num_streams, sizeof(uint16_t));
     policy->member = calloc(policy->num_experts, 1);
     policy->td_value = calloc(places, sizeof(double));
+    policy->stale = calloc(policy->num_layers, 1);
     policy->value = policy_values(policy);
     if (!(policy->layer_steps && policy->blend && policy->last_used && policy->uses && policy->affinity &&
-          policy->affinity_unit && policy->stream_seen && policy->live && policy->member && policy->td_value))
+          policy->affinity_unit && policy->stream_seen && policy->live && policy->member && policy->td_value &&
+          policy->stale))
         return 0;
     for (uint32_t layer = 0; layer < policy->num_layers; layer++) policy->affinity_unit[layer] = 1;
     if (policy->base != POLICY_TD) return 1;
@@ -172,15 +176,6 @@ static inline double policy_nearness(const struct policy *policy, uint32_t layer
     if (!policy_td_leads(policy)) return 1;
     uint32_t since = (policy->layer + policy->num_layers - layer) % policy->num_layers;
     return pow(td_discount(policy->batch), -(double)since / policy->num_layers);
-}
-
-/* What experts of all layers are compared by, [layers][experts]. */
-static inline void policy_worth(const struct policy *policy, double *worth) {
-    for (uint32_t layer = 0; layer < policy->num_layers; layer++) {
-        const size_t first = (size_t)layer * policy->num_experts;
-        const double nearness = policy_nearness(policy, layer);
-        for (size_t e = first; e < first + policy->num_experts; e++) worth[e] = policy->value[e] * nearness;
-    }
 }
 
 /* ---- the distinct experts of a record */
@@ -231,14 +226,30 @@ static inline void policy_value_blend(struct policy *policy, uint32_t layer) {
 }
 
 /* What the streams that the layer has seen lately want, together. */
-static inline void policy_value_td(struct policy *policy, uint32_t layer) {
+static inline void policy_value_td(const struct policy *policy, uint32_t layer) {
     uint32_t count = 0;
     for (uint32_t s = 0; s < policy->num_streams; s++) {
         uint64_t seen = policy->stream_seen[(size_t)s * policy->num_layers + layer];
         if (seen && policy->layer_steps[layer] - seen < POLICY_IDLE_STEPS) policy->live[count++] = (uint16_t)s;
     }
     policy->kernels.combine(&policy->td, layer, policy->live, count,
-                           policy->td_value + (size_t)layer * policy->num_experts);
+                            policy->td_value + (size_t)layer * policy->num_experts);
+    policy->stale[layer] = 0;
+}
+
+/* To be called before `value` of a layer is looked at: TD's are computed only when they count. */
+static inline void policy_fresh(const struct policy *policy, uint32_t layer) {
+    if (policy->stale[layer] && policy->value == policy->td_value) policy_value_td(policy, layer);
+}
+
+/* What experts of all layers are compared by, [layers][experts]. */
+static inline void policy_worth(const struct policy *policy, double *worth) {
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++) {
+        const size_t first = (size_t)layer * policy->num_experts;
+        const double nearness = policy_nearness(policy, layer);
+        policy_fresh(policy, layer);
+        for (size_t e = first; e < first + policy->num_experts; e++) worth[e] = policy->value[e] * nearness;
+    }
 }
 
 static inline int policy_is_blend(const struct policy *policy) {
@@ -304,6 +315,7 @@ static inline void policy_guard(struct policy *policy) {
     struct guard *guard = &policy->guard;
     if (policy->layer % guard->every || !policy->count) return;
     uint32_t index = policy->layer / guard->every;
+    policy_value_td(policy, policy->layer);
     if (guard->steps < GUARD_STEPS) guard->steps++;
     guard->td_rate = guard_hit_rate(policy, &guard->td[index], policy->td_value, 1, guard->td_rate);
     guard->affinity_rate = guard_hit_rate(policy, &guard->affinity[index], policy->affinity, 0, guard->affinity_rate);
@@ -344,7 +356,7 @@ static inline void policy_learn(struct policy *policy, const uint16_t *record, c
         policy->kernels.observe(&policy->td, row[0], layer, row + 1, count, record[DEMAND_ROWS],
                                 follows ? &token : NULL);
     }
-    policy_value_td(policy, layer);
+    policy->stale[layer] = 1;
     policy_guard(policy);
 }
 

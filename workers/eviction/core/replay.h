@@ -71,6 +71,7 @@ static inline void replay_record(struct policy *policy, const uint16_t *record, 
                                  const struct used_set *used, struct replay_pools *pools,
                                  struct replay_result *result) {
     policy_observe(policy, record, next);
+    policy_fresh(policy, policy->layer);
     const double *value = policy->value; /* which are comparable within a layer */
     if (replay_is_shared(pools)) {
         policy_worth(policy, pools->worth);

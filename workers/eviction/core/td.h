@@ -42,7 +42,6 @@
 #define TD_HUGE_PAGE (2u << 20)
 #define TD_LINE 64u
 #define TD_FAR (16u << 20) /* bytes of W */
-#define TD_INTO_L2 2       /* of a prefetch: not further, where the layer's other numbers would push it out */
 #define TD_UNIT (1 / 4096.f)        /* of set weights of 16 bits, which so hold -8 to 8, and ... */
 #define TD_COARSE_UNIT (1 / 1536.f) /* ... of 8 bits: -0.07 to 0.07, beyond which hardly one of many would go */
 #define TD_MAX_STEP 0.005f    /* eta */
@@ -82,7 +81,7 @@ struct td {
     uint32_t row_nbytes;    /* of W */
     uint8_t *set_weights;   /* W [layers][TD_SETS][experts][row_nbytes]: see td_rows.h */
     float *trait_weights;   /* D [layers][TD_TRAITS][stride] */
-    float *remainder;       /* [layers][stride]: what the set weights should have moved by beyond what they can */
+    float *remainder;       /* [layers][stride]: what set weights of 16 bits should have moved by beyond what they can */
     uint32_t *turn;         /* [layers]: see td_thresholds */
     /* Per stream and layer, at [stream * num_layers + layer]: */
     float *averages;      /* [TD_AVERAGES][stride] */
@@ -208,7 +207,7 @@ static inline void td_prefetch(const struct td *td, const struct td_token *token
     const size_t nbytes = td->row_nbytes;
     for (uint32_t i = 0; i < rows.count; i++)
         for (size_t line = 0; line < nbytes; line += TD_LINE)
-            __builtin_prefetch(weights + rows.rows[i] * nbytes + line, 0, TD_INTO_L2);
+            __builtin_prefetch(weights + rows.rows[i] * nbytes + line);
 }
 
 static inline void td_reset_layer(struct td *td, uint32_t layer) {
@@ -231,6 +230,11 @@ static inline void td_thresholds(struct td *td, uint32_t layer, uint32_t count, 
     td->turn[layer] += 0x9E3779B9u;
     const uint32_t apart = UINT32_MAX / count;
     for (uint32_t i = 0; i < count; i++) threshold[i] = (int8_t)((td->turn[layer] + i * apart) >> 24 ^ 0x80);
+}
+
+/* Added to a coarse move before it is rounded to a 256th of a unit: as likely anything from -1/2 to 1/2. */
+static inline float td_dither(const struct td *td, uint32_t layer) {
+    return (float)(td->turn[layer] & 0xFFFF) / 65536 - 0.5f;
 }
 
 /* Whether an estimate is beyond TD_MAX_ESTIMATE, or no number; of the bits of the largest one without its sign. */

@@ -19,6 +19,8 @@ TD_TARGET static int32_t TD_NAME(td_step_experts)(struct td *td, uint32_t layer,
     halves *change = (halves *)moves;
     const float to_nearest = 12582912.f; /* 1.5 * 2^23: added and taken away again, it rounds to an integer */
     const float unit = td->coarse ? TD_COARSE_UNIT : TD_UNIT, steps = td->coarse ? 256 / TD_COARSE_UNIT : 1 / TD_UNIT;
+    const int coarse = td->coarse;
+    const float dither = coarse ? td_dither(td, layer) : 0;
     floats *estimate = (floats *)td->estimate + place * width;
     floats *averages = (floats *)td->averages + place * TD_AVERAGES * width;
     floats *trait = (floats *)td->trait_weights + (size_t)layer * TD_TRAITS * width;
@@ -45,8 +47,10 @@ TD_TARGET static int32_t TD_NAME(td_step_experts)(struct td *td, uint32_t layer,
         trait[v] += moved;
         trait[width + v] += moved * was_used;
         for (uint32_t i = 0; i < TD_AVERAGES; i++) trait[(2 + i) * width + v] += moved * old[i];
-        const floats exact = moved * steps + remainder[v], units = (exact + to_nearest) - to_nearest;
-        remainder[v] = exact - units;
+        floats exact = moved * steps + dither;
+        if (!coarse) exact += remainder[v];
+        const floats units = (exact + to_nearest) - to_nearest;
+        if (!coarse) remainder[v] = exact - units;
         change[v] = __builtin_convertvector(__builtin_convertvector(units, ints), halves);
         estimate[v] = y;
     }

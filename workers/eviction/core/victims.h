@@ -51,7 +51,10 @@ static inline size_t victims_heap(const struct policy *policy, const int64_t *ex
     residents[newcomer] = 1;
     for (size_t slot = 0; slot < slots; slot++)
         if (experts[slot] >= 0) residents[(uint32_t)experts[slot] / policy->num_experts]++;
-    for (uint32_t layer = 0; layer < policy->num_layers; layer++) nearness[layer] = policy_nearness(policy, layer);
+    for (uint32_t layer = 0; layer < policy->num_layers; layer++) {
+        nearness[layer] = policy_nearness(policy, layer);
+        policy_fresh(policy, layer);
+    }
     const uint8_t *kept = policy->count ? policy_kept(policy, policy_td_leads(policy)) : NULL;
     const uint32_t floor = policy_floor(policy);
     size_t count = 0;
