@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import check_instance, integer
+from hotset.runtime.argument_types import check_instance, integer, integers
 from hotset.shm.kv_page_format import Bytes, Floats, decode, encode
 from hotset.shm.kv_page_format import KvFormat as KvFormat  # for who makes a layout
 from hotset.shm.kv_page_format import KvPageLayout as KvPageLayout
@@ -39,10 +40,19 @@ class KvPageMemory:
         return self.layout.page_nbytes
 
     def copy_page(self, source: int, destination: int) -> None:
+        self._check_page(source)
+        self._check_page(destination)
         self.bytes[destination] = self.bytes[source]
 
     def clear_pages(self, pages: Sequence[int]) -> None:
-        self.bytes[list(pages)] = 0
+        numbers = integers("pages", pages)
+        for page in numbers:
+            self._check_page(page)
+        self.bytes[numbers] = 0
+
+    def _check_page(self, page: int) -> None:
+        if type(page) is not int or not 0 <= page < len(self.bytes):
+            integer("page", page, 0, self.num_pages)
 
     def encode_rows(self, keys: npt.ArrayLike, values: npt.ArrayLike) -> Bytes:
         """Keys and values of consecutive tokens, each `[tokens, num_kv_heads, head_dim]`, as they lie in pages.
@@ -65,7 +75,19 @@ class KvPageMemory:
         integer("layer", layer, 0, self.layout.num_layers - 1)
 
     def write_rows(self, page: int, offset: int, layer: int, rows: Bytes) -> None:
-        """Stores encoded rows of tokens from `offset` on; they must fit the page."""
+        """Stores rows of tokens as `encode_rows` gives them from `offset` on; they must fit the page."""
+        self._check_page(page)
+        self.check_layer(layer)
+        integer("offset", offset, 0)
+        shape = (2, "tokens", self.layout.num_kv_heads, self.layout.head_nbytes)
+        given = _array(rows)
+        if (
+            given is None
+            or given.dtype != np.uint8
+            or given.ndim != 4
+            or (given.shape[0], *given.shape[2:]) != (shape[0], *shape[2:])
+        ):
+            raise ValueError(f"rows is {_described(rows)}, expected uint8 ({', '.join(map(str, shape))})")
         if offset + rows.shape[1] > self.layout.block_size:
             raise ValueError(
                 f"{rows.shape[1]} tokens from offset {offset} do not fit a page of {self.layout.block_size}"
@@ -73,9 +95,32 @@ class KvPageMemory:
         self.bytes[page, layer, :, offset : offset + rows.shape[1]] = rows
 
     def read_rows(self, pages: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], layer: int) -> Floats:
-        """Keys and values of tokens, float32 `[2, tokens, num_kv_heads, head_dim]`."""
+        """Keys and values of the tokens at `offsets` of `pages`, float32 `[2, tokens, num_kv_heads, head_dim]`."""
+        self.check_layer(layer)
+        given = _indices("pages", pages, len(self.bytes)), _indices("offsets", offsets, self.layout.block_size)
+        if len(given[0]) != len(given[1]):
+            raise ValueError(f"pages are {len(given[0])} and offsets {len(given[1])}, expected one offset to each page")
+        pages, offsets = given
         rows = self.bytes[pages, layer, :, offsets].swapaxes(0, 1)
         return decode(rows, self.layout.format, self.layout.head_dim)
+
+
+def _array(given: Any) -> npt.NDArray[Any] | None:
+    return cast("npt.NDArray[Any]", given) if isinstance(given, np.ndarray) else None
+
+
+def _described(given: Any) -> str:
+    array = _array(given)
+    return repr(given) if array is None else f"{array.dtype} {array.shape}"
+
+
+def _indices(name: str, given: Any, end: int) -> npt.NDArray[np.integer]:
+    found = np.asarray(given)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(f"{name} is {_described(given)}, expected integers [tokens]")
+    if found.size and not 0 <= int(found.min()) <= int(found.max()) < end:
+        raise ValueError(f"{name} are from {found.min()} to {found.max()}, expected 0 <= number < {end}")
+    return found.astype(np.intp)
 
 
 def _numbers(name: str, given: npt.ArrayLike) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -311,3 +312,33 @@ def test_a_layout_is_told_from_what_is_none() -> None:
     layout: Any = "layout"
     with pytest.raises(ValueError, match=r"layout is 'layout', expected one of class KvPageLayout"):
         KvPageMemory(layout, 4)
+
+
+def test_rows_of_another_shape_or_kind_are_one_sentence_and_nothing_is_stored() -> None:
+    memory: Any = KvPageMemory(KvPageLayout(num_layers=2, block_size=4, num_kv_heads=HEADS, head_dim=DIM), 3)
+    good = memory.encode_rows(rows(1.0, 2), rows(2.0, 2))
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: memory.write_rows(1, 0, 0, good[:1]), r"rows is uint8 \(1, 2, 2, 256\), expected uint8 \(2, tokens"),
+        (lambda: memory.write_rows(1, 0, 0, good[0]), r"rows is uint8 \(2, 2, 256\), expected uint8"),
+        (lambda: memory.write_rows(1, 0, 0, good.astype(np.float32)), "rows is float32 .*, expected uint8"),
+        (lambda: memory.write_rows(1, 0, 0, [1]), r"rows is \[1\], expected uint8"),
+        (lambda: memory.write_rows(1, 3, 0, good), "2 tokens from offset 3 do not fit a page of 4"),
+        (lambda: memory.write_rows(1, -1, 0, good), "offset is -1, expected an integer of at least 0"),
+        (lambda: memory.write_rows(4, 0, 0, good), "page is 4, expected an integer from 0 to 3"),
+        (lambda: memory.write_rows(-1, 0, 0, good), "page is -1, expected"),
+        (lambda: memory.write_rows(1, 0, 2, good), "layer is 2, expected an integer from 0 to 1"),
+        (lambda: memory.read_rows([1], [4], 0), "offsets are from 4 to 4, expected 0 <= number < 4"),
+        (lambda: memory.read_rows([9], [0], 0), "pages are from 9 to 9, expected 0 <= number < 4"),
+        (lambda: memory.read_rows([1, 2], [0], 0), "pages are 2 and offsets 1, expected one offset"),
+        (lambda: memory.read_rows(np.zeros(1), np.zeros(1), 0), r"pages is float64 \(1,\), expected integers"),
+        (lambda: memory.copy_page(1, 7), "page is 7, expected"),
+        (lambda: memory.clear_pages([1, "x"]), "one of pages is 'x', expected an integer"),
+    ]
+    for call, sentence in wrong:
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    assert not memory.bytes.any()
+    memory.write_rows(1, 2, 1, good)
+    kept = memory.read_rows(np.array([1, 1]), np.array([2, 3]), 1)
+    assert (kept[0] == 1).all() and (kept[1] == 2).all()
+    assert memory.read_rows(np.array([], int), np.array([], int), 0).shape == (2, 0, HEADS, DIM)
