@@ -74,8 +74,11 @@ class AnswerText:
         return self._stops.finish_with(self._text.finish())
 
 
-def answer_pieces(connection: Connection, number: int, text: AnswerText) -> Iterator[Piece]:
-    """The answer to request `number`, which is aborted if the iterator is closed before; first an empty piece."""
+def answer_pieces(connection: Connection, number: int, text: AnswerText, owner: object) -> Iterator[Piece]:
+    """The answer to request `number`, which is aborted if the iterator is closed before; first an empty piece.
+
+    `owner` of the connection lives as long as the iterator.
+    """
     finished = False
     try:
         yield Piece("", [])

@@ -8,6 +8,7 @@ happens to the user's program can damage it.
 from __future__ import annotations
 
 import secrets
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
@@ -40,7 +41,7 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.gguf_folder import model_folder
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.runtime.plan import InstancePlan, plan_instance
-from hotset.runtime.prompts import Prompt, Prompts, is_one_prompt
+from hotset.runtime.prompts import Prompt, Prompts, TokenIds, is_one_prompt
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.settings import check_settings, takes
 from hotset.runtime.stats import BackendStats
@@ -63,7 +64,8 @@ class Backend:
         BudgetTooSmall, ValueError: the settings cannot be met.
         BackendError: the processes could not start.
 
-    All methods may be called from any thread, and from signal handlers.
+    All methods may be called from any thread, and from signal handlers. One that is not closed and that nobody has any
+    more, a stream neither, ends when the garbage collector finds it.
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **settings: Any) -> None:
@@ -74,6 +76,7 @@ class Backend:
         self.instance = check_instance_name(name)
         # First the process: its interpreter starts while we look at the model.
         self._connection = Connection(self.instance)
+        weakref.finalize(self, self._connection.abandon).atexit = False  # then the coordinator notices by itself
         self._page_cache: PageCache | None = None
         try:
             self._model = ModelConfig.load(self.config.model)
@@ -96,13 +99,14 @@ class Backend:
 
         Raises `RequestFailed` if the request cannot be served, `BackendError` if the backend has died.
         """
-        params = _sampling_params(params)
-        ids = self._prompts.token_ids(prompt)
+        return self._begin(self._prompts.token_ids(prompt), _sampling_params(params))
+
+    def _begin(self, ids: TokenIds, params: SamplingParams) -> Iterator[Piece]:
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
         number = self._connection.begin(lambda number: Submit(number, ids.tobytes(), params))
         text = AnswerText(self.tokenizer.stream(), StopStrings(params.stop_strings))
-        pieces = answer_pieces(self._connection, number, text)
+        pieces = answer_pieces(self._connection, number, text, self)
         next(pieces)  # into its try block, so that closing an iterator that was never asked aborts too
         return pieces
 
@@ -120,8 +124,9 @@ class Backend:
         """
         single = is_one_prompt(prompts)
         batch: list[Any] = [prompts] if single else list(prompts)
+        params = _sampling_params(params)
         encoded = [self._prompts.token_ids(prompt) for prompt in batch]
-        streams = [self.stream(ids, params) for ids in encoded]
+        streams = [self._begin(ids, params) for ids in encoded]
         answers = [join_pieces(len(ids), pieces) for ids, pieces in zip(encoded, streams, strict=True)]
         return answers[0] if single else answers
 

@@ -107,6 +107,11 @@ class Connection:
             self._channel.close()
             self._stderr.close()
 
+    def abandon(self) -> None:
+        """Stops the processes without waiting for it: the reader thread cleans up. For the garbage collector."""
+        if self._dead is None and not self._closing and not self.is_forked:
+            self.send(Shutdown())
+
     def raise_if_dead(self) -> None:
         if self._dead is not None:
             raise self._dead

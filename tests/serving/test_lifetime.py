@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -55,6 +56,19 @@ def test_two_backends_in_one_program_do_not_touch_each_other() -> None:
             params = SamplingParams(temperature=0, max_tokens=8, routing="off")
             assert first.generate(PROMPTS[0], params).text == second.generate(PROMPTS[0], params).text
         assert first.generate(PROMPTS[0], params).token_ids
+
+
+def test_a_backend_that_nobody_has_any_more_ends_and_one_that_a_stream_has_does_not() -> None:
+    backend = Backend(workers=1)
+    pids, instance = all_pids(backend), backend.instance
+    stream = backend.stream(PROMPTS[0], SamplingParams(max_tokens=20, ignore_eos=True))
+    del backend
+    gc.collect()
+    assert sum(len(piece.token_ids) for piece in stream) == 20
+    del stream
+    gc.collect()
+    assert wait_until(lambda: not processes_of(pids))
+    assert wait_until(lambda: not segment_exists(instance)) and not queue_exists(instance)
 
 
 def test_an_instance_name_is_given_once() -> None:
