@@ -30,7 +30,7 @@ def _run() -> int:
     from hotset.runtime.errors import HotsetError
 
     try:
-        app()
+        app(prog_name="hotset")
     except SystemExit as done:  # typer's, who has said what there was to say
         return done.code if isinstance(done.code, int) else 1
     except (HotsetError, ValueError, OSError) as error:

@@ -38,7 +38,17 @@ def model_path(given: Any) -> Path:
     return TRAINED_MODEL if given is None else Path(os.fspath(given))  # pyright: ignore[reportUnknownArgumentType]
 
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 def parse_nbytes(size: str | int, name: str = "the size") -> int:

@@ -33,11 +33,6 @@ class Prompts:
         self._chat_template: ChatTemplate | None = None  # loaded with the first conversation
 
     def token_ids(self, prompt: Prompt) -> TokenIds:
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the prompt is {prompt!r}, expected text: {error.reason}") from None
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)
         if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"the prompt is {prompt!r}, expected text or token ids, at least one")

@@ -47,11 +47,11 @@ def calibrate(
 
     from hotset.runtime.calibrator import calibrate as measure
     from hotset.runtime.calibrator import parse_limit, start_message
-    from hotset.runtime.config import TRAINED_MODEL
+    from hotset.runtime.config import model_path
     from hotset.runtime.model.gguf_folder import model_folder
 
     with stop_signals:
-        folder = model_folder(Path(model or TRAINED_MODEL))
+        folder = model_folder(model_path(model))
         start = start_message(folder, parse_limit(max_kl, max_ppl), text, tokens, expert_budget, routing, eviction)
         with Progress(console=Console(stderr=True)) as bar:
             tasks: dict[str, Any] = {}

@@ -162,7 +162,7 @@ def _answers(backend: Backend, prompts: list[str], params: SamplingParams, *, sh
                 if shown:
                     print(piece.text, end="", flush=True)
         finally:
-            if shown:
+            if shown and pieces:
                 print(flush=True)  # whatever comes now begins a line
         completions.append(join_pieces(0, pieces))
     return completions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -28,11 +27,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Say what a model is and what of it fits in which memory, or why it cannot run, without loading it."""
-    from hotset.runtime.config import TRAINED_MODEL
+    from hotset.runtime.config import model_path
     from hotset.runtime.inspection import inspect_model
 
     with stop_signals:
-        inspection = inspect_model(Path(model or TRAINED_MODEL), memory)
+        inspection = inspect_model(model_path(model), memory)
     if as_json:
         print(msgspec.json.encode(inspection).decode())
     else:

@@ -13,7 +13,7 @@ from hotset.runtime.stop_signals import stop_signals
 def pack(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or GGUF file.")],
     out: Annotated[
-        Path,
+        str,
         typer.Argument(metavar="OUT", help="Folder for the packed model: new, or of a pack that was interrupted."),
     ],
     format: Annotated[
@@ -42,7 +42,7 @@ def pack(
     from rich.console import Console
     from rich.progress import Progress
 
-    from hotset.runtime.config import format_nbytes
+    from hotset.runtime.config import format_nbytes, model_path
     from hotset.runtime.model.expert_formats import PrecisionTiers
     from hotset.runtime.model.gguf_folder import model_folder
     from hotset.runtime.model.pack import Packer
@@ -51,13 +51,15 @@ def pack(
         if value is not None and format != "mixed":
             stated = f"--format is {format}" if format else "--format is not given"
             raise ValueError(f"{option} is {value} and {stated}, expected --format mixed: {option} is for that")
+    if not out:
+        raise ValueError("OUT is '', expected a folder: new, or of a pack that was interrupted")
     given = {name: value for name, value in (("hot", hot), ("cold", cold)) if value is not None}
     with stop_signals:
         packer = Packer(
-            model_folder(Path(model)),
-            out,
+            model_folder(model_path(model)),
+            Path(out),
             format,
-            heat_of=model_folder(Path(heat)) if heat else None,
+            heat_of=None if heat is None else model_folder(model_path(heat)),
             tiers=PrecisionTiers(**given) if given else None,
         )
         packer.prepare_folder()  # what is wrong with it is said without a bar

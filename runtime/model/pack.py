@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hotset.runtime.model.calibration import CALIBRATION
 from hotset.runtime.model.checkpoint import Checkpoint
+from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.conversion import convert_rows
 from hotset.runtime.model.expert_formats import CannotPack, PrecisionTiers, choose_formats, read_heat
 from hotset.runtime.model.expert_parts import expert_parts
@@ -82,6 +83,8 @@ class Packer:
     ) -> None:
         if format != "mixed" and (heat_of or tiers):
             raise ValueError(f"format is {format!r}, expected 'mixed' where heat or tiers are given")
+        if heat_of is not None:
+            ModelConfig.load(heat_of)  # or it is no model
         self._out = out
         self._checkpoint = checkpoint = Checkpoint.open(model, to_convert=True)
         self._config = checkpoint.config
@@ -183,7 +186,10 @@ class Packer:
             raise CannotPack(f"{self._out} is a file, expected a folder, or nothing yet")
         if (self._out / TENSORS_JSON).exists():
             raise CannotPack(f"{self._out} is a complete model already")
-        self._out.mkdir(parents=True, exist_ok=True)
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotPack(f"the folder {self._out} cannot be made: {error.strerror}") from None
         if any(self._out.iterdir()) and not (self._out / _JOURNAL).exists():
             raise CannotPack(f"{self._out} is not empty, and not what an interrupted pack has left")
 

@@ -40,7 +40,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Token ids of `text`; with those that the model's own tokenizer puts around it, unless the text has them."""
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # of a text that is no Unicode, as bytes that are not UTF-8 become on a command line
+            raise ValueError(f"the prompt is {text!r}, expected text: surrogates not allowed") from None
         if add_special_tokens and self._first is not None and ids[:1] != [self._first]:
             ids = [self._first, *ids]
         return np.array(ids, dtype=np.int32)

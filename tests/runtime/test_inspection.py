@@ -103,3 +103,15 @@ def test_nothing_is_imported_that_only_serving_needs(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["inspect", ""], ["calibrate", "", "--max-ppl", "1%"], ["pack", "", "x"], ["generate", "--model=", "--prompt=x"]],
+)
+def test_a_model_without_a_name_is_not_the_one_that_ships(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "hotset.runtime.cli", *command], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "model is '', expected the path" in done.stderr and done.stderr.count("\n") == 1

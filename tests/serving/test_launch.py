@@ -144,6 +144,8 @@ def test_help_shows_whole_sentences() -> None:
         (["--temperature", "-1"], "temperature is -1.0, expected"),
         (["--expert-budget", "lots"], "the expert budget is 'lots', expected a share such as '50%', or bytes"),
         (["--routing", "psychic"], "routing is 'psychic', expected one of"),
+        (["--prompt", "\udcff"], "the prompt is '\\udcff', expected text: surrogates not allowed"),
+        (["--max-model-len", "1"], "tokens, but the context (max_model_len) holds 1"),
     ],
 )
 def test_a_bad_option_is_one_sentence(arguments: list[str], sentence: str) -> None:
