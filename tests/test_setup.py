@@ -31,8 +31,13 @@ def test_a_second_setup_says_that_it_waits_for_the_first(tmp_path: Path) -> None
             second.communicate()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_an_installer_does_not_outlive_a_setup_that_is_killed(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("how", "whole_group"),
+    [(how, False) for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] + [(signal.SIGKILL, True)],
+)
+def test_an_installer_does_not_outlive_a_setup_that_is_killed(
+    tmp_path: Path, how: signal.Signals, whole_group: bool
+) -> None:
     for folder in ("scripts", "shm", "runtime", "workers", "bin"):
         (tmp_path / folder).mkdir()
     (tmp_path / "pyproject.toml").touch()
@@ -44,11 +49,15 @@ def test_an_installer_does_not_outlive_a_setup_that_is_killed(tmp_path: Path, ho
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"},
+        start_new_session=whole_group,
     )
     assert wait_until((tmp_path / "pids").is_file) and wait_until((tmp_path / "pids").read_text)
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(processes_of(pids)) == 2
-    setup.send_signal(how)
+    if whole_group:
+        os.killpg(setup.pid, how)
+    else:
+        setup.send_signal(how)
     errors = setup.communicate(timeout=60)[1].splitlines()
     assert errors[0].startswith("hotset: creating .venv")
     assert (setup.returncode, errors[1:]) == {
