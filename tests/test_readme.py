@@ -13,9 +13,9 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_readme_shows_a_backend_a_router_and_a_kv_cache() -> None:
+def test_the_readme_shows_a_backend_a_router_a_kv_cache_and_an_expert_cache() -> None:
     shown = {name for program in PROGRAMS for name in re.findall(r"\w+", program)}
-    assert {"Backend", "MemoryAwareRouter", "PagedKvCache"} <= shown
+    assert {"Backend", "ExpertCache", "MemoryAwareRouter", "PagedKvCache"} <= shown
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
