@@ -176,6 +176,14 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def may_be_written(folder: Path) -> bool:
+    """Whether nothing is there, or no more than what a run left that was stopped."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    return not names or ("config.json" in names and not any(name.startswith("model.safetensors") for name in names))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write a random checkpoint with a skewed, input-dependent gate.")
     parser.add_argument("folder", type=Path)
@@ -195,6 +203,8 @@ def main() -> int:
         parser.error(f"--hidden-size is {options.hidden_size}, expected a multiple of 256")
     if options.top_k > options.experts:
         parser.error(f"--top-k is {options.top_k}, more than the {options.experts} experts")
+    if not may_be_written(options.folder):
+        parser.error(f"the folder is {str(options.folder)!r}, expected none, an empty one, or a run's that was stopped")
     try:
         write_model(options.folder, options)
     except KeyboardInterrupt:
