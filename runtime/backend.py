@@ -229,9 +229,7 @@ class Backend:
         return self._connection.ask(lambda query: PageOutExperts(query, layer, ids)).refused
 
     def _expert_ids(self, layer: int, experts: Iterable[int]) -> tuple[int, list[int]]:
-        layer = integer("layer", layer)
-        if not 0 <= layer < self._model.num_layers or layer in self._model.dense_layers:
-            raise ValueError(f"layer is {layer}, expected one of {self._model.num_layers} that has experts")
+        layer = self._model.layer_with_experts(layer)
         ids = integers("experts", experts)
         if wrong := [expert for expert in ids if not 0 <= expert < self._model.num_experts]:
             raise ValueError(f"expert id is {wrong[0]}, expected 0 <= id < {self._model.num_experts}")

@@ -20,8 +20,6 @@ from hotset.runtime.messages import (
     CheckCache,
     Defragment,
     ExpertFailed,
-    ExpertsPagedOut,
-    ExpertsPinned,
     ForgetDemands,
     FromClient,
     FromPager,
@@ -51,6 +49,7 @@ from hotset.runtime.messages import (
 )
 from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
 from hotset.runtime.supervision import enter_child, leave
+from hotset.runtime.user_pin_requests import answer
 from hotset.runtime.user_pins import UserPins
 from hotset.runtime.watched_child import Fatal
 from hotset.shm.segment import SegmentError
@@ -163,19 +162,11 @@ class Coordinator:
                 self._dispatcher.defragment(message)
             case CheckCache(query):
                 self._dispatcher.check_cache(query)
-            case (
-                PinExperts(query, layer, experts)
-                | UnpinExperts(query, layer, experts)
-                | PageOutExperts(query, layer, experts)
-            ) if problem := self._user_pins.problem(layer, experts):
-                self._refuse(query, problem)
-            case PinExperts(query, layer, experts):
-                self._client.send(ExpertsPinned(query, self._user_pins.pin(layer, experts)))
-            case UnpinExperts(query, layer, experts):
-                self._user_pins.unpin(layer, experts)
-                self._client.send(ExpertsPinned(query, len(self._user_pins.pinned())))
-            case PageOutExperts(query, layer, experts):
-                self._client.send(ExpertsPagedOut(query, self._user_pins.page_out(layer, experts)))
+            case PinExperts() | UnpinExperts() | PageOutExperts():
+                if problem := self._user_pins.problem(message.layer, message.experts):
+                    self._refuse(message.query, problem)
+                else:
+                    self._client.send(answer(self._user_pins, message))
             case ResetStats():
                 self._counters.reset()
                 self._disk_reads.reset(self._children.pager_pid)

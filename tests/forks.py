@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -37,3 +38,21 @@ def forked(*tasks: Callable[[], Any]) -> Iterator[list[BaseProcess]]:
     finally:
         for child in children:  # one that failed leaves others waiting for it
             child.kill()
+
+
+def raised_in_a_fork(action: Callable[[], object]) -> str:
+    """What a forked process that does this raises, as text; "" for nothing."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(100)  # whatever locks of its parent's threads it has: it does not outlive the test
+        try:
+            action()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        text = said.read()
+    os.waitpid(child, 0)
+    return text

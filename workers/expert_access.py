@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from hotset.runtime.expert_pins import ExpertPins
-from hotset.runtime.expert_pins import ExpertUnavailable as ExpertUnavailable
 from hotset.shm.counters import Counter
 
 

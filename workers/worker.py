@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hotset.runtime.channel import Channel
 from hotset.runtime.completion import completion
+from hotset.runtime.expert_pins import ExpertUnavailable
 from hotset.runtime.messages import (
     PagesGranted,
     Progress,
@@ -43,7 +44,7 @@ from hotset.workers.compute.gates import selection_bias
 from hotset.workers.compute.sampler import LogitsNotNumbers, sample
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer
 from hotset.workers.core_share import CoreShare
-from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
+from hotset.workers.expert_access import ExpertAccess
 from hotset.workers.moe import MixtureOfExperts, router_config
 from hotset.workers.prefetch.kept_table import KeptTable
 from hotset.workers.prefetch.prefetcher import Prefetcher

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.argument_types import integer
 from hotset.runtime.config import model_path
 from hotset.runtime.errors import TooManyPins
 from hotset.runtime.experts.arguments import demand_of, distinct, expert_rows
@@ -221,10 +220,7 @@ class ExpertCache:
         self._membership.ask(GetStats)  # answered when that is done
 
     def _layer(self, layer: int) -> int:
-        layer = integer("layer", layer)
-        if not 0 <= layer < self.num_layers or layer in self._model.dense_layers:
-            raise ValueError(f"layer is {layer}, expected one of {self.num_layers} that has experts")
-        return layer
+        return self._model.layer_with_experts(layer)
 
     def _named(self, layer: int, experts: Any) -> tuple[int, list[int]]:
         return self._layer(layer), [*distinct(expert_rows("experts", experts, self.num_experts))]

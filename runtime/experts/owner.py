@@ -24,8 +24,6 @@ from hotset.runtime.experts.messages import CacheJoined, CacheStats, ToOwner
 from hotset.runtime.experts.stats import ExpertCacheStats, cache_stats
 from hotset.runtime.instance import NamedArena
 from hotset.runtime.messages import (
-    ExpertsPagedOut,
-    ExpertsPinned,
     FromPager,
     GetStats,
     InstanceFailed,
@@ -41,6 +39,7 @@ from hotset.runtime.messages import (
 from hotset.runtime.pager_process import PagerProcess
 from hotset.runtime.stats import InstanceCounters
 from hotset.runtime.supervision import last_words
+from hotset.runtime.user_pin_requests import answer
 from hotset.runtime.user_pins import UserPins
 from hotset.runtime.watched_child import Fatal
 from hotset.shm.segment import Segment, SegmentError
@@ -213,19 +212,11 @@ class _Service:
             case ResetStats():
                 self._counters.reset()
                 self._disk_reads.reset(self._pager.pid)
-            case (
-                PinExperts(query, layer, experts)
-                | UnpinExperts(query, layer, experts)
-                | PageOutExperts(query, layer, experts)
-            ) if problem := self._user_pins.problem(layer, experts):
-                member.send(MessageRefused(query, problem))
-            case PinExperts(query, layer, experts):
-                member.send(ExpertsPinned(query, self._user_pins.pin(layer, experts)))
-            case UnpinExperts(query, layer, experts):
-                self._user_pins.unpin(layer, experts)
-                member.send(ExpertsPinned(query, len(self._user_pins.pinned())))
-            case PageOutExperts(query, layer, experts):
-                member.send(ExpertsPagedOut(query, self._user_pins.page_out(layer, experts)))
+            case PinExperts() | UnpinExperts() | PageOutExperts():
+                if problem := self._user_pins.problem(message.layer, message.experts):
+                    member.send(MessageRefused(message.query, problem))
+                else:
+                    member.send(answer(self._user_pins, message))
             case _:
                 pass
 

@@ -7,6 +7,7 @@ from typing import Self
 
 import msgspec
 
+from hotset.runtime.argument_types import integer
 from hotset.runtime.kv.layer_groups import LayerGroups
 from hotset.runtime.model import config_options as options
 from hotset.runtime.model.config_file import ConfigFile
@@ -165,6 +166,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def num_experts_in_all(self) -> int:
         """Of all layers that have experts."""
         return (self.num_layers - len(self.dense_layers)) * self.num_experts
+
+    def layer_with_experts(self, layer: int) -> int:
+        """`layer` as a user gives it; raises `ValueError` if it is none that has experts."""
+        layer = integer("layer", layer)
+        if not 0 <= layer < self.num_layers or layer in self.dense_layers:
+            raise ValueError(f"layer is {layer}, expected one of {self.num_layers} that has experts")
+        return layer
 
     @property
     def kv_groups(self) -> LayerGroups:

@@ -31,6 +31,7 @@ from stress_tests.synthetic_experts import SyntheticExperts, format_of, nbytes_o
 
 from hotset.runtime.channel import Channel, ChannelClosed
 from hotset.runtime.errors import HotsetError
+from hotset.runtime.expert_pins import ExpertUnavailable
 from hotset.runtime.messages import StopWorking
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import Policy, RouterConfig
@@ -39,7 +40,7 @@ from hotset.shm.counters import Counter
 from hotset.shm.layout import PrefetchSource, Section, SlotState
 from hotset.shm.paging_queue import PagingDirection, PagingMessage, PagingPriority, PagingQueue
 from hotset.shm.segment import Segment, SegmentError
-from hotset.workers.expert_access import ExpertAccess, ExpertUnavailable
+from hotset.workers.expert_access import ExpertAccess
 
 NUM_ROWS = 4096  # distinct; the branch predictor learns a few hundred
 MAX_BATCH = 32

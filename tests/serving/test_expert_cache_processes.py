@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from expert_cache_programs import HOLDS, QUARTER, line_of, program, use
-from forks import forked
+from forks import forked, raised_in_a_fork
 from instances import wait_until
 from shipped_experts import EXPERTS
 
@@ -99,24 +99,6 @@ def test_routers_of_all_processes_share_mask_and_affinity() -> None:
         assert router.affinity.activation_counts(layer=1)[[19, 20, 23]].tolist() == [0, 3, 3]
 
 
-def said_in_a_fork(action: Callable[[], object]) -> str:
-    """What a forked process that does this raises."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        signal.alarm(100)
-        try:
-            action()
-        except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}".encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as said:
-        text = said.read()
-    os.waitpid(child, 0)
-    return text
-
-
 def test_a_fork_has_no_part_in_its_parents_cache_but_may_attach() -> None:
     with ExpertCache(processes=2, **QUARTER) as cache:
         uses: list[Callable[[], object]] = [
@@ -125,16 +107,16 @@ def test_a_fork_has_no_part_in_its_parents_cache_but_may_attach() -> None:
             cache.stats,
         ]
         for action in uses:
-            said = said_in_a_fork(action)
+            said = raised_in_a_fork(action)
             assert said.startswith(f"ExpertCacheClosed: this ExpertCache belongs to process {os.getpid()}, and process")
             assert said.endswith(f"it needs ExpertCache.attach('{cache.name}')")
         block = cache.pinned(0, [1, 2])
         with block as pinned:
             [*pinned.values()]
-            assert said_in_a_fork(lambda: block.__exit__(None, None, None)) == ""
-            assert said_in_a_fork(cache.close) == ""
+            assert raised_in_a_fork(lambda: block.__exit__(None, None, None)) == ""
+            assert raised_in_a_fork(cache.close) == ""
             assert cache.page_out(0, [1, 2]) == []  # asked for, and not done: they are still pinned
             use(cache, 50, 8)
             assert cache.resident(0)[[1, 2]].all()
-        assert said_in_a_fork(lambda: use(ExpertCache.attach(cache.name), 10, 9)) == ""
+        assert raised_in_a_fork(lambda: use(ExpertCache.attach(cache.name), 10, 9)) == ""
         assert wait_until(lambda: cache.stats().processes == [os.getpid()])

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 
 import pytest
+from forks import raised_in_a_fork
 
 from hotset.runtime import Backend, BackendError, SamplingParams
 
 SHORT = SamplingParams(temperature=0, max_tokens=4)
-
-
-def in_a_fork(action: Callable[[], object]) -> str:
-    """What a forked process that does this raises, as text; "" for nothing."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        signal.alarm(100)  # whatever locks of its parent's threads it has: it does not outlive the test
-        try:
-            action()
-        except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}".encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as said:
-        text = said.read()
-    os.waitpid(child, 0)
-    return text
 
 
 @pytest.mark.parametrize(
@@ -44,7 +26,7 @@ def in_a_fork(action: Callable[[], object]) -> str:
 )
 def test_a_fork_is_told_that_it_needs_a_backend_of_its_own(use: Callable[[Backend], object]) -> None:
     with Backend(workers=1, user_pins=1) as backend:
-        said = in_a_fork(lambda: use(backend))
+        said = raised_in_a_fork(lambda: use(backend))
         assert said.startswith(f"{BackendError.__name__}: this Backend belongs to process {os.getpid()}, and process ")
         assert said.endswith("was forked from it: it needs a Backend of its own")
         assert backend.generate("import", SHORT).token_ids
@@ -54,9 +36,9 @@ def test_a_fork_that_closes_it_or_ends_leaves_the_parents_instance_alone() -> No
     with Backend(workers=1) as backend:
         stream = backend.stream("import", SHORT)
         first = next(stream)
-        assert in_a_fork(backend.close) == ""
-        assert "belongs to process" in in_a_fork(lambda: [*stream])
-        assert in_a_fork(stream.close) == ""
+        assert raised_in_a_fork(backend.close) == ""
+        assert "belongs to process" in raised_in_a_fork(lambda: [*stream])
+        assert raised_in_a_fork(stream.close) == ""
         assert len([first, *stream]) > 1
 
 
@@ -66,4 +48,4 @@ def test_a_fork_may_have_a_backend_of_its_own() -> None:
             assert own.generate("import", SHORT).token_ids
 
     with Backend(workers=1):
-        assert in_a_fork(serve) == ""
+        assert raised_in_a_fork(serve) == ""
