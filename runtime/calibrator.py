@@ -30,6 +30,7 @@ from hotset.runtime.supervision import Child
 
 CALIBRATOR_MODULE = "hotset.workers.calibrate"
 DEFAULT_TOKENS = 49_152
+"""That are counted, of a text that has as many."""
 
 
 class CalibrationFailed(HotsetError):
@@ -70,7 +71,7 @@ def _percentage(text: str) -> float:
 
 
 def start_message(
-    model: Path, limit: Limit, text: Path | None, tokens: int, expert_budget: str, routing: str, eviction: str
+    model: Path, limit: Limit, text: Path | None, tokens: int | None, expert_budget: str, routing: str, eviction: str
 ) -> StartCalibration:
     """Raises `ValueError` or `OSError` for what cannot be measured, before anything is started."""
     if routing not in STRENGTH_OPTIONS:

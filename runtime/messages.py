@@ -342,7 +342,8 @@ Reply = StatsReply | Defragmented | CacheChecked | ExpertsPinned | ExpertsPagedO
 class StartCalibration(Message, frozen=True, tag=True):
     """Find the strength at which `routing` costs `limit` of `measure` with `budget` of the experts (0 to 1) in memory.
 
-    `tokens` of the file `text` are decoded, or as many as it has; None is Python sources of this installation.
+    `tokens` of the file `text` are counted, and it is refused if it has fewer; None is `DEFAULT_TOKENS`, or as many as
+    it has. Without a file, it is Python sources of this installation.
     """
 
     model: str
@@ -353,7 +354,7 @@ class StartCalibration(Message, frozen=True, tag=True):
     limit: float
     limit_text: str
     text: str | None
-    tokens: int
+    tokens: int | None
 
 
 class CalibrationProgress(Message, frozen=True, tag=True):

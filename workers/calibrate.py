@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.runtime.calibrator import CalibrationFailed
+from hotset.runtime.calibrator import DEFAULT_TOKENS, CalibrationFailed
 from hotset.runtime.channel import Channel
 from hotset.runtime.config import RoutingPolicy
 from hotset.runtime.messages import CalibrationDone, CalibrationProgress, StartCalibration, ToCalibrator
@@ -67,15 +67,22 @@ def windows_within_memory(model: ModelConfig, kinds: int, available: int) -> tup
     return texts, window
 
 
-def cut(stream: npt.NDArray[np.int32], tokens: int, texts: int, window: int, name: str) -> npt.NDArray[np.int32]:
-    """The text as `windows_of` gives it, `tokens` counted ones or as many as there are. Raises `CalibrationFailed`, by
-    the text's name."""
+def cut(stream: npt.NDArray[np.int32], tokens: int | None, texts: int, window: int, name: str) -> npt.NDArray[np.int32]:
+    """The text as `windows_of` gives it, with at least `tokens` that are counted; None is `DEFAULT_TOKENS`, or as many
+    as there are. Raises `CalibrationFailed`, by the text's name."""
     span = (len(stream) - 1) // texts
     window = min(window, span // (WARM_UP + 1))
     if window < SHORTEST_WINDOW:
         least = texts * SHORTEST_WINDOW * (WARM_UP + 1) + 1
         raise CalibrationFailed(f"{name} has {len(stream):,} tokens, expected at least {least:,}")
-    windows = min(WARM_UP + -(-tokens // (texts * window)), span // window)
+    windows = WARM_UP + -(-(tokens or DEFAULT_TOKENS) // (texts * window))
+    if windows > span // window:
+        if tokens is not None:
+            raise CalibrationFailed(
+                f"{name} has {len(stream):,} tokens, expected at least {texts * windows * window + 1:,} to measure on "
+                f"{tokens:,} of them: the caches fill on {texts * WARM_UP * window:,}"
+            )
+        windows = span // window
     return windows_of(stream, texts=texts, windows=windows, length=window)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,10 @@ def calibrate(
         Path | None,
         typer.Option(metavar="FILE", help="What to decode, best what you serve; without it Python sources."),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", help="How much of it.", min=1)] = DEFAULT_TOKENS,
+    tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"How much of it; default: {DEFAULT_TOKENS}, or as much as it has.", min=1),
+    ] = None,
     expert_budget: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of the experts in memory for which the limit holds.")
     ] = "25%",
@@ -53,10 +57,13 @@ def calibrate(
     with stop_signals:
         folder = model_folder(model_path(model))
         start = start_message(folder, parse_limit(max_kl, max_ppl), text, tokens, expert_budget, routing, eviction)
-        with Progress(console=Console(stderr=True)) as bar:
+        bar = Progress(console=Console(stderr=True))
+        with contextlib.ExitStack() as ending:
             tasks: dict[str, Any] = {}
 
             def report(progress: Any) -> None:
+                if not tasks:
+                    ending.enter_context(bar)  # not before: what is wrong with the text is said without a bar
                 if progress.phase not in tasks:
                     tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total)
                 bar.update(tasks[progress.phase], completed=progress.done)
@@ -86,7 +93,10 @@ def _print_calibration(calibration: Calibration) -> None:
             f"{expected.divergence:.4f}",
         )
     console = Console(highlight=False)
-    console.print(f"{calibration.routing} {calibration.strength:g} costs {calibration.limit}; on {calibration.text}:")
+    console.print(
+        f"{calibration.routing} {calibration.strength:g} costs {calibration.limit}; "
+        f"on {calibration.tokens:,} tokens of {calibration.text}:"
+    )
     console.print()
     console.print(table)
     console.print()

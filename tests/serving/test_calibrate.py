@@ -67,12 +67,18 @@ def test_bad_arguments_end_in_one_sentence(cache: Path, arguments: list[str], se
 
 
 def test_a_text_that_is_too_short_or_no_text_is_refused(cache: Path) -> None:
-    short, binary = cache / "short", cache / "binary"
+    short, binary, some = cache / "short", cache / "binary", cache / "some"
     short.write_text("import os\n")
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, sentence in ((short, f"{short} has"), (binary, "is not text in UTF-8")):
-        done = run("--max-kl", "0.01", "--text", str(path))
-        assert done.returncode == 1 and sentence in done.stderr
+    some.write_text("import os\n" * 1000)
+    for path, options, sentence in (
+        (short, (), f"{short} has"),
+        (binary, (), "is not text in UTF-8"),
+        (some, ("--tokens", "100000"), f"{some} has"),
+    ):
+        done = run("--max-kl", "0.01", "--text", str(path), *options)
+        assert done.returncode == 1 and done.stdout == ""
+        assert sentence in done.stderr and done.stderr.count("\n") == 1  # no line of a progress bar
     assert not list(cache.rglob("calibration*"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hotset.runtime.calibrator import CalibrationFailed, Limit, parse_limit
+from hotset.runtime.calibrator import DEFAULT_TOKENS, CalibrationFailed, Limit, parse_limit
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.config import ModelConfig
 from hotset.workers.calibrate import WARM_UP, cut, strength_within, windows_within_memory
@@ -46,10 +46,19 @@ def test_a_strength_below_all_that_were_measured_can_be_found() -> None:
 def test_a_text_is_cut_into_as_many_tokens_as_it_has() -> None:
     texts = cut(np.arange(100_000, dtype=np.int32), 8_000, 4, 1000, "notes.txt")
     assert texts.shape == (4, WARM_UP + 2, 1001)
-    assert cut(np.arange(20_001, dtype=np.int32), 10**6, 4, 1000, "notes.txt").shape == (4, 5, 1001)
-    assert cut(np.arange(801, dtype=np.int32), 10**6, 4, 1000, "notes.txt").shape == (4, 2, 101)
+    assert cut(np.arange(20_001, dtype=np.int32), None, 4, 1000, "notes.txt").shape == (4, 5, 1001)
+    assert cut(np.arange(801, dtype=np.int32), None, 4, 1000, "notes.txt").shape == (4, 2, 101)
+    assert cut(np.arange(100_000, dtype=np.int32), None, 4, 1000, "notes.txt")[:, WARM_UP:, 1:].size >= DEFAULT_TOKENS
     with pytest.raises(CalibrationFailed, match=r"notes\.txt has 500 tokens, expected at least 513"):
-        cut(np.arange(500, dtype=np.int32), 10**6, 4, 1000, "notes.txt")
+        cut(np.arange(500, dtype=np.int32), None, 4, 1000, "notes.txt")
+
+
+def test_a_text_that_has_not_the_tokens_that_were_asked_for_is_refused() -> None:
+    assert cut(np.arange(12_001, dtype=np.int32), 8_000, 4, 1000, "notes.txt").shape == (4, WARM_UP + 2, 1001)
+    with pytest.raises(
+        CalibrationFailed, match=r"notes\.txt has 12,000 tokens, expected at least 12,001 to measure on 8,000 of them"
+    ):
+        cut(np.arange(12_000, dtype=np.int32), 8_000, 4, 1000, "notes.txt")
 
 
 def test_windows_take_what_memory_allows() -> None:
