@@ -5,7 +5,8 @@ usage: scripts/bench serving --model FOLDER [--budgets 12.5,25,50,100] [--memory
 
 Each row is an instance of its own, with the model's files dropped from the page cache before it starts. `--memory`
 adds a row with that budget for everything, in a control group that allows no byte more (where one can be made), the
-page cache of its reads included.
+page cache of its reads included. Several values of `--prefetch` run in turn, `--rounds` times, and are compared with the
+first of them round by round.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,6 +152,25 @@ def print_table(found: list[dict[str, Any]]) -> None:
             )
 
 
+def compared(found: list[dict[str, Any]]) -> list[str]:
+    """Of rows with the same routing and memory: each prefetch's tokens/s over those of the first one in the same round."""
+    lines: list[str] = []
+    rates: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in found:
+        group = rates.setdefault((row["routing"], row["memory"]), {})
+        group.setdefault(row["prefetch"], []).append(row["tokens_per_second"])
+    for (routing, memory), group in rates.items():
+        first, *others = group
+        for other in others:
+            ratios = [with_it / without for with_it, without in zip(group[other], group[first], strict=True)]
+            lines.append(
+                f"{routing}, {memory}: prefetch {other} / {first} {statistics.median(ratios):.3f} in the middle of "
+                f"{len(ratios)} ({min(ratios):.3f} to {max(ratios):.3f}); medians {statistics.median(group[other]):.1f} "
+                f"and {statistics.median(group[first]):.1f} tokens/s"
+            )
+    return lines
+
+
 def main() -> int:
     parser = Parser(prog="scripts/bench serving", description="Serving with few experts in memory.")
     parser.add_argument("--model", type=model_path, default=TRAINED_MODEL)
@@ -176,6 +197,8 @@ def main() -> int:
         print(json.dumps(found, indent=2))
     else:
         print_table(found)
+        for line in compared(found):
+            print(line)
     return 0
 
 
