@@ -5,8 +5,8 @@ usage: scripts/bench serving --model FOLDER [--budgets 12.5,25,50,100] [--memory
 
 Each row is an instance of its own, with the model's files dropped from the page cache before it starts. `--memory`
 adds a row with that budget for everything, in a control group that allows no byte more (where one can be made), the
-page cache of its reads included. Several values of `--prefetch` run in turn, `--rounds` times, and are compared with the
-first of them round by round.
+page cache of its reads included. Several values of `--prefetch` run in turn, `--rounds` times, and are compared with
+the first of them round by round.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def print_table(found: list[dict[str, Any]]) -> None:
 
 
 def compared(found: list[dict[str, Any]]) -> list[str]:
-    """Of rows with the same routing and memory: each prefetch's tokens/s over those of the first one in the same round."""
+    """Of rows of one routing and memory: each prefetch's tokens/s over those of the first one in the same round."""
     lines: list[str] = []
     rates: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in found:
@@ -163,10 +163,10 @@ def compared(found: list[dict[str, Any]]) -> list[str]:
         first, *others = group
         for other in others:
             ratios = [with_it / without for with_it, without in zip(group[other], group[first], strict=True)]
+            middle, others_middle, firsts_middle = map(statistics.median, (ratios, group[other], group[first]))
             lines.append(
-                f"{routing}, {memory}: prefetch {other} / {first} {statistics.median(ratios):.3f} in the middle of "
-                f"{len(ratios)} ({min(ratios):.3f} to {max(ratios):.3f}); medians {statistics.median(group[other]):.1f} "
-                f"and {statistics.median(group[first]):.1f} tokens/s"
+                f"{routing}, {memory}: prefetch {other} / {first} {middle:.3f} in the middle of {len(ratios)} "
+                f"({min(ratios):.3f} to {max(ratios):.3f}); medians {others_middle:.1f} and {firsts_middle:.1f} tokens/s"
             )
     return lines
 
