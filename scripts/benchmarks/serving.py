@@ -155,18 +155,19 @@ def print_table(found: list[dict[str, Any]]) -> None:
 def compared(found: list[dict[str, Any]]) -> list[str]:
     """Of rows of one routing and memory: each prefetch's tokens/s over those of the first one in the same round."""
     lines: list[str] = []
-    rates: dict[tuple[str, str], dict[str, list[float]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in found:
-        group = rates.setdefault((row["routing"], row["memory"]), {})
+        group = groups.setdefault((row["routing"], row["memory"]), {})
         group.setdefault(row["prefetch"], []).append(row["tokens_per_second"])
-    for (routing, memory), group in rates.items():
+    for (routing, memory), group in groups.items():
         first, *others = group
         for other in others:
-            ratios = [with_it / without for with_it, without in zip(group[other], group[first], strict=True)]
-            middle, others_middle, firsts_middle = map(statistics.median, (ratios, group[other], group[first]))
+            rates, base = group[other], group[first]
+            ratios = [rate / of_first for rate, of_first in zip(rates, base, strict=True)]
             lines.append(
-                f"{routing}, {memory}: prefetch {other} / {first} {middle:.3f} in the middle of {len(ratios)} "
-                f"({min(ratios):.3f} to {max(ratios):.3f}); medians {others_middle:.1f} and {firsts_middle:.1f} tokens/s"
+                f"{routing}, {memory}: prefetch {other} / {first} {statistics.median(ratios):.3f} in the middle of "
+                f"{len(ratios)} ({min(ratios):.3f} to {max(ratios):.3f}); "
+                f"medians {statistics.median(rates):.1f} and {statistics.median(base):.1f} tokens/s"
             )
     return lines
 
