@@ -54,10 +54,10 @@ if TYPE_CHECKING:
     from hotset.runtime.paging_request import PagingDirection as PagingDirection
     from hotset.runtime.paging_request import PagingPriority as PagingPriority
     from hotset.runtime.paging_request import PagingRequest as PagingRequest
-    from hotset.runtime.router import BatchRouteResult as BatchRouteResult
+    from hotset.runtime.route_result import BatchRouteResult as BatchRouteResult
+    from hotset.runtime.route_result import RouteResult as RouteResult
     from hotset.runtime.router import MemoryAwareRouter as MemoryAwareRouter
     from hotset.runtime.router import ResidencyBelongsToPager as ResidencyBelongsToPager
-    from hotset.runtime.router import RouteResult as RouteResult
     from hotset.runtime.router_config import RouterConfig as RouterConfig
     from hotset.runtime.sampling_params import SamplingParams as SamplingParams
     from hotset.runtime.stats import BackendStats as BackendStats
@@ -92,12 +92,8 @@ _MODULES = {
     "model.chat_template": ("ChatTemplateError", "NoChatTemplate"),
     "model.errors": ("CorruptCheckpoint", "ModelNotFound", "UnsupportedModel"),
     "paging_request": ("PagingDirection", "PagingPriority", "PagingRequest"),
-    "router": (
-        "BatchRouteResult",
-        "MemoryAwareRouter",
-        "ResidencyBelongsToPager",
-        "RouteResult",
-    ),
+    "route_result": ("BatchRouteResult", "RouteResult"),
+    "router": ("MemoryAwareRouter", "ResidencyBelongsToPager"),
     "router_config": ("RouterConfig",),
     "sampling_params": ("SamplingParams",),
     "stats": ("BackendStats",),

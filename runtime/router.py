@@ -8,78 +8,27 @@ instruction set; with the policy "off" its selection depends on nothing but its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable
+from typing import Literal
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.argument_types import check_instance, integer, integers
-from hotset.runtime.config import STRENGTH_OPTIONS
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.metrics import MoeMetrics
 from hotset.runtime.paging_request import PagingRequest
-from hotset.runtime.router_config import GATINGS, POLICIES, RESIDUAL_POLICIES, Policy, RouterConfig, check_policy
+from hotset.runtime.route_result import BatchRouteResult, Float32, Int32, RouteResult
+from hotset.runtime.router_arguments import epochs_number, policy_number, residual_strength, vector
+from hotset.runtime.router_config import GATINGS, POLICIES, Policy, RouterConfig
 from hotset.runtime.settings import takes
 from hotset.shm import _core
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import Segment
 
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
-
-_EPOCHS = {None: 0, 1: 1, 0: 2}  # to enum route_epochs
-
 
 class ResidencyBelongsToPager(HotsetError):
     """On an instance's arena only the pager says what is resident."""
-
-
-class RouteResult(msgspec.Struct, frozen=True):
-    """One token's routing.
-
-    Attributes:
-        experts: int32 [top_k], best first.
-        weights: float32 [top_k], from the unmodified logits.
-        requests: urgent page-ins of selected experts that are not resident, in the order of `experts`, then
-            prefetches of others whose gate probability is >= `prefetch_threshold`.
-    """
-
-    experts: Int32
-    weights: Float32
-    requests: list[PagingRequest]
-
-
-class BatchRouteResult(msgspec.Struct, frozen=True):
-    """A batch's routing; unpacks into experts, weights and misses.
-
-    Attributes:
-        experts: int32 [tokens, top_k], each row best first.
-        weights: float32 [tokens, top_k], from the unmodified logits.
-        misses: selected experts that are not resident.
-        displaced: experts in the true top-k of a row that were not selected there, and are not in memory.
-        prefetches: see `RouterConfig.prefetch_threshold`; empty unless asked for.
-        lost_mass: gate probability given up for residency, summed over the tokens.
-        changed: how many selections are not in their row's true top-k.
-    """
-
-    experts: Int32
-    weights: Float32
-    misses: frozenset[int]
-    displaced: frozenset[int]
-    prefetches: frozenset[int]
-    lost_mass: float
-    changed: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.experts, self.weights, self.misses))
-
-    @property
-    def changed_share(self) -> float:
-        """Of all selections, 0 to 1."""
-        return self.changed / self.experts.size if self.experts.size else 0.0
 
 
 class MemoryAwareRouter:
@@ -164,7 +113,7 @@ class MemoryAwareRouter:
 
         `policy` and `strength`, its cache_bonus, range_strength and so on, replace the configured ones.
         """
-        row = self._vector(logits, "logits")
+        row = vector("logits", logits, self.config.num_experts)
         result = self.route_batch(row[np.newaxis], layer, policy=policy, strength=strength, prefetch=True)
         experts = result.experts[0]
         requests = [PagingRequest.page_in_urgent(e, layer) for e in experts.tolist() if e in result.misses]
@@ -198,11 +147,11 @@ class MemoryAwareRouter:
                 `RouterConfig`.
                 Refused with other policies.
         """
-        number = self._policy(policy)
+        number = policy_number(policy)
         if residual_ratio is not None:
-            strength = self._residual_strength(policy, strength, residual_ratio)
+            strength = residual_strength(self.config, policy, strength, self.strength, residual_ratio)
         experts, weights = self._room_for(logits)
-        report = self._core.route(logits, experts, weights, layer, number, strength, _epochs(epochs), prefetch)
+        report = self._core.route(logits, experts, weights, layer, number, strength, epochs_number(epochs), prefetch)
         return BatchRouteResult(experts, weights, *report)
 
     def bind(
@@ -225,7 +174,7 @@ class MemoryAwareRouter:
         * logits [tokens, num_experts], outputs [top_k]: the index of the token to route.
         * logits [tokens, num_experts], outputs [tokens, top_k]: how many tokens, from the first on (default: all).
         """
-        return self._core.bind(logits, experts, weights, layer, self._policy(policy), strength, _epochs(epochs))
+        return self._core.bind(logits, experts, weights, layer, policy_number(policy), strength, epochs_number(epochs))
 
     def true_top_k(self, logits: Float32, layer: int = 0) -> Int32:
         """What the gate alone chooses, whatever is in memory: int32 [tokens, top_k], each row best first, of logits
@@ -249,9 +198,9 @@ class MemoryAwareRouter:
 
         The arguments are those of `route_batch`.
         """
-        number = self._policy(policy)
+        number = policy_number(policy)
         if residual_ratio is not None:
-            strength = self._residual_strength(policy, strength, residual_ratio)
+            strength = residual_strength(self.config, policy, strength, self.strength, residual_ratio)
         experts, weights = self._room_for(logits)
         missing = self._core.foresee(logits, experts, weights, layer, number, strength)
         foreseen: dict[int, float] = {}
@@ -263,7 +212,7 @@ class MemoryAwareRouter:
 
     def apply_cache_bonus(self, scores: Float32, layer: int = 0) -> Float32:
         """A copy of `scores` [num_experts], the cache bonus added to resident experts if `memory_aware`."""
-        adjusted = self._vector(scores, "scores").copy()
+        adjusted = vector("scores", scores, self.config.num_experts).copy()
         if self.config.memory_aware:
             adjusted[list(self._core.resident(layer))] += np.float32(self.config.cache_bonus)
         return adjusted
@@ -271,7 +220,7 @@ class MemoryAwareRouter:
     def select_top_k(self, scores: Float32) -> Int32:
         """The `top_k` ids of `scores` [num_experts] by (score descending, id ascending), NaN last."""
         ids = np.empty(self.config.top_k, np.int32)
-        self._core.select(self._vector(scores, "scores"), ids)
+        self._core.select(vector("scores", scores, self.config.num_experts), ids)
         return ids
 
     def update_cache_state(self, ids: Iterable[int], layer: int = 0) -> None:
@@ -326,41 +275,6 @@ class MemoryAwareRouter:
         shape = np.shape(logits)[0] if np.ndim(logits) == 2 else 0, self.config.top_k
         return np.empty(shape, np.int32), np.empty(shape, np.float32)
 
-    def _residual_strength(
-        self, policy: Policy | None, strength: float | Float32 | None, residual_ratio: Float32
-    ) -> Float32:
-        chosen = self.config.policy if policy is None else policy
-        if chosen not in RESIDUAL_POLICIES:
-            raise ValueError(
-                f"residual_ratio is given with policy {chosen!r}, expected one of {', '.join(RESIDUAL_POLICIES)}"
-            )
-        if strength is None:
-            configured = self.config.policy == chosen and self.config.memory_aware
-            strength = self.strength if configured else cast("float", getattr(self.config, STRENGTH_OPTIONS[chosen]))
-        try:
-            return np.asarray(strength * residual_ratio, np.float32)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"strength is {strength!r}, expected a number or float32 of shape (tokens,), and residual_ratio is "
-                f"{residual_ratio!r}, expected float32 of shape (tokens,)"
-            ) from None
-
-    def _policy(self, policy: Policy | None) -> int | None:
-        if policy is None:
-            return None
-        check_policy(policy)
-        return POLICIES.index(policy)
-
-    def _vector(self, values: Any, name: str) -> Float32:
-        """`values` as float32 [num_experts]; lists are converted, arrays must be right."""
-        try:
-            vector = cast("Float32", values) if isinstance(values, np.ndarray) else np.asarray(values, np.float32)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name} is {values!r}, expected {self.config.num_experts} numbers") from None
-        if vector.shape != (self.config.num_experts,):
-            raise ValueError(f"{name} has shape {vector.shape}, expected ({self.config.num_experts},)")
-        return vector
-
     def _check_owns_mask(self) -> None:
         if not self._owns_memory:
             raise ResidencyBelongsToPager(
@@ -373,10 +287,3 @@ class MemoryAwareRouter:
         if not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert id is {expert}, expected 0 <= id < {self.config.num_experts}")
         return expert
-
-
-def _epochs(epochs: int | None) -> int:
-    try:
-        return _EPOCHS[epochs]
-    except (KeyError, TypeError):  # TypeError: it cannot even be looked up
-        raise ValueError(f"epochs is {epochs!r}, expected None (one per token), 1 (one in all) or 0 (none)") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -118,11 +118,6 @@ class RouterConfig(Settings, frozen=True):
             raise ValueError(
                 f"affinity.num_experts is {self.affinity.num_experts}, expected num_experts = {self.num_experts}"
             )
-
-
-def check_policy(policy: Any) -> None:
-    if not isinstance(policy, str) or policy not in POLICIES:
-        raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotset.runtime.config import RoutingPolicy
-from hotset.runtime.router import BatchRouteResult, MemoryAwareRouter
+from hotset.runtime.route_result import BatchRouteResult
+from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import RouterConfig
 from hotset.shm import _core
 
