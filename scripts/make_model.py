@@ -22,6 +22,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,7 @@ from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.expert_parts import expert_parts
 from hotset.runtime.model.tensors import Tensor, dense_tensors
+from hotset.runtime.stop_signals import Stopped, stop_signals
 
 VOCAB_SIZE = 2048  # of the shipped tokenizer
 COMMON_SHARE = 0.5  # of an embedding's squared length lies along the common direction
@@ -157,34 +159,69 @@ def write_shard(file: BinaryIO, tensors: list[Tensor], weights: Weights) -> None
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_json(options), indent=2) + "\n")
-    config = ModelConfig.load(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TRAINED_MODEL / name, folder / name)
-    weights = Weights(config, options.skew, options.seed)
-    shards = list(shards_of(tensors_of(config)))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        print(f"hotset: writing {name}", file=sys.stderr, flush=True)
-        with (folder / name).open("wb") as file:
-            write_shard(file, shard, weights)
-        weight_map |= {tensor.name: name for tensor in shard}
-    # Last: without it, what is there is not a model.
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    """Into a folder that `may_be_written`. Raises `OSError`."""
+    with unfinished(folder):
+        (folder / "config.json").write_text(json.dumps(config_json(options), indent=2) + "\n")
+        config = ModelConfig.load(folder)
+        shards = list(shards_of(tensors_of(config)))
+        needed = sum(2 * math.prod(tensor.shape) for shard in shards for tensor in shard)
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise OSError(f"{folder} needs {needed} more bytes, its disk has {free} free")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(TRAINED_MODEL / name, folder / name)
+        weights = Weights(config, options.skew, options.seed)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            print(f"hotset: writing {name}", file=sys.stderr, flush=True)
+            with (folder / name).open("wb") as file:
+                write_shard(file, shard, weights)
+            weight_map |= {tensor.name: name for tensor in shard}
+        # Last: without it, what is there is not a model.
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+UNFINISHED = "make_model.unfinished"
+"""An empty file that is there while the others are written."""
+WRITTEN = ("model.safetensors.index.json", "model-*-of-*.safetensors", "tokenizer*.json", "config.json")
 
 
 def may_be_written(folder: Path) -> bool:
-    """Whether nothing is there, or no more than what a run left that was stopped."""
+    """Whether nothing is there, or no more than what a run left that was killed."""
     if not folder.exists():
         return True
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    return not names or ("config.json" in names and not any(name.startswith("model.safetensors") for name in names))
+    return folder.is_dir() and ((folder / UNFINISHED).exists() or not any(folder.iterdir()))
 
 
-def main() -> int:
+@contextmanager
+def unfinished(folder: Path) -> Iterator[None]:
+    """What is written meanwhile is whole in the end, or gone, with the folders that there were none of before. Of a run
+    that is killed it stays, marked, and is removed by the next."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    mark = folder / UNFINISHED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        remove_written(folder)
+        yield
+        mark.unlink()
+    except BaseException:
+        with suppress(OSError):  # what went wrong before is to be said
+            remove_written(folder)
+            mark.unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def remove_written(folder: Path) -> None:
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a random checkpoint with a skewed, input-dependent gate.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", choices=sorted(ARCHITECTURES), default="qwen3_moe")
@@ -195,7 +232,7 @@ def main() -> int:
     parser.add_argument("--expert-size", type=int, default=320, help="inner size of an expert")
     parser.add_argument("--skew", type=float, default=1.0, help="of the experts' popularity; 0: all alike")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("layers", "experts", "top_k", "hidden_size", "expert_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -204,14 +241,26 @@ def main() -> int:
     if options.top_k > options.experts:
         parser.error(f"--top-k is {options.top_k}, more than the {options.experts} experts")
     if not may_be_written(options.folder):
-        parser.error(f"the folder is {str(options.folder)!r}, expected none, an empty one, or a run's that was stopped")
+        parser.error(
+            f"the folder is {str(options.folder)!r}, expected none, an empty one, or what a run left that was killed"
+        )
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_arguments(arguments)
+    stop_signals.install()
     try:
-        write_model(options.folder, options)
-    except KeyboardInterrupt:
-        print("make_model: stopped; what is in the folder is not a whole model", file=sys.stderr)
-        return 130
+        with stop_signals:
+            write_model(options.folder, options)
+    except Stopped:
+        print(f"make_model: {stop_signals.words}", file=sys.stderr)
+        return stop_signals.status
+    except OSError as error:
+        print(f"make_model: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from laboratory.paged_model import made_model
+from laboratory.paged_model import CannotMakeModel, made_model
 from serving import measure
 from serving_run import Report, Request
 
@@ -96,8 +96,12 @@ def measure_paging(options: argparse.Namespace) -> dict[str, Found]:
     """Throughput and page-ins of a model that is larger than the memory it is allowed, page cache included."""
     if options.paged_model is not None:
         return _measure_paging(options, options.paged_model)
-    with made_model() as model:
-        return _measure_paging(options, model)
+    try:
+        with made_model() as model:
+            return _measure_paging(options, model)
+    except CannotMakeModel as error:
+        reason = Found(None, f"no model of 6 GB can be made here: {error}")
+        return {"throughput": reason, "page-in-p99": reason}
 
 
 def _measure_paging(options: argparse.Namespace, model: Path) -> dict[str, Found]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,31 @@ def test_the_made_model_can_be_served_and_is_removed() -> None:
     with made_model("--layers", "1") as folder:
         assert len(Checkpoint.open(folder, ModelConfig.load(folder)).expert_ids) == 128
     assert not folder.exists()
+
+
+@pytest.mark.usefixtures("scripts_importable")
+def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not() -> None:
+    from laboratory.paged_model import BUILD, made_model
+
+    left = BUILD / "paged-left"
+    left.mkdir(parents=True, exist_ok=True)
+    (left / "model-00001-of-00003.safetensors").touch()
+    with made_model("--layers", "1") as used:
+        assert not left.exists()
+        with made_model("--layers", "1") as other:
+            assert used != other and Checkpoint.open(used)
+
+
+@pytest.mark.usefixtures("scripts_importable")
+def test_without_the_paged_model_what_needs_it_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from laboratory import gate_measurements
+    from laboratory.paged_model import made_model
+
+    too_large = partial(made_model, "--expert-size", "100000000000")
+    monkeypatch.setattr(gate_measurements, "made_model", too_large)
+    found = gate_measurements.measure_paging(SimpleNamespace(paged_model=None))  # type: ignore[arg-type]
+    for name in ("throughput", "page-in-p99"):
+        assert found[name].measured is None and "more bytes, its disk has" in found[name].how
 
 
 @pytest.mark.parametrize(

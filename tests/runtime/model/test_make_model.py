@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from instances import wait_until
 
+from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.workers.compute.transformer import as_float32
 
@@ -49,3 +52,59 @@ def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
     done = make_model(tmp_path, "--top-k", "33")
     assert done.returncode == 2 and "--top-k is 33, more than the 32 experts" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def stopped_while_it_writes(folder: Path, number: signal.Signals) -> tuple[int, str]:
+    """Exit status and what was said."""
+    command = [sys.executable, "-P", str(SCRIPT), str(folder), "--layers", "16"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert wait_until(lambda: any(path.stat().st_size > 1_000_000 for path in folder.glob("*.safetensors")))
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=30)
+    return running.returncode, errors
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_run_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int, said: str) -> None:
+    code, errors = stopped_while_it_writes(tmp_path / "new" / "model", number)
+    assert code == status and f"make_model: {said}" in errors and "Traceback" not in errors
+    assert not list(tmp_path.iterdir())  # the folders neither, for there were none
+    (tmp_path / "empty").mkdir()
+    stopped_while_it_writes(tmp_path / "empty", number)
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_what_a_killed_run_left_is_no_model_and_is_removed_by_the_next(tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    code, _ = stopped_while_it_writes(killed, signal.SIGKILL)
+    assert code == -signal.SIGKILL and list(killed.glob("*.safetensors"))
+    (killed / "model-00002-of-00002.safetensors").touch()  # of a larger one
+    with pytest.raises(HotsetError):
+        Checkpoint.open(killed)
+    for folder in (killed, tmp_path / "new"):
+        assert make_model(folder).returncode == 0
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in (tmp_path / "new").iterdir())
+
+
+def test_a_model_and_half_a_download_are_not_written_over(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        folder = tmp_path / name.removesuffix(".safetensors")
+        folder.mkdir()
+        for path in (folder / "config.json", folder / name):
+            path.write_text("mine")
+        done = make_model(folder)
+        assert done.returncode == 2 and "expected none, an empty one, or what a run left that was killed" in done.stderr
+        assert {path.read_text() for path in folder.iterdir()} == {"mine"}
+
+
+def test_a_disk_that_is_too_small_and_a_folder_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
+    done = make_model(tmp_path / "model", "--expert-size", "100000000000")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "more bytes, its disk has" in done.stderr
+    (tmp_path / "file").touch()
+    done = make_model(tmp_path / "file" / "model")
+    assert done.returncode == 1 and "make_model:" in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
