@@ -18,11 +18,12 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from laboratory.arguments import Parser, model_path, whole
 from memory_cgroup import MemoryCgroup
 from serving_run import Report, Request
@@ -119,10 +120,16 @@ def runs_of(options: argparse.Namespace) -> Iterator[Run]:
                 yield Run(request, limit, chosen, name)
 
 
+def step_p99(milliseconds: Sequence[float]) -> float:
+    """0 of no steps."""
+    return float(np.percentile(milliseconds, 99)) if milliseconds else 0.0
+
+
 def as_row(report: Report) -> dict[str, Any]:
     row = msgspec.to_builtins(report)
     row["prefetched"] = row.pop("prefetch")
     del row["token_ids"]
+    row["step_p99_ms"] = step_p99(row.pop("step_ms"))
     for source, stats in zip(row["prefetched"], report.prefetch, strict=True):
         source |= {"precision": round(stats.precision, 4), "recall": round(stats.recall, 4)}
     return row

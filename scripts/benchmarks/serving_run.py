@@ -37,15 +37,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Rates are of decoding: tokens over the time from a first to a last token, of one answer's quarters and of all.
 
     `io_nbytes` is what the pager asked of the kernel, `disk_nbytes` what came from the disk for it; both from
-    /proc/PID/io. `largest_pss` is of all processes together, this one included. `step_p99_ms` is of the times between
-    an answer's tokens; `waiting` the share of the workers' time, prefill included, in which they waited for experts;
+    /proc/PID/io. `largest_pss` is of all processes together, this one included. `step_ms` are the times between the
+    first answer's tokens; `waiting` the share of the workers' time, prefill included, in which they waited for experts;
     `paging` the share in which urgent page-ins were under way, from above, for they may overlap.
     """
 
     token_ids: list[list[int]]
     tokens_per_second: float
     quarters: list[float]
-    step_p99_ms: float
+    step_ms: list[float]
     waiting: float
     paging: float
     hit_rate: float
@@ -128,7 +128,7 @@ def run(request: Request) -> Report:
             token_ids=answers,
             tokens_per_second=(sum(map(len, answers)) - len(answers)) / (ended - times[0]),
             quarters=quarters,
-            step_p99_ms=1000 * float(np.percentile(np.diff(times), 99)) if len(times) > 1 else 0.0,
+            step_ms=[1000 * (b - a) for a, b in itertools.pairwise(times)],
             waiting=stats.expert_wait_seconds / (ended - submitted) / stats.workers,
             paging=min(1.0, stats.urgent_page_ins * stats.paging.mean / 1e6 / (ended - submitted)),
             hit_rate=stats.decode_hit_rate,

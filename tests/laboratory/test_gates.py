@@ -85,11 +85,11 @@ def test_throughput_is_judged_only_where_paging_is_the_bottleneck(
         paging=0.9,
         page_ins=3,
         paging_p99_us=4000.0,
-        step_p99_ms=300.0,
+        step_ms=[10.0, 300.0],
         loaded_nbytes=5,
         disk_nbytes=5,
     )
-    chosen = SimpleNamespace(tokens_per_second=20.0, step_p99_ms=150.0)
+    chosen = SimpleNamespace(tokens_per_second=20.0, step_ms=[10.0, 150.0])
     monkeypatch.setattr(
         gate_measurements, "_serve", lambda _, model, settings, limit: off if "routing" in settings else chosen
     )
@@ -97,6 +97,7 @@ def test_throughput_is_judged_only_where_paging_is_the_bottleneck(
     found = gate_measurements.measure_paging(options)  # type: ignore[arg-type]
     assert found["throughput"].measured == measured
     assert f"{waiting:.0%} of the time" in found["throughput"].how
+    assert "p99 of all steps 150 ms, routing off 300 ms" in found["throughput"].how
     assert found["page-in-p99"].measured == 4.0
 
 
