@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self, overload
@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.runtime.answers import AnswerText, Completion, Piece, answer_pieces, join_pieces
-from hotset.runtime.argument_types import integer, integers
+from hotset.runtime.argument_types import integer
 from hotset.runtime.config import BackendConfig, model_path
 from hotset.runtime.connection import Connection
 from hotset.runtime.errors import TooManyPins
+from hotset.runtime.expert_ids import distinct_experts
 from hotset.runtime.memory_tiers import PageCache
 from hotset.runtime.messages import (
     CheckCache,
@@ -204,36 +205,36 @@ class Backend:
 
     # ---- experts in memory
 
-    def pin_experts(self, layer: int, experts: Iterable[int]) -> None:
-        """Keeps these experts in memory, until `unpin_experts`: those that are absent begin to be loaded at once.
+    def pin_experts(self, layer: int, experts: Any) -> None:
+        """Keeps these experts in memory until `unpin_experts`, whoever is killed. Those that are absent begin to be
+        loaded at once; `stats().pinned_experts_absent` says how many are still to come.
 
-        `stats().pinned_experts_absent` says how many are still to come. Raises `TooManyPins`, and pins none of them,
-        if more than the setting `user_pins` would be pinned.
+        Args:
+            experts: integers, or [tokens, n], as a router gives them; an expert counts once.
+
+        Raises `TooManyPins`, and pins none of them, if more than the setting `user_pins` would be pinned.
         """
-        layer, ids = self._expert_ids(layer, experts)
+        layer, ids = self._named(layer, experts)
         pinned = self._connection.ask(lambda query: PinExperts(query, layer, ids)).pinned
         if pinned > self.config.user_pins:
             raise TooManyPins(pinned, self.config.user_pins)
 
-    def unpin_experts(self, layer: int, experts: Iterable[int]) -> None:
-        """They may be evicted again, as any other; those that were not pinned are left as they are."""
-        layer, ids = self._expert_ids(layer, experts)
+    def unpin_experts(self, layer: int, experts: Any) -> None:
+        """They may be evicted again, as any other; those that were not pinned are left as they are. `experts` as for
+        `pin_experts`."""
+        layer, ids = self._named(layer, experts)
         self._connection.ask(lambda query: UnpinExperts(query, layer, ids))
 
-    def page_out(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Frees the slots of these experts; one that a worker is using at this moment stays.
+    def page_out(self, layer: int, experts: Any) -> list[int]:
+        """Frees the slots of these experts, given as for `pin_experts`; one that a worker is using just now stays.
 
         Returns those for which this was refused: they are pinned by `pin_experts`, or the pager has no time to listen.
         """
-        layer, ids = self._expert_ids(layer, experts)
+        layer, ids = self._named(layer, experts)
         return self._connection.ask(lambda query: PageOutExperts(query, layer, ids)).refused
 
-    def _expert_ids(self, layer: int, experts: Iterable[int]) -> tuple[int, list[int]]:
-        layer = self._model.layer_with_experts(layer)
-        ids = integers("experts", experts)
-        if wrong := [expert for expert in ids if not 0 <= expert < self._model.num_experts]:
-            raise ValueError(f"expert id is {wrong[0]}, expected 0 <= id < {self._model.num_experts}")
-        return layer, ids
+    def _named(self, layer: int, experts: Any) -> tuple[int, list[int]]:
+        return self._model.layer_with_experts(layer), distinct_experts(experts, self._model.num_experts)
 
     # ---- life
 

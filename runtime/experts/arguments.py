@@ -1,9 +1,8 @@
-"""Experts and streams as they are given to an `ExpertCache`: made into what the arena takes, or refused."""
+"""Whose tokens want which experts, as it is given to an `ExpertCache`: made into what the arena takes, or refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,39 +11,6 @@ from hotset.runtime.expert_pins import Int32
 from hotset.runtime.experts.reader import Demand
 from hotset.runtime.plan import DEMAND_WORDS
 from hotset.shm.demands import HEADER_WORDS
-
-
-def expert_rows(name: str, given: Any, num_experts: int) -> Int32:
-    """Experts of one token, or [tokens, n]: as [tokens, n]."""
-    rows = _integers(given)
-    if rows is None:
-        raise ValueError(f"{name} is {given!r}, expected integers: the experts of one token, or a row for each token")
-    wrong = rows[(rows < 0) | (rows >= num_experts)]
-    if wrong.size:
-        raise ValueError(f"expert id is {wrong[0]}, expected 0 <= id < {num_experts}")
-    return np.ascontiguousarray(np.atleast_2d(rows), np.int32)
-
-
-def _integers(given: Any) -> np.ndarray[Any, Any] | None:
-    """None if they are none, or have more than two axes."""
-    if not isinstance(given, np.ndarray):
-        if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
-            return None
-        try:
-            given = np.asarray(list(cast("Iterable[Any]", given)))
-        except ValueError:  # rows of different lengths
-            return None
-        if not given.size and given.ndim == 1:
-            given = given.astype(np.int32)
-    rows = cast("np.ndarray[Any, Any]", given)
-    return rows if rows.dtype.kind in "iu" and rows.ndim in (1, 2) else None
-
-
-def distinct(rows: Int32) -> tuple[int, ...]:
-    """The experts of all rows; of one row in its order."""
-    if len(rows) == 1:
-        return tuple(dict.fromkeys(rows[0].tolist()))
-    return tuple(np.unique(rows).tolist())
 
 
 def demand_of(rows: Int32, streams: Iterable[int] | None, first: int, most: int, *, prefill: bool) -> Demand:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from hotset.runtime.config import model_path
 from hotset.runtime.errors import TooManyPins
-from hotset.runtime.experts.arguments import demand_of, distinct, expert_rows
+from hotset.runtime.expert_ids import distinct, distinct_experts, expert_rows
+from hotset.runtime.experts.arguments import demand_of
 from hotset.runtime.experts.config import ExpertCacheConfig, plan_cache
 from hotset.runtime.experts.membership import Membership
 from hotset.runtime.experts.owner import ExpertCacheOwner
@@ -183,8 +184,12 @@ class ExpertCache:
 
     # ---- experts that stay
 
-    def pin_experts(self, layer: int, experts: Iterable[int]) -> None:
-        """Keeps these in memory, until `unpin_experts`, whoever ends; those that are absent begin to be loaded at once.
+    def pin_experts(self, layer: int, experts: Any) -> None:
+        """Keeps these experts in memory until `unpin_experts`, whoever ends or is killed. Those that are absent begin
+        to be loaded at once; `stats().pinned_experts_absent` says how many are still to come.
+
+        Args:
+            experts: integers, or [tokens, n], as a router gives them; an expert counts once.
 
         Raises `TooManyPins`, and pins none of them, if more than the setting `user_pins` would be pinned.
         """
@@ -193,13 +198,14 @@ class ExpertCache:
         if pinned > self.config.user_pins:
             raise TooManyPins(pinned, self.config.user_pins)
 
-    def unpin_experts(self, layer: int, experts: Iterable[int]) -> None:
-        """They may be evicted again, as any other."""
+    def unpin_experts(self, layer: int, experts: Any) -> None:
+        """They may be evicted again, as any other; those that were not pinned are left as they are. `experts` as for
+        `pin_experts`."""
         layer, ids = self._named(layer, experts)
         self._membership.ask(lambda query: UnpinExperts(query, layer, ids))
 
-    def page_out(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Frees the slots of these experts; one that is being used stays.
+    def page_out(self, layer: int, experts: Any) -> list[int]:
+        """Frees the slots of these experts, given as for `pin_experts`; one that is being used stays.
 
         Returns those for which this was refused: they are pinned by `pin_experts`, or the pager has no time to listen.
         """
@@ -223,7 +229,7 @@ class ExpertCache:
         return self._model.layer_with_experts(layer)
 
     def _named(self, layer: int, experts: Any) -> tuple[int, list[int]]:
-        return self._layer(layer), [*distinct(expert_rows("experts", experts, self.num_experts))]
+        return self._layer(layer), distinct_experts(experts, self.num_experts)
 
     # ---- life
 

@@ -78,24 +78,6 @@ def test_the_variables_of_a_template_have_names(backend: Backend, variables: Any
         backend.chat([{"role": "user", "content": "Hi"}], chat_template_kwargs=variables)
 
 
-@pytest.mark.parametrize("method", ["pin_experts", "unpin_experts", "page_out"])
-def test_layers_and_experts_are_integers(backend: Backend, method: str) -> None:
-    for layer in ("x", None, 1.5, math.nan, True, -1, 10**9):
-        with pytest.raises(ValueError, match=r"layer is .*, expected"):
-            getattr(backend, method)(layer, [0])
-    for experts in (None, 5, "x", {1: 2}, b"\x01"):
-        with pytest.raises(ValueError, match=r"experts is .*, expected several integers"):
-            getattr(backend, method)(0, experts)
-    for expert in (1.5, "a", None, math.nan, [1], True):
-        with pytest.raises(ValueError, match=r"one of experts is .*, expected an integer"):
-            getattr(backend, method)(0, [expert])
-    for expert in (-1, 10**9):
-        with pytest.raises(ValueError, match="expert id is"):
-            getattr(backend, method)(0, [expert])
-    assert backend.stats().worker_restarts == 0  # and there is a coordinator yet
-    backend.unpin_experts(np.int64(0), np.array([1]))
-
-
 @pytest.mark.parametrize("max_moves", ["x", -1, 1.5, math.nan, True])
 def test_a_number_of_moves_is_one(backend: Backend, max_moves: Any) -> None:
     with pytest.raises(ValueError, match=r"max_moves is .*, expected an integer of at least 0"):
