@@ -10,7 +10,7 @@ import numpy as np
 from hotset.runtime.completion import FinishReason
 from hotset.runtime.connection import Connection
 from hotset.runtime.errors import HotsetError, RequestFailed
-from hotset.runtime.messages import Generated
+from hotset.runtime.messages.client import Generated
 from hotset.runtime.model.tokenizer import TextStream
 from hotset.runtime.stop_strings import StopStrings
 

@@ -25,7 +25,7 @@ from hotset.runtime.connection import Connection
 from hotset.runtime.errors import TooManyPins
 from hotset.runtime.expert_ids import distinct_experts
 from hotset.runtime.memory_tiers import PageCache
-from hotset.runtime.messages import (
+from hotset.runtime.messages.client import (
     CheckCache,
     Defragment,
     GetStats,

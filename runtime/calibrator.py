@@ -17,13 +17,8 @@ from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import STRENGTH_OPTIONS
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.eviction import parse_eviction
-from hotset.runtime.messages import (
-    CalibrationDone,
-    CalibrationProgress,
-    FromCalibrator,
-    ProcessFailed,
-    StartCalibration,
-)
+from hotset.runtime.messages.calibration import CalibrationDone, CalibrationProgress, FromCalibrator, StartCalibration
+from hotset.runtime.messages.message import ProcessFailed
 from hotset.runtime.model.calibration import Calibration
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.supervision import Child

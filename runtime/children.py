@@ -8,18 +8,10 @@ from functools import partial
 from typing import Protocol
 
 from hotset.runtime.config import BackendConfig
-from hotset.runtime.messages import (
-    FromPager,
-    FromRegret,
-    FromWorker,
-    ProcessFailed,
-    StartPager,
-    StartRegret,
-    StartWorker,
-    ToRegret,
-    ToWorker,
-    WorkerReady,
-)
+from hotset.runtime.messages.message import ProcessFailed
+from hotset.runtime.messages.pager import FromPager, StartPager
+from hotset.runtime.messages.regret import FromRegret, StartRegret, ToRegret
+from hotset.runtime.messages.worker import FromWorker, StartWorker, ToWorker, WorkerReady
 from hotset.runtime.pager_process import PagerProcess
 from hotset.runtime.plan import InstancePlan
 from hotset.runtime.watched_child import FailedStarts, Fatal, WatchedChild, reap_all

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from hotset.runtime.errors import BackendError, HotsetError, RequestFailed
-from hotset.runtime.messages import (
+from hotset.runtime.messages.client import (
     Abort,
     Generated,
     InstanceFailed,

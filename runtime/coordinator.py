@@ -15,38 +15,29 @@ from hotset.runtime.disk_reads import DiskReads
 from hotset.runtime.dispatcher import Dispatcher
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.instance import Instance
-from hotset.runtime.messages import (
+from hotset.runtime.messages.client import (
     Abort,
     CheckCache,
     Defragment,
-    ExpertFailed,
-    ForgetDemands,
     FromClient,
-    FromPager,
-    FromRegret,
-    FromWorker,
     GetStats,
     InstanceFailed,
     InstanceReady,
     MessageRefused,
     PageOutExperts,
-    PagerReady,
     PinExperts,
-    ProcessFailed,
-    Progress,
-    RegretMeasured,
     ResetStats,
-    SequenceFailed,
-    SequenceStopped,
     Shutdown,
     StartInstance,
     StatsReply,
     Submit,
     UnpinExperts,
-    WarmStartProblem,
-    WorkerReady,
     number_of,
 )
+from hotset.runtime.messages.message import ProcessFailed
+from hotset.runtime.messages.pager import ExpertFailed, FromPager, PagerReady, WarmStartProblem
+from hotset.runtime.messages.regret import ForgetDemands, FromRegret, RegretMeasured
+from hotset.runtime.messages.worker import FromWorker, Progress, SequenceFailed, SequenceStopped, WorkerReady
 from hotset.runtime.stats import BackendStats, InstanceCounters, Regret
 from hotset.runtime.supervision import enter_child, leave
 from hotset.runtime.user_pin_requests import answer

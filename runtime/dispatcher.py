@@ -14,19 +14,8 @@ from hotset.runtime.errors import RequestFailed
 from hotset.runtime.instance import Instance
 from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.kv.errors import CorruptCache
-from hotset.runtime.messages import (
-    CacheChecked,
-    Defragment,
-    Defragmented,
-    FromClient,
-    Generated,
-    PagesGranted,
-    RowProgress,
-    RunSequence,
-    StopSequence,
-    Submit,
-    ToWorker,
-)
+from hotset.runtime.messages.client import CacheChecked, Defragment, Defragmented, FromClient, Generated, Submit
+from hotset.runtime.messages.worker import PagesGranted, RowProgress, RunSequence, StopSequence, ToWorker
 from hotset.runtime.scheduler import Request, RequestState, Scheduler
 
 MAX_LOST_WORKERS = 3  # a request that so many workers died of is not tried again

@@ -6,7 +6,8 @@ import selectors
 from collections.abc import Callable
 from typing import Any
 
-from hotset.runtime.messages import FromPager, PagerReady, ProcessFailed, StartPager
+from hotset.runtime.messages.message import ProcessFailed
+from hotset.runtime.messages.pager import FromPager, PagerReady, StartPager
 from hotset.runtime.watched_child import FailedStarts, Fatal, WatchedChild, reap_all
 
 PAGER_MODULE = "hotset.workers.pager"

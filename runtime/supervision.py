@@ -13,7 +13,7 @@ from typing import IO, Any, Generic, NoReturn, TypeVar
 
 from hotset.runtime.channel import Channel, ChannelClosed, channel_pair
 from hotset.runtime.errors import HotsetError
-from hotset.runtime.messages import ProcessFailed
+from hotset.runtime.messages.message import ProcessFailed
 from hotset.shm import _core
 from hotset.shm.segment import SegmentError
 

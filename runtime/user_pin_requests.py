@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotset.runtime.messages import ExpertsPagedOut, ExpertsPinned, PageOutExperts, PinExperts, UnpinExperts
+from hotset.runtime.messages.client import ExpertsPagedOut, ExpertsPinned, PageOutExperts, PinExperts, UnpinExperts
 from hotset.runtime.user_pins import UserPins
 
 UserPinRequest = PinExperts | UnpinExperts | PageOutExperts

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from hotset.runtime.channel import ChannelClosed, UnreadableMessage, poll_for_room
-from hotset.runtime.messages import StopWorking
+from hotset.runtime.messages.message import StopWorking
 from hotset.runtime.supervision import Child
 
 STOP_SECONDS = 1.0  # children that have not left by then are killed

@@ -11,7 +11,8 @@ import numpy as np
 from hotset.runtime.channel import ChannelClosed
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.instance import Instance
-from hotset.runtime.messages import FromPager, PagerReady, StartPager, StopWorking
+from hotset.runtime.messages.message import StopWorking
+from hotset.runtime.messages.pager import FromPager, PagerReady, StartPager
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.plan import plan_instance

@@ -9,7 +9,7 @@ import numpy as np
 
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.dispatcher import Dispatcher
-from hotset.runtime.messages import Generated
+from hotset.runtime.messages.client import Generated
 from hotset.runtime.plan import InstancePlan, MemorySplit
 from hotset.runtime.routing_preference import RoutingPreference
 from hotset.shm.geometry import Geometry

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from hotset.runtime.calibrator import DEFAULT_TOKENS, CalibrationFailed
 from hotset.runtime.channel import Channel
 from hotset.runtime.config import RoutingPolicy
-from hotset.runtime.messages import CalibrationDone, CalibrationProgress, StartCalibration, ToCalibrator
+from hotset.runtime.messages.calibration import CalibrationDone, CalibrationProgress, StartCalibration, ToCalibrator
 from hotset.runtime.model.calibration import Calibration, Expectation
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer

@@ -15,14 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hotset.runtime.channel import Channel
-from hotset.runtime.messages import (
-    ExpertFailed,
-    PagerReady,
-    StartPager,
-    StopWorking,
-    ToPager,
-    WarmStartProblem,
-)
+from hotset.runtime.messages.message import StopWorking
+from hotset.runtime.messages.pager import ExpertFailed, PagerReady, StartPager, ToPager, WarmStartProblem
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.supervision import run_child

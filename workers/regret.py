@@ -16,7 +16,8 @@ from collections import deque
 import numpy as np
 
 from hotset.runtime.channel import Channel
-from hotset.runtime.messages import ForgetDemands, RegretMeasured, StartRegret, StopWorking, ToRegret
+from hotset.runtime.messages.message import StopWorking
+from hotset.runtime.messages.regret import ForgetDemands, RegretMeasured, StartRegret, ToRegret
 from hotset.runtime.stats import Regret
 from hotset.runtime.supervision import run_child
 from hotset.shm.demands import DemandReader, Records, split_records, stamp_of

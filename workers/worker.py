@@ -16,7 +16,8 @@ import numpy.typing as npt
 from hotset.runtime.channel import Channel
 from hotset.runtime.completion import completion
 from hotset.runtime.expert_pins import ExpertUnavailable
-from hotset.runtime.messages import (
+from hotset.runtime.messages.message import StopWorking
+from hotset.runtime.messages.worker import (
     PagesGranted,
     Progress,
     RowProgress,
@@ -25,7 +26,6 @@ from hotset.runtime.messages import (
     SequenceStopped,
     StartWorker,
     StopSequence,
-    StopWorking,
     ToWorker,
     WorkerReady,
 )

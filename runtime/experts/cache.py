@@ -26,7 +26,7 @@ from hotset.runtime.experts.reader import Demand, ExpertReader
 from hotset.runtime.experts.stats import ExpertCacheStats
 from hotset.runtime.experts.weights import ExpertWeights
 from hotset.runtime.memory_tiers import PageCache
-from hotset.runtime.messages import GetStats, PageOutExperts, PinExperts, ResetStats, UnpinExperts
+from hotset.runtime.messages.client import GetStats, PageOutExperts, PinExperts, ResetStats, UnpinExperts
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.gguf_folder import model_folder

@@ -17,7 +17,7 @@ import msgspec
 
 from hotset.runtime.channel import Channel, ChannelClosed, UnreadableMessage, poll_for_room
 from hotset.runtime.experts.messages import CacheIsFull, JoinCache, LeaveCache, ToOwner
-from hotset.runtime.messages import MessageRefused, number_of
+from hotset.runtime.messages.client import MessageRefused, number_of
 from hotset.shm.process import start_time
 
 CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group

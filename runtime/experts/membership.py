@@ -19,7 +19,7 @@ from hotset.runtime.errors import RequestFailed
 from hotset.runtime.experts.errors import ExpertCacheClosed, ExpertCacheError, ExpertCacheFull
 from hotset.runtime.experts.members import address_of, peer_of
 from hotset.runtime.experts.messages import CacheIsFull, CacheJoined, FromOwner, JoinCache, LeaveCache
-from hotset.runtime.messages import InstanceFailed, MessageRefused
+from hotset.runtime.messages.client import InstanceFailed, MessageRefused
 from hotset.shm.process import start_time
 
 JOIN_SECONDS = 10.0

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from hotset.runtime.experts.config import ExpertCacheConfig, ExpertCachePlan
 from hotset.runtime.experts.stats import ExpertCacheStats
-from hotset.runtime.messages import (
+from hotset.runtime.messages.client import (
     ExpertsPagedOut,
     ExpertsPinned,
     GetStats,
     InstanceFailed,
-    Message,
     MessageRefused,
     PageOutExperts,
     PinExperts,
     ResetStats,
     UnpinExperts,
 )
+from hotset.runtime.messages.message import Message
 
 
 class JoinCache(Message, frozen=True, tag=True):

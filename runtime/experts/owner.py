@@ -23,19 +23,16 @@ from hotset.runtime.experts.members import Member, Members
 from hotset.runtime.experts.messages import CacheJoined, CacheStats, ToOwner
 from hotset.runtime.experts.stats import ExpertCacheStats, cache_stats
 from hotset.runtime.instance import NamedArena
-from hotset.runtime.messages import (
-    FromPager,
+from hotset.runtime.messages.client import (
     GetStats,
     InstanceFailed,
     MessageRefused,
     PageOutExperts,
-    PagerReady,
     PinExperts,
     ResetStats,
-    StartPager,
     UnpinExperts,
-    WarmStartProblem,
 )
+from hotset.runtime.messages.pager import FromPager, PagerReady, StartPager, WarmStartProblem
 from hotset.runtime.pager_process import PagerProcess
 from hotset.runtime.stats import InstanceCounters
 from hotset.runtime.supervision import last_words

@@ -40,7 +40,8 @@ from rich.table import Table
 
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.instance import Instance
-from hotset.runtime.messages import FromPager, PagerReady, StartPager, StopWorking
+from hotset.runtime.messages.message import StopWorking
+from hotset.runtime.messages.pager import FromPager, PagerReady, StartPager
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.plan import plan_instance

@@ -6,7 +6,7 @@ from typing import Literal
 
 from stress_tests.checks import Check
 
-from hotset.runtime.messages import Message, StopWorking
+from hotset.runtime.messages.message import Message, StopWorking
 from hotset.runtime.plan import InstancePlan
 
 # Violations that the tests of this test ask for, to see them found.

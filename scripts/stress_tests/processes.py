@@ -32,15 +32,8 @@ from stress_tests.messages import (
 from hotset.runtime.channel import Channel, ChannelClosed
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.instance import Instance
-from hotset.runtime.messages import (
-    ExpertFailed,
-    FromPager,
-    Message,
-    PagerReady,
-    ProcessFailed,
-    StartPager,
-    StopWorking,
-)
+from hotset.runtime.messages.message import Message, ProcessFailed, StopWorking
+from hotset.runtime.messages.pager import ExpertFailed, FromPager, PagerReady, StartPager
 from hotset.runtime.supervision import Child
 from hotset.shm.counters import Counter
 from hotset.shm.layout import Section, SlotState

@@ -32,7 +32,7 @@ from stress_tests.synthetic_experts import SyntheticExperts, format_of, nbytes_o
 from hotset.runtime.channel import Channel, ChannelClosed
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.expert_pins import ExpertUnavailable
-from hotset.runtime.messages import StopWorking
+from hotset.runtime.messages.message import StopWorking
 from hotset.runtime.router import MemoryAwareRouter
 from hotset.runtime.router_config import Policy, RouterConfig
 from hotset.runtime.supervision import enter_child

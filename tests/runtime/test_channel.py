@@ -14,7 +14,7 @@ import pytest
 
 from hotset.runtime import channel as channels
 from hotset.runtime.channel import Channel, ChannelClosed, MessageTooLong, UnreadableMessage
-from hotset.runtime.messages import Abort, FromClient, GetStats, number_of
+from hotset.runtime.messages.client import Abort, FromClient, GetStats, number_of
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hotset.runtime import watched_child
 from hotset.runtime.channel import Channel, channel_pair
 from hotset.runtime.children import Children
 from hotset.runtime.config import BackendConfig
-from hotset.runtime.messages import Progress, RowProgress, RunSequence, StartWorker, ToWorker, WorkerReady
+from hotset.runtime.messages.worker import Progress, RowProgress, RunSequence, StartWorker, ToWorker, WorkerReady
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.plan import plan_instance

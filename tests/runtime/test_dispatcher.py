@@ -10,15 +10,8 @@ import pytest
 from played_instance import END_OF_TEXT, PlayedInstance
 
 from hotset.runtime.dispatcher import MAX_LOST_WORKERS
-from hotset.runtime.messages import (
-    Defragment,
-    Defragmented,
-    PagesGranted,
-    RowProgress,
-    RunSequence,
-    StopSequence,
-    Submit,
-)
+from hotset.runtime.messages.client import Defragment, Defragmented, Submit
+from hotset.runtime.messages.worker import PagesGranted, RowProgress, RunSequence, StopSequence
 from hotset.runtime.sampling_params import SamplingParams
 
 

@@ -21,16 +21,8 @@ from hotset.runtime.completion import completion
 from hotset.runtime.dispatcher import MAX_CLIENT_BACKLOG
 from hotset.runtime.kv.layer_groups import pages_of_sequence
 from hotset.runtime.kv.page_pool import NO_PAGE
-from hotset.runtime.messages import (
-    Defragment,
-    Defragmented,
-    RowProgress,
-    RunSequence,
-    SequenceFailed,
-    SequenceStopped,
-    StopSequence,
-    Submit,
-)
+from hotset.runtime.messages.client import Defragment, Defragmented, Submit
+from hotset.runtime.messages.worker import RowProgress, RunSequence, SequenceFailed, SequenceStopped, StopSequence
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.scheduler import RequestState
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hotset.runtime.channel import Channel, ChannelClosed
-from hotset.runtime.messages import Abort, CheckCache, Submit
+from hotset.runtime.messages.client import Abort, CheckCache, Submit
 from hotset.runtime.sampling_params import SamplingParams
 from hotset.runtime.shared_channel import SharedChannel
 

@@ -16,7 +16,7 @@ from instances import PROMPTS, processes_of, processes_with, queue_exists, segme
 from hotset.runtime import Backend, BackendConfig, BackendError, SamplingParams
 from hotset.runtime import connection as connection_module
 from hotset.runtime.connection import COORDINATOR_MODULE
-from hotset.runtime.messages import StartInstance, ToClient
+from hotset.runtime.messages.client import StartInstance, ToClient
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.plan import plan_instance

@@ -14,7 +14,7 @@ from instances import PROMPTS, wait_until
 
 from hotset.runtime import Backend, RequestFailed, SamplingParams
 from hotset.runtime.channel import HEADER, MAGIC, MAX_MESSAGE_NBYTES
-from hotset.runtime.messages import Defragment, PinExperts, Submit, UnpinExperts
+from hotset.runtime.messages.client import Defragment, PinExperts, Submit, UnpinExperts
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, routing="off", ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=200, routing="off", ignore_eos=True)

@@ -14,7 +14,8 @@ from pager_alone import WORKER, PagerAlone
 
 from hotset.runtime import Backend, SamplingParams
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
-from hotset.runtime.messages import StopWorking, WarmStartProblem
+from hotset.runtime.messages.message import StopWorking
+from hotset.runtime.messages.pager import WarmStartProblem
 from hotset.runtime.model.heat import Heat
 from hotset.shm.counters import Counter
 from hotset.shm.paging_queue import PagingDirection, PagingMessage, PagingPriority

@@ -13,7 +13,8 @@ from pager_alone import PagerAlone
 from safetensors.numpy import load_file, save_file
 
 from hotset.runtime.eviction import parse_eviction
-from hotset.runtime.messages import StopWorking, WarmStartProblem
+from hotset.runtime.messages.message import StopWorking
+from hotset.runtime.messages.pager import WarmStartProblem
 from hotset.shm.counters import Counter
 from hotset.shm.demands import demands_of_steps
 from hotset.workers.eviction import _core
