@@ -3,7 +3,7 @@
 #ifndef HOTSET_REPLAY_H
 #define HOTSET_REPLAY_H
 
-#include "policy.h"
+#include "policy_observe.h"
 
 struct replay_result {
     uint64_t events, hits, misses; /* of sets that belong to streams */

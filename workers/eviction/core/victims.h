@@ -6,7 +6,7 @@
 #ifndef HOTSET_VICTIMS_H
 #define HOTSET_VICTIMS_H
 
-#include "policy.h"
+#include "policy_values.h"
 
 struct victim {
     double worth;
