@@ -30,7 +30,9 @@ from hotset.shm.process import boot_id, start_time
 
 PREFIX = "hotset."
 LOCK_SUFFIX = ".lock"  # instance names have no dot
+QUEUE_SUFFIX = ".paging"
 SHM_FOLDER = Path("/dev/shm")
+QUEUE_FOLDER = Path("/dev/mqueue")  # where the kernel lists message queues, if that is mounted
 
 
 class SegmentError(Exception):
@@ -72,7 +74,7 @@ def segment_name(instance: str) -> str:
 
 
 def queue_name(instance: str) -> str:
-    return f"/{PREFIX}{instance}.paging"
+    return f"/{PREFIX}{instance}{QUEUE_SUFFIX}"
 
 
 class InstanceLock:
@@ -114,35 +116,59 @@ class InstanceLock:
 
 
 def remove_ipc_objects(instance: str) -> bool:
-    """Unlinks the queue and the segment of an instance; whether there was a segment."""
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_message_queue(queue_name(instance))
-    try:
-        posix_ipc.unlink_shared_memory(segment_name(instance))
-    except posix_ipc.ExistentialError:
-        return False
-    return True
+    """Unlinks the queue and the segment of an instance; whether there was any of them."""
+    removed = 0
+    for unlink, name in (
+        (posix_ipc.unlink_message_queue, queue_name(instance)),
+        (posix_ipc.unlink_shared_memory, segment_name(instance)),
+    ):
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            unlink(name)
+            removed += 1
+    return removed > 0
 
 
 def remove_stale_instances() -> list[str]:
-    """The janitor: removes what killed instances of this user left, and returns their names."""
-    found: set[str] = set()
-    for path in SHM_FOLDER.glob(PREFIX + "*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_uid == os.getuid():
-                found.add(path.name.removeprefix(PREFIX).removesuffix(LOCK_SUFFIX))
+    """The janitor: removes what killed instances of this user left, and returns their names.
+
+    A queue that is left alone, for its segment was removed by hand, is seen where the kernel lists queues. The lock's
+    file may have gone the same way under an instance that runs: what somebody has open stays.
+    """
+    in_shm = _names_in(SHM_FOLDER, LOCK_SUFFIX)
+    queues_only = _names_in(QUEUE_FOLDER, QUEUE_SUFFIX) - in_shm
     removed: list[str] = []
-    for name in sorted(found):
+    for name in sorted(in_shm | queues_only):
         try:
             lock = InstanceLock(name)
         except (InstanceNameTaken, ValueError):
             continue
         try:
-            if remove_ipc_objects(name):
+            if not (name in queues_only and _is_open(queue_name(name))) and remove_ipc_objects(name):
                 removed.append(name)
         finally:
             lock.release()
     return removed
+
+
+def _names_in(folder: Path, suffix: str) -> set[str]:
+    """Of this user's instances; perhaps not only theirs, which their characters tell."""
+    found: set[str] = set()
+    for path in folder.glob(PREFIX + "*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_uid == os.getuid():
+                found.add(path.name.removeprefix(PREFIX).removesuffix(suffix))
+    return found
+
+
+def _is_open(queue: str) -> bool:
+    """Whether a process of this user has it open."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended by now, or is another user's
+            for descriptor in [*(process / "fd").iterdir()]:
+                with contextlib.suppress(OSError):
+                    if str(descriptor.readlink()) == queue:
+                        return True
+    return False
 
 
 def free_shared_memory() -> int:

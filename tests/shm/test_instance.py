@@ -14,6 +14,7 @@ from pathlib import Path
 import posix_ipc
 import pytest
 
+from hotset.shm import segment as segment_module
 from hotset.shm.geometry import Geometry
 from hotset.shm.segment import (
     SHM_FOLDER,
@@ -139,6 +140,50 @@ def test_the_janitor_removes_what_a_killed_instance_left(holder: subprocess.Pope
     assert not has_queue("theirs")
     assert not lock_files(namespace)
     assert remove_stale_instances() == []
+
+
+@pytest.fixture
+def queues_only(
+    holder: subprocess.Popen[str], namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Where the kernel would list the queues, if that file system is not mounted here. Of what the holder has, somebody
+    has removed the files in /dev/shm."""
+    monkeypatch.setattr(segment_module, "QUEUE_FOLDER", tmp_path)
+    (tmp_path / queue_name("theirs").lstrip("/")).touch()
+    for path in SHM_FOLDER.glob(namespace + "*"):
+        path.unlink()
+    yield tmp_path
+    remove_ipc_objects("theirs")
+
+
+def test_the_janitor_removes_a_queue_that_is_all_a_killed_instance_left(
+    holder: subprocess.Popen[str], queues_only: Path, namespace: str
+) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert remove_stale_instances() == ["theirs"]
+    assert not has_queue("theirs") and not lock_files(namespace)
+    assert remove_stale_instances() == []
+
+
+def test_the_janitor_leaves_a_queue_that_somebody_has_open(holder: subprocess.Popen[str], queues_only: Path) -> None:
+    assert remove_stale_instances() == []
+    assert has_queue("theirs")
+
+
+def test_the_janitor_touches_no_foreign_queues(
+    holder: subprocess.Popen[str], queues_only: Path, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    for name in (f"{namespace}not.an.instance.paging", f"{namespace}theirs.other", "theirs.paging"):
+        (queues_only / name).touch()
+    uid = os.getuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: uid + 1)
+        assert remove_stale_instances() == []
+    assert has_queue("theirs")
+    assert remove_stale_instances() == ["theirs"]
 
 
 def test_the_janitor_leaves_an_instance_of_its_own_process_alone(instance: str, geometry: Geometry) -> None:
