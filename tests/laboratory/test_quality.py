@@ -16,7 +16,7 @@ from hotset.workers.simulation import Setting
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-from laboratory.quality import Curve, Estimate  # noqa: E402
+from laboratory.quality_curves import Curve, Estimate  # noqa: E402
 from laboratory.quality_results import Line, Text, read_lines  # noqa: E402
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPTS)}
