@@ -144,8 +144,7 @@ class MemoryAwareRouter:
                 same within the current epoch: a further batch of the same step.
             prefetch: fill `prefetches`.
             residual_ratio: float32 [tokens], what "resnorm" and "substitute" multiply their strength by: see
-                `RouterConfig`.
-                Refused with other policies.
+                `RouterConfig`. Refused with other policies.
         """
         number = policy_number(policy)
         if residual_ratio is not None:

@@ -39,15 +39,19 @@ class RouterConfig(Settings, frozen=True):
             the token's own top `keep_top` get it too. "mass" replaces experts that are not resident by resident ones
             while the gate probability given up stays <= `mass_budget` per token. "resnorm" adds `resnorm_strength` *
             p_1 * |x| / n to their probability: p_1 is the token's largest, |x| the norm of the residual that enters
-            the layer and n the mean norm of the layer's expert outputs, for where |x| is large beside n a wrong
-            expert does little harm. `route_batch` takes |x| / n as `residual_ratio`; without it, it is 1.
+            the layer and n the mean norm of the layer's expert outputs, times `weight_scale`, for where |x| is large
+            beside n a wrong expert does little harm. `route_batch` takes |x| / n as `residual_ratio`; without it, it
+            is 1.
             "substitute" replaces experts that are not resident, those of least weight first, by the resident ones of
             least weight, while each time the residual changes by less than a share `substitute_limit`: the outputs of
-            two experts are nearly orthogonal and about n long, so that weight q in place of p changes it by
-            sqrt(p^2 + q^2) * n / |x|. What is missing and matters little is so all but left out;
-            who need not compute `top_k` experts may leave it out (workers/moe.py does).
-            With gating "sigmoid", for which it has not been measured, "resnorm" adds `resnorm_strength` * the token's
-            largest sigmoid * |x| / n to the scores that the gate selects by.
+            two experts are nearly orthogonal and, times `weight_scale`, about n long, so that weight q in place of p
+            changes it by sqrt(p^2 + q^2) * n / |x|, p and q before that scale. What is missing and matters little is
+            so all but left out; who need not compute `top_k` experts may leave it out (workers/moe.py does).
+            With gating "sigmoid", for which no preference has been measured: the bias decides what the gate chooses,
+            and the groups among which a replacement may be, but is in no weight. "substitute" means the same there, p
+            and q being the sigmoids, divided by their sum over the gate's choice if `renormalize`. "resnorm" has no
+            probabilities: it adds `resnorm_strength` * the token's largest sigmoid * |x| / n to the scores that the
+            gate selects by, bias included, so that how strong it is depends on how far the scores lie apart.
         gating: "softmax_top_k" (OLMoE, Qwen) takes probabilities over all experts, "top_k_softmax" (Mixtral,
             gpt-oss) over the selected ones, "sigmoid" (DeepSeek-V3) sigmoid scores; it selects by these, plus the bias
             that `MemoryAwareRouter` is given.

@@ -114,10 +114,15 @@ def substitute(
     mask: npt.NDArray[np.bool_],
     limit: float,
     weights: npt.NDArray[np.float64],
+    logits: npt.NDArray[np.floating] | None = None,
 ) -> tuple[list[int], list[float]]:
-    """The selection of policy "substitute", and how much each replacement that was considered changes the output."""
-    out = [e for e in reversed(truth) if not mask[e]]
-    into = [e for e in reversed(ranking(scores)) if mask[e] and e not in truth and scores[e] > -np.inf]
+    """The selection of policy "substitute", and how much each replacement that was considered changes the output.
+
+    With `logits`, weights rise with them, and the gate has chosen by `scores`, which are NaN where it may not choose.
+    """
+    lightest = ranking(scores if logits is None else logits)[::-1]
+    out = [e for e in lightest if e in truth and not mask[e]]
+    into = [e for e in lightest if mask[e] and e not in truth and scores[e] > -np.inf]
     changes = [float(np.hypot(weights[p], weights[q])) for p, q in zip(out, into, strict=False)]
     count = next((i for i, change in enumerate(changes) if not change < limit), len(changes))
     return [e for e in truth if e not in out[:count]] + into[:count][::-1], changes[: count + 1]

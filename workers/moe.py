@@ -145,7 +145,7 @@ class MixtureOfExperts:
         if self._exact is not False:  # 0 is "off" for a row
             options["strength"] = np.where(self._exact, np.float32(0), np.float32(self._router.strength))
         if residual_norms is not None:
-            options["residual_ratio"] = residual_ratio(self._arena, layer, residual_norms)
+            options["residual_ratio"] = residual_ratio(self._arena, layer, residual_norms, self._config.weight_scale)
         return options
 
 
@@ -158,13 +158,16 @@ def in_true_top_k(experts: Int32, wanted: Int32) -> npt.NDArray[np.bool_]:
     return (experts[:, :, np.newaxis] == wanted[:, np.newaxis, :]).any(axis=2)
 
 
-def residual_ratio(arena: _core.Arena, layer: int, residual_norms: Float32) -> Float32:
-    """How large residuals of these norms are beside the layer's expert outputs, float32 [rows], at most
-    `MAX_RESIDUAL_RATIO`.
+def residual_ratio(arena: _core.Arena, layer: int, residual_norms: Float32, weight_scale: float) -> Float32:
+    """How large residuals of these norms are beside the layer's expert outputs times `weight_scale`, the factor on all
+    mixing weights: float32 [rows], at most `MAX_RESIDUAL_RATIO`.
 
     0, which makes routing exact, as long as no output has been seen.
     """
     norm = arena.expert_norm(layer)
     if not norm:
         return np.zeros_like(residual_norms)
+    norm *= weight_scale
+    if not norm:  # nothing is added
+        return np.full_like(residual_norms, MAX_RESIDUAL_RATIO)
     return np.minimum(residual_norms / np.float32(norm), np.float32(MAX_RESIDUAL_RATIO))

@@ -115,6 +115,7 @@ class SimulatedInstance:
 
     def __init__(self, config: ModelConfig, setting: Setting, bias: Floats | None) -> None:
         self._setting = setting
+        self._weight_scale = config.weight_scale
         self._segment = Segment.private(Geometry(num_layers=config.num_layers, num_experts=config.num_experts))
         self._resident = self._segment.view(Section.RESIDENT_MASK)
         self._router = MemoryAwareRouter(
@@ -127,7 +128,9 @@ class SimulatedInstance:
         self.measures_norms = setting.routing in RESIDUAL_POLICIES
 
     def route(self, layer: int, gate_logits: Floats, residual_norms: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
-        ratio = residual_ratio(self._segment.arena, layer, residual_norms) if self.measures_norms else None
+        ratio = None
+        if self.measures_norms:
+            ratio = residual_ratio(self._segment.arena, layer, residual_norms, self._weight_scale)
         routed = self._router.route_batch(
             gate_logits, layer, strength=self._setting.strength, epochs=1, residual_ratio=ratio
         )

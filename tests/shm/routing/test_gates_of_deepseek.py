@@ -108,9 +108,21 @@ class TestSelection:
             scores, weights = gate.scores(row), gate.weights(row)
             truth = ranking(scores)[:K]
             weights = weights / weights[truth].sum() if renormalize else weights
-            expected, changes = substitute(scores, truth, gate.mask, limit, weights)
+            expected, changes = substitute(scores, truth, gate.mask, limit, weights, row)
             assume(all(abs(change - limit) > 1e-5 for change in changes))
             assert experts == expected
+
+    @SETTINGS
+    @given(gates, st.sampled_from(["bonus", "range", "mass", "resnorm", "substitute"]), st.booleans())
+    def test_whatever_is_preferred_weights_know_neither_bias_nor_preference(
+        self, gate: Gate, policy: str, renormalize: bool
+    ) -> None:
+        router = gate.router(policy=policy, renormalize=renormalize, weight_scale=2.5)
+        result = router.route_batch(gate.rows, 1, strength=0.3)
+        for row, experts, weights in zip(gate.rows, result.experts, result.weights, strict=True):
+            expected = gate.weights(row)[experts]
+            expected = expected / expected.sum() if renormalize else expected
+            np.testing.assert_allclose(weights, 2.5 * expected, rtol=2e-6)
 
     @SETTINGS
     @given(gates)
@@ -133,18 +145,41 @@ class TestSelection:
         assert result.lost_mass == pytest.approx(lost, abs=1e-5)
 
 
-def test_a_row_does_not_depend_on_its_batch_nor_on_how_it_is_called() -> None:
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    "preference",
+    [
+        {"policy": "bonus", "cache_bonus": 1.0},
+        {"policy": "resnorm", "resnorm_strength": 0.5},
+        {"policy": "substitute", "substitute_limit": 1.0},
+    ],
+    ids=lambda preference: preference["policy"],
+)
+def test_a_row_does_not_depend_on_its_batch_nor_on_how_it_is_called(preference: dict[str, Any]) -> None:
     gate = Gate(7, "sigmoid", 8, 3)
-    batch = gate.router(policy="bonus").route_batch(gate.rows, 1)
+    batch = gate.router(**preference).route_batch(gate.rows, 1)
+    assert batch.changed
     experts, weights = np.empty(K, np.int32), np.empty(K, np.float32)
-    bound = gate.router(policy="bonus").bind(gate.rows, experts, weights, 1)
+    bound = gate.router(**preference).bind(gate.rows, experts, weights, 1)
     for index, row in enumerate(gate.rows):
-        alone = gate.router(policy="bonus").route(row, 1)
+        alone = gate.router(**preference).route(row, 1)
         bound(index)
         for found, expected in ((alone.experts, batch.experts), (experts, batch.experts)):
             assert found.tolist() == expected[index].tolist()
         for found, expected in ((alone.weights, batch.weights), (weights, batch.weights)):
             np.testing.assert_array_equal(found, expected[index])
+
+
+def test_the_replaced_are_those_of_least_weight_and_not_those_that_the_bias_ranks_last() -> None:
+    logits = np.array([[0.0, 2.0, -1.0, -2.0, 1.0]], np.float32)
+    bias = np.array([[2, 1, -2, 0, -3]], np.float32)  # chosen: 0, 1
+    config = RouterConfig(5, 2, gating="sigmoid", policy="substitute", substitute_limit=0.6)
+    router = MemoryAwareRouter(config, selection_bias=bias)
+    router.update_cache_state([2, 3, 4])
+    routed = router.route_batch(logits)
+    # Expert 0 has weight 0.5 and goes, 1 has 0.88 and stays, though it ranks below; 3 has the least weight of all.
+    assert routed.experts.tolist() == [[1, 3]]
+    np.testing.assert_allclose(routed.weights, 1 / (1 + np.exp([[-2.0, 2.0]])), rtol=1e-6)
 
 
 def test_each_layer_has_its_own_bias() -> None:
