@@ -32,6 +32,10 @@ class LoggedCall(msgspec.Struct, frozen=True, array_like=True):
     touched: int
 
 
+WorkerLog = tuple[list[LoggedCall], npt.NDArray[np.int32]]
+"""A worker's calls, in order, and what their tokens selected, [tokens of all calls, top_k]."""
+
+
 class BurstResult(msgspec.Struct, frozen=True):
     """Scores and counts that the logs lead to, float64 and int64 [layers, experts]; epochs int64 [layers].
 
@@ -83,7 +87,7 @@ def replay(
     start_scores: Float64,
     start_epochs: npt.NDArray[np.int64],
     end_epochs: npt.NDArray[np.int64],
-    logs: list[tuple[list[LoggedCall], npt.NDArray[np.int32]]],
+    logs: list[WorkerLog],
 ) -> BurstResult:
     """What a burst makes of `start_scores` [layers, experts], which are true at `start_epochs` [layers]."""
     layers, experts = start_scores.shape

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from stress_tests.affinity_replay import TOLERANCE, replay
+from stress_tests.affinity_replay import TOLERANCE, WorkerLog, replay
 from stress_tests.arena_counters import ArenaCounters
 from stress_tests.checks import Check, Scoreboard
-from stress_tests.processes import WorkerLog
 from stress_tests.violations import Violations
 
 from hotset.runtime.affinity import ExpertAffinity

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from stress_tests.affinity_replay import LoggedCall, WorkerLog
 from stress_tests.checks import Check
 
 from hotset.runtime.messages.message import Message, StopWorking
@@ -74,6 +78,18 @@ class BurstLog(Message, frozen=True, tag=True):
     process: int
     calls: bytes
     experts: bytes
+
+    @classmethod
+    def of(cls, process: int, calls: list[LoggedCall], experts: npt.NDArray[np.int32]) -> Self:
+        fields = np.array([msgspec.structs.astuple(call) for call in calls], np.int64)
+        return cls(process, fields.tobytes(), experts.tobytes())
+
+    @property
+    def log(self) -> WorkerLog:
+        fields = np.frombuffer(self.calls, np.int64).reshape(-1, len(LoggedCall.__struct_fields__)).tolist()
+        calls = [LoggedCall(*call) for call in fields]
+        tokens = sum(call.tokens for call in calls)
+        return calls, np.frombuffer(self.experts, np.int32).reshape(tokens, -1)
 
 
 class Failed(Message, frozen=True, tag=True):

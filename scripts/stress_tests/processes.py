@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-import numpy as np
-import numpy.typing as npt
-from stress_tests.affinity_replay import LoggedCall
-from stress_tests.arena_audit import ArenaAudit, Report
+from stress_tests.affinity_replay import WorkerLog
+from stress_tests.arena_audit import ArenaAudit
 from stress_tests.checks import Check, Scoreboard
+from stress_tests.kills import Kills
 from stress_tests.messages import (
     Burst,
     BurstLog,
@@ -28,6 +27,8 @@ from stress_tests.messages import (
     StartWorker,
     Violation,
 )
+from stress_tests.step_watch import StepWatch
+from stress_tests.violations import Unrecoverable, Violations
 
 from hotset.runtime.channel import Channel, ChannelClosed
 from hotset.runtime.config import BackendConfig
@@ -35,32 +36,19 @@ from hotset.runtime.instance import Instance
 from hotset.runtime.messages.message import Message, ProcessFailed, StopWorking
 from hotset.runtime.messages.pager import ExpertFailed, FromPager, PagerReady, StartPager
 from hotset.runtime.supervision import Child
-from hotset.shm.counters import Counter
-from hotset.shm.layout import Section, SlotState
+from hotset.shm.layout import SlotState
 
 WORKER_MODULE = "stress_tests.routing_worker"
 PAGER_MODULE = "hotset.workers.pager"
 STOP_SECONDS = 2.0
-KILLS_AT_START = 0.1  # share of the kills that may hit a process which is still starting
-MAX_OWN_DEATHS = 5  # then whatever makes processes end on their own is known well enough
 HALF_WAY = (SlotState.LOADING, SlotState.EVICTING)
-
-WorkerLog = tuple[list[LoggedCall], npt.NDArray[np.int32]]
-
-
-class Unrecoverable(Exception):
-    """The run cannot go on: a violation has been reported."""
 
 
 class Processes:
     """All children of the test. `poll` does the work; everything else only asks for it.
 
-    Args:
-        report: counts a violation and tells it in words.
-        tell: only tells it.
-
     Attributes:
-        worker_kills, pager_kills: so far.
+        kills: what was killed so far.
         pins_reclaimed: that killed workers held.
         pins_left: likewise, with the planted violation that nobody reclaims them.
         slots_interrupted: that a killed pager was loading or evicting.
@@ -74,8 +62,7 @@ class Processes:
         start_worker: Callable[[int], StartWorker],
         audit: ArenaAudit,
         scoreboard: Scoreboard,
-        report: Report,
-        tell: Report,
+        violations: Violations,
         *,
         patience: float,
         planted: Planted | None,
@@ -87,25 +74,20 @@ class Processes:
         self._start_worker = start_worker
         self._audit = audit
         self._scoreboard = scoreboard
-        self._report = report
-        self._tell = tell
+        self._violations = violations
         self._patience = patience
         self._planted = planted
         self._log = log
-        self._chance = chance
         self._selector = selectors.DefaultSelector()
         self._workers: dict[int, Child[FromWorker]] = {}
         self._ready: set[int] = set()
         self._idle: set[int] = set()
         self._logs: dict[int, WorkerLog] = {}
-        self._steps = [0] * instance.plan.num_workers
-        self._last_step = [time.monotonic()] * instance.plan.num_workers
         self._pager_ready_since: float | None = None
-        self._killed: set[int] = set()
-        self._next_kill_hits_anyone = False
-        self._own_deaths = 0
         self._running = False
-        self.worker_kills = self.pager_kills = self.pins_reclaimed = self.pins_left = self.slots_interrupted = 0
+        self._step_watch = StepWatch(instance.arena, instance.plan.num_workers, audit, scoreboard, violations, patience)
+        self.kills = Kills(scoreboard, violations, chance)
+        self.pins_reclaimed = self.pins_left = self.slots_interrupted = 0
         self.on_worker_death: Callable[[], None] = lambda: None
         self._pager = self._spawn_pager()
         for process in range(instance.plan.num_workers):
@@ -149,38 +131,19 @@ class Processes:
 
         Mostly to one that works, and only while most of them do: restarts cost far more than what is between two kills.
         """
-        working = self._ready - self._idle
-        if self._next_kill_hits_anyone:
-            victims = [*self._workers.values(), self._pager]
-        elif self._pager_ready_since is not None and 2 * len(working) >= len(self._workers):
-            victims = [*(self._workers[process] for process in working), self._pager]
-        else:
+        working = self._working()
+        most_work = self._pager_ready_since is not None and 2 * len(working) >= len(self._workers)
+        if not most_work and not self.kills.next_hits_anyone:
             return False
-        victim = self._chance.choice(victims)
-        if victim.pid in self._killed:
-            return False
-        self._next_kill_hits_anyone = self._chance.random() < KILLS_AT_START
-        self._killed.add(victim.pid)
-        victim.kill()
-        if victim is self._pager:
-            self.pager_kills += 1
-        else:
-            self.worker_kills += 1
-        return True
+        victims = self._workers if self.kills.next_hits_anyone else working
+        return self.kills.kill_one([self._workers[process] for process in victims], self._pager)
+
+    def _working(self) -> set[int]:
+        return self._ready - self._idle
 
     @property
     def pager_pid(self) -> int:
         return self._pager.pid
-
-    def _note_death(self, pid: int, who: str, how: str) -> None:
-        self._scoreboard.checked(Check.PROCESSES)
-        if pid in self._killed:
-            self._killed.remove(pid)
-            return
-        self._report(Check.PROCESSES, f"{who} {how} on its own")
-        self._own_deaths += 1
-        if self._own_deaths >= MAX_OWN_DEATHS:
-            raise Unrecoverable
 
     def _on_worker_death(self, process: int) -> None:
         """Recovers while the worker is a zombie, then reaps it and starts another."""
@@ -196,7 +159,7 @@ class Processes:
         self._audit.no_pins(process, f"worker {process}, which is dead,")
         self._unregister(dead.channel)
         self._unregister(dead.pidfd)
-        self._note_death(dead.pid, f"worker {process}", dead.reap())
+        self.kills.note_death(dead.pid, f"worker {process}", dead.reap())
         self._spawn_worker(process)
 
     def _on_pager_death(self) -> None:
@@ -207,7 +170,7 @@ class Processes:
         self.slots_interrupted += sum(self._instance.arena.slot(slot)[2] in HALF_WAY for slot in slots)
         self._unregister(dead.channel)
         self._unregister(dead.pidfd)
-        self._note_death(dead.pid, "the pager", dead.reap())
+        self.kills.note_death(dead.pid, "the pager", dead.reap())
         self._pager = self._spawn_pager()
 
     # ---- messages
@@ -224,20 +187,17 @@ class Processes:
             case Ready():
                 self._ready.add(process)
                 self._idle.add(process)
-                self._last_step[process] = time.monotonic()
+                self._step_watch.begin(process)
                 if self._running:
                     self._resume(process)
             case Idle():
                 self._idle.add(process)
             case Violation(check, text):
-                self._tell(check, text)  # the worker has counted it
-            case BurstLog(_, calls, experts):
-                fields = np.frombuffer(calls, np.int64).reshape(-1, len(LoggedCall.__struct_fields__)).tolist()
-                selected = np.frombuffer(experts, np.int32)
-                tokens = sum(call[1] for call in fields)
-                self._logs[process] = ([LoggedCall(*call) for call in fields], selected.reshape(tokens, -1))
+                self._violations.tell(check, text)  # the worker has counted it
+            case BurstLog():
+                self._logs[process] = message.log
             case Failed(reason):
-                self._report(Check.PROCESSES, f"worker {process}: {reason}")
+                self._violations.report(Check.PROCESSES, f"worker {process}: {reason}")
 
     def _on_pager(self) -> None:
         try:
@@ -246,9 +206,11 @@ class Processes:
                     case PagerReady():
                         self._pager_ready_since = time.monotonic()
                     case ExpertFailed(layer, expert, reason):
-                        self._report(Check.REQUESTS, f"expert {expert} of layer {layer} was given up: {reason}")
+                        self._violations.report(
+                            Check.REQUESTS, f"expert {expert} of layer {layer} was given up: {reason}"
+                        )
                     case ProcessFailed(reason):
-                        self._report(Check.PROCESSES, f"pager: {reason}")
+                        self._violations.report(Check.PROCESSES, f"pager: {reason}")
         except ChannelClosed:
             self._unregister(self._pager.channel)
 
@@ -262,39 +224,16 @@ class Processes:
                 # An earlier event of the same list may have replaced the process that this one is about.
                 if key.fileobj in self._selector.get_map():
                     key.data()
-            self._watch_progress()
+            self._step_watch.look(self._working(), self._pager_ready_since)
             if time.monotonic() >= deadline:
                 return
-
-    def _watch_progress(self) -> None:
-        """A worker in a step waits for nothing but experts, so without a step for long its request is lost."""
-        now = time.monotonic()
-        for process in range(len(self._steps)):
-            steps = self._instance.arena.load_u64(Section.COUNTERS, process, Counter.STEPS)
-            if steps != self._steps[process] or process in self._idle or process not in self._ready:
-                if steps != self._steps[process]:
-                    self._scoreboard.checked(Check.REQUESTS)
-                self._steps[process] = steps
-                self._last_step[process] = now
-            if self._pager_ready_since is None:
-                continue
-            waited = now - max(self._last_step[process], self._pager_ready_since)
-            if waited > self._patience:
-                pins = self._audit.pins_of(process)
-                asked = sorted(set(self._instance.arena.urgent_requests()) & set(pins))
-                self._report(
-                    Check.REQUESTS,
-                    f"worker {process} has waited {waited:.1f} s, with the pager running, for the experts {pins}; "
-                    f"of those {asked} are asked for",
-                )
-                raise Unrecoverable
 
     def wait_for(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
         """Polls until `condition`; it is a violation if that takes longer than `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                self._report(Check.REQUESTS, f"{what} took longer than {seconds:.0f} s")
+                self._violations.report(Check.REQUESTS, f"{what} took longer than {seconds:.0f} s")
                 raise Unrecoverable
             self.poll(0.002)
 
@@ -308,14 +247,14 @@ class Processes:
 
     def _resume(self, process: int) -> None:
         self._idle.discard(process)
-        self._last_step[process] = time.monotonic()
+        self._step_watch.begin(process)
         self._send(self._workers[process], Run())
 
     def pause(self, start_seconds: float) -> None:
         """Returns when every worker has finished its step and nothing is asked of the pager."""
         self._running = False
         self.wait_for("starting all processes", self.all_ready, start_seconds)
-        for process in self._ready - self._idle:
+        for process in self._working():
             self._send(self._workers[process], Pause())
         self.wait_for("finishing the steps", lambda: len(self._idle) == len(self._workers), self._patience)
         deadline = time.monotonic() + self._patience
@@ -347,7 +286,7 @@ class Processes:
                 child.kill()
                 how = child.reap()
             if how != "exited with status 0":
-                self._report(Check.PROCESSES, f"{who} was told to leave and {how}")
+                self._violations.report(Check.PROCESSES, f"{who} was told to leave and {how}")
 
     def kill_all(self) -> None:
         """For the way out of an error or Ctrl-C. May be called after `stop`."""

@@ -18,13 +18,14 @@ import time
 from typing import Any
 
 import posix_ipc
+from stress_tests.affinity_replay import WorkerLog
 from stress_tests.arena_audit import ArenaAudit
 from stress_tests.arena_counters import ArenaCounters
 from stress_tests.burst_check import BurstCheck
 from stress_tests.checks import Check, Scoreboard
 from stress_tests.messages import StartWorker
 from stress_tests.planted_violations import plant
-from stress_tests.processes import Processes, Unrecoverable, WorkerLog
+from stress_tests.processes import Processes
 from stress_tests.routing_options import parse_options
 from stress_tests.routing_report import print_progress, print_report
 from stress_tests.routing_worker import SCOREBOARD
@@ -32,7 +33,7 @@ from stress_tests.run_folder import RunFolder
 from stress_tests.score_sampler import ScoreSampler
 from stress_tests.stop_signals import stop_signals
 from stress_tests.synthetic_experts import SyntheticExperts, classes_of_experts, write_checkpoint
-from stress_tests.violations import Violations
+from stress_tests.violations import Unrecoverable, Violations
 
 from hotset.runtime.affinity import AffinityConfig, ExpertAffinity
 from hotset.runtime.config import BackendConfig
@@ -110,8 +111,7 @@ class StressRun:
                     self._start_worker,
                     self._audit,
                     self._scoreboard,
-                    violations.report,
-                    violations.tell,
+                    violations,
                     patience=options.patience,
                     planted=options.plant,
                     log=log,
@@ -204,7 +204,7 @@ class StressRun:
 
     def result(self) -> dict[str, Any]:
         """What --json prints."""
-        options, totals = self._options, self._scoreboard.totals()
+        options, totals, kills = self._options, self._scoreboard.totals(), self._processes.kills
         return {
             "workers": options.workers,
             "experts": options.experts,
@@ -216,9 +216,9 @@ class StressRun:
             "rounds": self._rounds,
             **self._counted,
             "routes_per_second": self._counted["routes"] / max(self._elapsed, 1e-9),
-            "kills": self._processes.worker_kills + self._processes.pager_kills,
-            "worker_kills": self._processes.worker_kills,
-            "pager_kills": self._processes.pager_kills,
+            "kills": kills.workers + kills.pagers,
+            "worker_kills": kills.workers,
+            "pager_kills": kills.pagers,
             "pins_reclaimed": self._processes.pins_reclaimed,
             "slots_interrupted": self._processes.slots_interrupted,
             "activations_uncounted_by_killed_workers": self._sampler.uncounted,

@@ -21,7 +21,7 @@ def print_progress(elapsed: float, counters: ArenaCounters, processes: Processes
     violated = sum(violations for _, violations in scoreboard.totals().values())
     line = (
         f"{elapsed:5.1f} s  {routes:,} routes  {page_ins:,} page-ins  "
-        f"{processes.worker_kills}+{processes.pager_kills} kills  {violated} violations"
+        f"{processes.kills.workers}+{processes.kills.pagers} kills  {violated} violations"
     )
     print(f"\r{line:<79}" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():

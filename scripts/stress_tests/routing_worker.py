@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -251,8 +250,7 @@ class RoutingWorker:
             )
             log.append(LoggedCall(layer, len(experts), epochs, before, after, touched))
             selections.append(experts)
-        fields = np.array([msgspec.structs.astuple(call) for call in log], np.int64)
-        self._channel.send(BurstLog(self._process, fields.tobytes(), np.concatenate(selections).tobytes()))
+        self._channel.send(BurstLog.of(self._process, log, np.concatenate(selections)))
 
     # ---- the loop
 

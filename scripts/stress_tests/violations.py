@@ -9,6 +9,10 @@ from stress_tests.checks import Check, Scoreboard
 MOST_WORDS = 40
 
 
+class Unrecoverable(Exception):
+    """The run cannot go on: a violation has been reported."""
+
+
 class Violations:
     """`words`: the first ones."""
 
