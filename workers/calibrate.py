@@ -28,7 +28,8 @@ from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.runtime.supervision import run_child
 from hotset.shm.kv_page_format import KvFormat
 from hotset.workers.compute import _kernels
-from hotset.workers.simulation import Outcome, Setting, Simulation, windows_of
+from hotset.workers.simulated_instance import Setting
+from hotset.workers.simulation import Outcome, Simulation, windows_of
 
 Doubles = npt.NDArray[np.float64]
 

@@ -31,7 +31,8 @@ from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.model_cache import model_identity
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.workers.compute import _kernels
-from hotset.workers.simulation import Setting, windows_of
+from hotset.workers.simulated_instance import Setting
+from hotset.workers.simulation import windows_of
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "bonus": (0.1, 0.2, 0.4, 0.6),

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hotset.workers.simulation import Outcome, Setting, Simulation
+from hotset.workers.simulated_instance import Setting
+from hotset.workers.simulation import Outcome, Simulation
 
 SETTINGS_AT_ONCE = 8  # each takes KV pages and its share of every step
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hotset.runtime.config import TRAINED_MODEL
-from hotset.workers.simulation import Setting
+from hotset.workers.simulated_instance import Setting
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

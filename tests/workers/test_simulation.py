@@ -12,7 +12,8 @@ from family_models import make_family_model
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.tokenizer import Tokenizer
 from hotset.workers import simulation as simulation_module
-from hotset.workers.simulation import Outcome, Setting, Simulation, losses_and_divergences, windows_of
+from hotset.workers.simulated_instance import Setting
+from hotset.workers.simulation import Outcome, Simulation, losses_and_divergences, windows_of
 
 SOURCE = Path(__file__).read_text()
 LAYERS, TOP_K = 4, 4
