@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from laboratory.arguments import slots_per_layer
 from laboratory.paged_model import CannotMakeModel, made_model
+from laboratory.quality import HeldOut, study
 from serving import measure, step_p99
 from serving_run import Report, Request
 
@@ -21,6 +20,7 @@ from hotset.runtime import MemoryAwareRouter, RouterConfig
 from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import routing_preference
+from hotset.workers.simulation import Setting
 
 ROUTE_ROWS = 4096  # distinct: a processor learns 256 by heart
 ROUTE_SECONDS = 0.5
@@ -38,29 +38,21 @@ class Found(msgspec.Struct, frozen=True):
 # ---- quality
 
 
-def measure_quality(options: argparse.Namespace, config: BackendConfig) -> dict[str, Found]:
+def measure_quality(options: argparse.Namespace, config: BackendConfig, held: HeldOut) -> dict[str, Found]:
     preference = routing_preference(config)
-    command = [
-        *(sys.executable, "-P", "-m", "laboratory.hitrate", "--json", "--pool", "shared"),
-        *("--model", str(options.model), "--budgets", options.budget.rstrip("%"), "--policies", config.eviction),
-        *("--routing", f"off,{preference.policy}", "--strengths", f"{preference.policy}={preference.strength}"),
-        *("--tokens", str(options.quality_tokens), "--texts", str(options.texts), "--window", str(options.window)),
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        reason = Found(None, f"scripts/hitrate ended with status {done.returncode}")
-        return {"hit-rate": reason, "perplexity": reason}
-    exact, chosen = sorted(json.loads(done.stdout)["rows"], key=lambda row: row["strength"])
-    where = f"{options.quality_tokens} held-out tokens, {options.budget} resident, eviction {config.eviction}"
-    change = chosen["perplexity_change"]
+    budget = float(options.budget.rstrip("%"))
+    slots = slots_per_layer(budget, ModelConfig.load(options.model).num_experts)
+    off = Setting("off", 0.0, config.eviction, slots, shared=True)
+    preferring = Setting(preference.policy, preference.strength, config.eviction, slots, shared=True)
+    rows = {row.routing: row for row in study(options.model, held, {off: budget, preferring: budget}).rows}
+    exact, chosen = rows["off"], rows[preference.policy]
+    where = f"{held.text.counted_tokens} held-out tokens, {options.budget} resident, eviction {config.eviction}"
+    change = chosen.perplexity_change
     return {
         "hit-rate": Found(
-            chosen["hit_rate"]["value"],
-            f"{where}, routing {preference}; exact routing {exact['hit_rate']['value']:.1f} %",
+            chosen.hit_rate.value, f"{where}, routing {preference}; exact routing {exact.hit_rate.value:.1f} %"
         ),
-        "perplexity": Found(
-            change["value"], f"same run, paired; 95 %: {change['low']:+.2f} to {change['high']:+.2f} %"
-        ),
+        "perplexity": Found(change.value, f"same run, paired; 95 %: {change.low:+.2f} to {change.high:+.2f} %"),
     }
 
 

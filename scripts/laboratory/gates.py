@@ -35,7 +35,7 @@ from laboratory.gate_measurements import (
     stress_request,
 )
 from laboratory.hitrate import MODEL_ONLY
-from laboratory.quality import held_out
+from laboratory.quality import HeldOut, held_out
 from rich.console import Console
 from rich.table import Table
 from serving import plan_of
@@ -99,15 +99,16 @@ def exit_status(gates: Sequence[Gate]) -> int:
 # ---- the report
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raises `ValueError` or `HotsetError` for what cannot be measured as it is asked for, before an hour of it."""
+def check(options: argparse.Namespace) -> HeldOut:
+    """The text that is to be decoded. Raises `ValueError` or `HotsetError` for what cannot be measured as it is asked
+    for, before an hour of it."""
     targets(options.wanted)
     [budget] = numbers("--budget", options.budget.removesuffix("%"), float, least=0)
     slots_per_layer(budget, ModelConfig.load(options.model).num_experts)
     plan_of(stress_request(options))
     if options.paged_model is not None:
         plan_of(serving_request(options, options.paged_model, {"memory": options.paged_memory}, limited=True))
-    held_out(
+    return held_out(
         options.model,
         tokens=options.quality_tokens,
         texts=options.texts,
@@ -116,14 +117,14 @@ def check(options: argparse.Namespace) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> list[Gate]:
+def run(options: argparse.Namespace, held: HeldOut) -> list[Gate]:
     config = BackendConfig(model=str(options.model))
     found: dict[str, Found] = {}
     found |= measure_routing(ModelConfig.load(options.model))
     found |= measure_serving(options)
     found |= measure_paging(options)
     found |= measure_stress(options)
-    found |= measure_quality(options, config)
+    found |= measure_quality(options, config, held)
     return [judge(target, found[target.name]) for target in targets(options.wanted)]
 
 
@@ -189,8 +190,7 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     stop_signals.install()
     try:
-        check(options)
-        gates = run(options)
+        gates = run(options, check(options))
     except KeyboardInterrupt:
         print("gates: stopped", file=sys.stderr)
         return 130

@@ -16,12 +16,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from laboratory.arguments import numbers, slots_per_layer
-from laboratory.quality_curves import ALLOWED, curves
+from laboratory.quality_curves import ALLOWED, Reached, Row, curves
 from laboratory.quality_report import plot, tables
 from laboratory.quality_results import Text, measure
 from rich.console import Console
@@ -75,32 +76,41 @@ def strengths_of(text: str) -> tuple[str, tuple[float, ...]]:
     return routing, tuple(numbers("--strengths", listed, float, least=0))
 
 
-def held_out(model: Path, *, tokens: int, texts: int, window: int, warm_up: int) -> tuple[Text, npt.NDArray[np.int32]]:
-    """What is decoded, and its tokens as `windows_of` gives them. Raises `ValueError` if there is not as much text."""
+class HeldOut(NamedTuple):
+    """What is decoded, and its tokens as `windows_of` gives them."""
+
+    text: Text
+    tokens: npt.NDArray[np.int32]
+
+
+def held_out(model: Path, *, tokens: int, texts: int, window: int, warm_up: int) -> HeldOut:
+    """At least so many `tokens` that are counted. Raises `ValueError` if there is not as much text."""
     config = ModelConfig.load(model)
     length = min(config.max_position_embeddings, window)
     windows = warm_up + -(-tokens // (texts * length))
     stream = heldout_stream(Tokenizer(model).encode, config.eos_token_ids[0])
     text = Text(model_identity(model), texts, windows, length, warm_up)
-    return text, windows_of(stream, texts=texts, windows=windows, length=length)
+    return HeldOut(text, windows_of(stream, texts=texts, windows=windows, length=length))
 
 
-def run(options: argparse.Namespace) -> None:
-    began = time.monotonic()
-    settings = settings_of(options, ModelConfig.load(options.model).num_experts)
-    text, tokens = held_out(
-        options.model, tokens=options.tokens, texts=options.texts, window=options.window, warm_up=options.warm_up
-    )
-    _kernels.set_num_threads(options.threads)
-    console = Console(highlight=False)
+class Study(NamedTuple):
+    rows: list[Row]
+    reached: list[Reached]
+
+
+def study(
+    model: Path, held: HeldOut, settings: dict[Setting, float], results: Path | None = None, threads: int = 2
+) -> Study:
+    """Decodes the text under the settings, of which each has its budget in percent; says how far it is on the terminal.
+    `results`: see `measure`."""
+    _kernels.set_num_threads(threads)
     progress = Console(file=sys.stderr, highlight=False)
-    with progress.status(f"decoding {tokens[:, :, 1:].size:,} tokens under {len(settings)} settings") as status:
+    with progress.status(f"decoding {held.tokens[:, :, 1:].size:,} tokens under {len(settings)} settings") as status:
         found = measure(
-            options.model,
-            text,
-            tokens,
+            model,
+            *held,
             list(settings),
-            options.results,
+            results,
             lambda done, of: status.update(f"{done} of {of} settings"),
         )
     drawn = curves(list(found.values()))
@@ -111,8 +121,18 @@ def run(options: argparse.Namespace) -> None:
         if routing != "off"
         for allowed in ALLOWED
     ]
-    rows = list(dict.fromkeys(rows))
-    name = f"{options.model.name}: {text.counted_tokens:,} held-out tokens, step by step"
+    return Study(list(dict.fromkeys(rows)), reached)
+
+
+def run(options: argparse.Namespace) -> None:
+    began = time.monotonic()
+    settings = settings_of(options, ModelConfig.load(options.model).num_experts)
+    held = held_out(
+        options.model, tokens=options.tokens, texts=options.texts, window=options.window, warm_up=options.warm_up
+    )
+    rows, reached = study(options.model, held, settings, options.results, options.threads)
+    console = Console(highlight=False)
+    name = f"{options.model.name}: {held.text.counted_tokens:,} held-out tokens, step by step"
     if options.plot:
         plot(rows, name, options.plot)
     if options.json:

@@ -1,11 +1,11 @@
 /* POLICY_SUBSTITUTE: chosen experts that are neither in memory nor on their way are replaced, the least weight first, while
  * a replacement changes the residual by less than a given share of it.
  *
- * The outputs f, g of two experts, times weight_scale, are nearly orthogonal and about as long as any expert's, n. So where weight p goes and q
- * comes, the layer's output changes by |q g - p f| = sqrt(p^2 + q^2) n. Callers give strength = limit * |x| / n, as for
- * POLICY_RESNORM. That is least where q is least, so those that come are the resident experts of least weight: what is
- * missing is all but left out. The best resident experts would stand in for it no better, and add what the gate left out:
- * they cost a fifth more divergence at as many hits.
+ * The outputs f, g of two experts are nearly orthogonal and, times weight_scale, about as long as any expert's, n. So where
+ * weight p goes and q comes, the layer's output changes by |q g - p f| = sqrt(p^2 + q^2) n. Callers give strength =
+ * limit * |x| / n, as for POLICY_RESNORM. That is least where q is least, so those that come are the resident experts of
+ * least weight: what is missing is all but left out. The best resident experts would stand in for it no better, and add
+ * what the gate left out: they cost a fifth more divergence at as many hits.
  *
  * Weights rise with the logits. A gate that selects by other scores (with a bias) may so rank an expert last that has not
  * the least weight: here the logits decide. */
