@@ -10,24 +10,21 @@ usage: scripts/bench kv [--json]
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 import random
-import statistics
 import sys
-import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from laboratory.arguments import Parser
+from plain_kv_cache import PlainPagePool, PlainPrefixCache
+from thread_times import median_ns, medians_ns, medians_of_fresh_ns
 
 from hotset.runtime.kv.cache import PagedKvCache
 from hotset.runtime.kv.page_pool import PagePool
@@ -47,49 +44,6 @@ class Row(NamedTuple):
     baseline: float | None = None
     baseline_name: str = ""
     bound: float | None = None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def medians_ns(operations: Sequence[Callable[[], object]], calls: int, repeats: int = 41) -> list[float]:
-    """Nanoseconds of one of `calls` calls of each operation, the loop around it included; medians of the repeats.
-
-    The operations take turns, so that what else the machine does reaches all of them alike.
-    """
-    samples: list[list[float]] = [[] for _ in operations]
-    with quiet():
-        for _ in range(repeats):
-            for operation, times in zip(operations, samples, strict=True):
-                begin = time.thread_time_ns()
-                for _ in range(calls):
-                    operation()
-                times.append((time.thread_time_ns() - begin) / calls)
-    return [statistics.median(times) for times in samples]
-
-
-def median_ns(operation: Callable[[], object], calls: int) -> float:
-    return medians_ns([operation], calls)[0]
-
-
-def medians_of_fresh_ns(makes: Sequence[Callable[[], Callable[[], object]]], repeats: int = 21) -> list[float]:
-    """Nanoseconds of operations that need a state of their own each time; they take turns."""
-    samples: list[list[float]] = [[] for _ in makes]
-    with quiet():
-        for _ in range(repeats):
-            for make, times in zip(makes, samples, strict=True):
-                operation = make()
-                begin = time.thread_time_ns()
-                operation()
-                times.append(time.thread_time_ns() - begin)
-    return [statistics.median(times) for times in samples]
 
 
 def random_prompt(generate: random.Random, tokens: int = TOKENS) -> bytes:
@@ -112,55 +66,6 @@ def idle_cache(num_pages: int) -> tuple[PagedKvCache, bytes]:
         prompt = random_prompt(generate)
         store(cache, prompt)
     return cache, prompt
-
-
-class PlainPagePool:
-    """What one writes first: page objects, a deque of free ones, a set of used ones."""
-
-    class Page:
-        def __init__(self, number: int) -> None:
-            self.number = number
-            self.references = 0
-
-    def __init__(self, num_pages: int) -> None:
-        self.pages = [self.Page(number) for number in range(num_pages)]
-        self.free = deque(range(num_pages))
-        self.used: set[int] = set()
-
-    def allocate(self) -> int:
-        page = self.pages[self.free.popleft()]
-        page.references = 1
-        self.used.add(page.number)
-        return page.number
-
-    def take_over(self, number: int) -> None:
-        self.free.remove(number)
-        self.used.add(number)
-        self.pages[number].references = 1
-
-
-def chained_lookup(prompt: bytes, known: dict[bytes, int], digest: Callable[[bytes], bytes]) -> int:
-    """The usual prefix cache: a dictionary of hashes, each of a page's tokens and the hash before."""
-    key, hit = b"", 0
-    for at in range(0, len(prompt), 4 * BLOCK):
-        key = digest(key + prompt[at : at + 4 * BLOCK])
-        if key not in known:
-            break
-        hit += BLOCK
-    return hit
-
-
-def sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
-def chain_of(prompt: bytes, digest: Callable[[bytes], bytes]) -> dict[bytes, int]:
-    known: dict[bytes, int] = {}
-    key = b""
-    for index, at in enumerate(range(0, len(prompt), 4 * BLOCK)):
-        key = digest(key + prompt[at : at + 4 * BLOCK])
-        known[key] = index
-    return known
 
 
 def pages() -> Iterator[Row]:
@@ -202,25 +107,28 @@ def lookups() -> Iterator[Row]:
     for count in range(1, PAGES):  # a branch behind each page, so that each page is a node of its own
         store(many, prompt[: count * 4 * BLOCK] + array("i", [60_000] * BLOCK).tobytes())
     store(many, prompt)
-    sha, xxh = chain_of(prompt, sha256), chain_of(prompt, xxhash.xxh3_128_digest)
+    sha = PlainPrefixCache(BLOCK, lambda data: hashlib.sha256(data).digest())
+    xxh = PlainPrefixCache(BLOCK, xxhash.xxh3_128_digest)
+    sha.store(prompt)
+    xxh.store(prompt)
     yield Row(
         "look up 4,096 cached tokens, one node (H2)",
         median_ns(partial(one.match, prompt), 100),
-        median_ns(lambda: chained_lookup(prompt, sha, sha256), 2),
+        median_ns(partial(sha.match, prompt), 2),
         "chain of SHA-256",
         bound=1_000,
     )
     yield Row(
         "look up 4,096 cached tokens, 256 nodes (H2)",
         median_ns(partial(many.match, prompt), 20),
-        median_ns(lambda: chained_lookup(prompt, xxh, xxhash.xxh3_128_digest), 4),
+        median_ns(partial(xxh.match, prompt), 4),
         "chain of xxh3",
         bound=40_000,
     )
     yield Row(
         "look up 4,096 tokens that miss (H3)",
         median_ns(partial(one.match, other), 500),
-        median_ns(lambda: chained_lookup(other, sha, sha256), 200),
+        median_ns(partial(sha.match, other), 200),
         "chain of SHA-256",
         bound=500,
     )
