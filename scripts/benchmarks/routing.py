@@ -16,20 +16,20 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 
 import msgspec
 import numpy as np
 from laboratory.arguments import Parser, positive
 from rich.console import Console
 from rich.table import Table
+from routing_passes import ROWS, build_scalar_router, hotset_pass, make_logits, make_resident, numpy_pass, scalar_pass
+from routing_samples import Result, Sample, median, take_samples
 
 from hotset.runtime import MemoryAwareRouter, RouterConfig
 from hotset.runtime.router_config import Policy
@@ -39,173 +39,8 @@ from hotset.shm.layout import Section
 from hotset.shm.segment import InstanceLock, Segment, new_instance_name, remove_ipc_objects
 
 SHAPES = ((8, 2), (64, 6), (64, 8), (128, 8), (256, 8))
-ROWS = 4096
-BATCH = 256
-RAN = 0.95  # CPU time of a sample against its wall time
-BONUS = 0.15
 PREFERENCES: tuple[Policy, ...] = ("range", "mass", "resnorm", "substitute")  # beside "bonus", at their usual strengths
 ORIGINAL = {(8, 2): 113, (64, 6): 805, (64, 8): 848, (128, 8): 1477, (256, 8): 2740}  # Rust, measured elsewhere
-
-Pass = Callable[[], object]  # routes all rows once
-
-
-class Sample(msgspec.Struct, array_like=True):
-    """Nanoseconds: when it began and ended, and the CPU time in between."""
-
-    began: int
-    ended: int
-    cpu: int
-
-    @property
-    def wall(self) -> int:
-        return self.ended - self.began
-
-    @property
-    def ran(self) -> bool:
-        return self.cpu >= RAN * self.wall
-
-
-class Result(msgspec.Struct):
-    name: str
-    experts: int
-    top_k: int
-    mode: str
-    processes: int
-    ns_per_token: float
-    median_of: int
-
-
-def make_logits(experts: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(ROWS, experts)).astype(np.float32)
-
-
-def make_resident(experts: int) -> np.ndarray:
-    """Half of the experts, bool [experts]."""
-    return np.isin(np.arange(experts), np.random.default_rng(1).permutation(experts)[: experts // 2])
-
-
-# ---- what is measured: each returns a pass over ROWS rows
-
-
-def hotset_pass(
-    segment: Segment, process: int, top_k: int, mode: str, *, policy: Policy = "bonus", timing: bool = False
-) -> Pass:
-    experts = segment.layout.geometry.num_experts
-    config = RouterConfig(experts, top_k, policy=policy, cache_bonus=BONUS, timing=timing)
-    router = MemoryAwareRouter(config, segment=segment, process=process)
-    logits = make_logits(experts, process)
-    if mode == "single":
-        route = router.bind(logits, np.empty(top_k, np.int32), np.empty(top_k, np.float32))
-
-        def rows_one_by_one() -> None:
-            for row in range(ROWS):
-                route(row)
-
-        return rows_one_by_one
-    ids, weights = np.empty((BATCH, top_k), np.int32), np.empty((BATCH, top_k), np.float32)
-    batches = [router.bind(logits[at : at + BATCH], ids, weights) for at in range(0, ROWS, BATCH)]
-
-    def batch_by_batch() -> None:
-        for route in batches:
-            route()
-
-    return batch_by_batch
-
-
-def numpy_pass(experts: int, top_k: int, mode: str) -> Pass:
-    logits, resident = make_logits(experts, 0), make_resident(experts)
-    bonus = np.where(resident, np.float32(BONUS), np.float32(0))
-    affinity = np.zeros(experts, np.float32)
-
-    def route(rows: np.ndarray) -> None:
-        ids = np.argsort(-(rows + bonus), axis=-1, kind="stable")[..., :top_k]
-        shares = np.exp(rows - rows.max(axis=-1, keepdims=True))
-        np.take_along_axis(shares, ids, axis=-1) / shares.sum(axis=-1, keepdims=True)
-        np.count_nonzero(resident[ids])
-        for selected in np.atleast_2d(ids):
-            np.multiply(affinity, 31 / 32, out=affinity)
-            affinity[selected] += 1 / 32
-
-    parts = list(logits) if mode == "single" else [logits[at : at + BATCH] for at in range(0, ROWS, BATCH)]
-
-    def all_parts() -> None:
-        for rows in parts:
-            route(rows)
-
-    return all_parts
-
-
-def scalar_pass(library: ctypes.CDLL, experts: int, top_k: int) -> Pass:
-    arrays = (
-        make_logits(experts, 0),
-        make_resident(experts).view(np.uint8),
-        np.zeros(experts, np.float32),
-        np.empty((ROWS, top_k), np.int32),
-        np.empty((ROWS, top_k), np.float32),
-    )
-    logits, resident, affinity, ids, weights = (ctypes.c_void_p(array.ctypes.data) for array in arrays)
-    real = ctypes.c_float
-
-    def all_rows() -> tuple[np.ndarray, ...]:
-        library.route_rows(
-            logits,
-            ctypes.c_int64(ROWS),
-            experts,
-            top_k,
-            resident,
-            real(BONUS),
-            real(31 / 32),
-            real(1 / 32),
-            affinity,
-            ids,
-            weights,
-        )
-        return arrays  # which the pointers must not outlive
-
-    return all_rows
-
-
-def build_scalar_router(folder: str) -> ctypes.CDLL:
-    library = Path(folder) / "scalar_router.so"
-    source = Path(__file__).with_name("scalar_router.c")
-    subprocess.run(["cc", "-O3", "-shared", "-fPIC", "-o", library, source, "-lm"], check=True)
-    return ctypes.CDLL(str(library))
-
-
-# ---- measuring
-
-
-def take_samples(run: Pass, seconds: float) -> list[Sample]:
-    run()
-    samples: list[Sample] = []
-    stop = time.monotonic_ns() + int(seconds * 1e9)
-    while not samples or samples[-1].ended < stop or len(samples) < 3:
-        cpu, began = time.process_time_ns(), time.monotonic_ns()
-        run()
-        ended = time.monotonic_ns()
-        samples.append(Sample(began, ended, time.process_time_ns() - cpu))
-    return samples
-
-
-def ran_throughout(sample: Sample, other: list[Sample]) -> bool:
-    """Whether `other`'s process was measuring during all of `sample` and was not interrupted meanwhile."""
-    touching = [o for o in other if o.began < sample.ended and o.ended > sample.began]
-    return (
-        bool(touching)
-        and all(o.ran for o in touching)
-        and touching[0].began <= sample.began
-        and touching[-1].ended >= sample.ended
-    )
-
-
-def median(name: str, experts: int, top_k: int, mode: str, rows: list[list[Sample]]) -> Result:
-    """Of the samples of all processes that count; of all of them if none does, with `median_of` 0."""
-    good: list[int] = []
-    for process, samples in enumerate(rows):
-        others = rows[:process] + rows[process + 1 :]
-        good += [s.wall for s in samples if s.ran and all(ran_throughout(s, other) for other in others)]
-    walls = good or [s.wall for samples in rows for s in samples]
-    return Result(name, experts, top_k, mode, len(rows), round(float(np.median(walls)) / ROWS, 1), len(good))
 
 
 def make_segment(instance: str, experts: int) -> Segment:
