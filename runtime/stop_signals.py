@@ -24,7 +24,7 @@ class StopSignals:
     def install(self) -> None:
         for number in self.NUMBERS:
             signal.signal(number, self._receive)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.NUMBERS)  # scripts/launch blocks them until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.NUMBERS)  # scripts/until_ready blocks them until here
 
     def uninstall(self) -> None:
         """For the very end: an interpreter that is leaving would make a traceback of a further signal, or die of it."""

@@ -188,8 +188,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
-    stop_signals.install()
     try:
+        stop_signals.install()
         gates = run(options, check(options))
     except KeyboardInterrupt:
         print("gates: stopped", file=sys.stderr)

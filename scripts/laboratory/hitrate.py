@@ -33,6 +33,7 @@ from laboratory.arguments import (
 from laboratory.traces import FORMAT, Trace, load_trace
 from rich.console import Console
 from rich.table import Table
+from stress_tests.stop_signals import stop_signals
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.eviction import check_pool
@@ -220,8 +221,10 @@ def run_trace(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    options = parse_arguments(sys.argv[1:])
     try:
-        run(parse_arguments(sys.argv[1:]))
+        stop_signals.install()
+        run(options)
     except KeyboardInterrupt:
         print("hitrate: stopped", file=sys.stderr)
         return 130

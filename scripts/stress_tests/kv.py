@@ -137,8 +137,8 @@ def main() -> int:
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(2**31)
     report = Report()
-    stop_signals.install()
     try:
+        stop_signals.install()
         check_publication(report, options.publications)
         result = stress(options, report)
     except KeyboardInterrupt:

@@ -237,9 +237,9 @@ class StressRun:
 
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
-    stop_signals.install()
     run = StressRun(options)
     try:
+        stop_signals.install()
         run.run()
         result = run.result()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a stress test in order: `KeyboardInterrupt` in the main thread, once."""
+"""Ctrl-C, SIGTERM and SIGHUP end a stress test, or a study, in order: `KeyboardInterrupt` in the main thread, once."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class StopSignals:
     def install(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # scripts/until_ready blocks some until here
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

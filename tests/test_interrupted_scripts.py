@@ -1,0 +1,53 @@
+"""Ctrl-C while a script of `scripts` starts: it is neither lost nor answered with a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from instances import wait_until
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+PATHS = os.pathsep.join([str(SCRIPTS), str(SCRIPTS / "benchmarks")])
+
+
+ENV_BLOCKS = (
+    subprocess.run(["env", "--block-signal=INT", "true"], stderr=subprocess.DEVNULL, check=False).returncode == 0
+)
+
+
+def is_python(process: subprocess.Popen[str]) -> bool:
+    """And no longer the shell script, or env, which it was before."""
+    return Path(f"/proc/{process.pid}/cmdline").read_text().startswith(sys.executable)
+
+
+@pytest.mark.skipif(not ENV_BLOCKS, reason="env of this system cannot block signals")
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("laboratory.hitrate --model runtime/model/trained", "hitrate: stopped\n"),
+        ("laboratory.gates", "gates: stopped\n"),
+        ("stress_tests.routing", "stopped\n"),
+        ("stress_tests.kv", "stopped\n"),
+    ],
+)
+def test_a_signal_at_any_moment_of_the_start_ends_it(module: str, said: str) -> None:
+    for number, delay in ((signal.SIGINT, 0.0), (signal.SIGTERM, 0.1), (signal.SIGINT, 0.3)):
+        process = subprocess.Popen(
+            [SCRIPTS / "until_ready", sys.executable, "-P", "-m", *module.split()],
+            cwd=SCRIPTS.parent,
+            env=os.environ | {"PYTHONPATH": PATHS},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert wait_until(lambda process=process: is_python(process))
+        time.sleep(delay)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors.rpartition("\r")[2]) == (130, said), f"after {delay} s"
