@@ -36,7 +36,7 @@ from rich.table import Table
 from stress_tests.stop_signals import stop_signals
 
 from hotset.runtime.errors import HotsetError
-from hotset.runtime.eviction import check_pool
+from hotset.runtime.eviction import check_pool, parse_eviction
 from hotset.workers.eviction.replay import MIN, replay
 
 POLICIES = "lru,lfu,adaptive,affinity@always,affinity@bypass,td,min"
@@ -196,6 +196,9 @@ def run_trace(options: argparse.Namespace) -> None:
     budgets = numbers("--budgets", options.budgets, float, least=0)
     batches = numbers("--batch", options.batch, int, least=1)
     policies = options.policies.split(",")
+    for policy in policies:
+        if policy != MIN:
+            parse_eviction(policy)
     trace = load_trace(options.trace, num_experts=options.experts)
     shared = options.pool == "shared"
     if shared and trace.ids is not None:

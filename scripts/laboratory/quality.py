@@ -28,6 +28,7 @@ from laboratory.quality_results import Text, measure
 from rich.console import Console
 from training_corpus import heldout_stream
 
+from hotset.runtime.eviction import parse_eviction
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.model_cache import model_identity
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -47,13 +48,17 @@ ROUTING = ",".join(("off", *STRENGTHS))
 
 
 def settings_of(options: argparse.Namespace, num_experts: int) -> dict[Setting, float]:
-    """All combinations, each with its budget in percent."""
+    """All combinations, each with its budget in percent. Raises `ValueError` for any that cannot be."""
     given = dict(strengths_of(text) for text in options.strengths)
     if unused := given.keys() - {*options.routing.split(",")}:
         raise ValueError(f"--strengths are given for {min(unused)}, expected policies of --routing {options.routing}")
     strengths = STRENGTHS | given
     found: dict[Setting, float] = {}
+    for policy in options.policies.split(","):
+        parse_eviction(policy)
     for batch in numbers("--batch", options.batch, int, least=1):
+        if options.texts % batch:
+            raise ValueError(f"{options.texts} texts cannot be decoded {batch} at a time, expected a multiple")
         for budget, eviction in itertools.product(
             numbers("--budgets", options.budgets, float, least=0), options.policies.split(",")
         ):

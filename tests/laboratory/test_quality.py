@@ -107,6 +107,9 @@ def test_the_cost_is_paired_and_interpolated_to_the_budget() -> None:
         (["--window", "0"], "--window is '0', expected an integer of at least 1"),
         (["--warm-up", "-1"], "--warm-up is '-1', expected an integer of at least 0"),
         (["--batch", "3"], "4 texts cannot be decoded 3 at a time"),
+        # What comes last in a list is refused before anything is decoded too.
+        (["--batch", "1,3", "--tokens", "200000"], "4 texts cannot be decoded 3 at a time"),
+        (["--policies", "affinity,best", "--tokens", "200000"], "eviction is 'best', expected one of lru"),
         (["--tokens", "9000000"], "expected at least"),
     ],
 )
