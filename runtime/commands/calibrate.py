@@ -52,11 +52,13 @@ def calibrate(
     from hotset.runtime.calibrator import calibrate as measure
     from hotset.runtime.calibrator import parse_limit, start_message
     from hotset.runtime.config import model_path
+    from hotset.runtime.model.calibration import Calibration
     from hotset.runtime.model.gguf_folder import model_folder
 
     with stop_signals:
         folder = model_folder(model_path(model))
         start = start_message(folder, parse_limit(max_kl, max_ppl), text, tokens, expert_budget, routing, eviction)
+        Calibration.check_can_be_kept(folder, routing)
         bar = Progress(console=Console(stderr=True))
         with contextlib.ExitStack() as ending:
             tasks: dict[str, Any] = {}
@@ -69,12 +71,13 @@ def calibrate(
                 bar.update(tasks[progress.phase], completed=progress.done)
 
             calibration = measure(start, report)
-        path = calibration.save(folder)
     if as_json:
         print(msgspec.json.encode(calibration).decode())
-        return
-    _print_calibration(calibration)
-    print(f"remembered in {path}")
+    else:
+        _print_calibration(calibration)
+    path = calibration.save(folder)
+    if not as_json:
+        print(f"remembered in {path}")
 
 
 def _print_calibration(calibration: Calibration) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from hotset.runtime.errors import HotsetError
-from hotset.runtime.model.model_cache import NoCacheFolder, model_cache, replace_file
+from hotset.runtime.model.model_cache import NoCacheFolder, check_replaceable, model_cache, replace_file
 
 CALIBRATION = "calibration-"
 """What the names of such files begin with."""
@@ -22,6 +22,14 @@ class UnusableCalibration(HotsetError):
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"the calibration {path} cannot be used ({problem}): delete it, or calibrate again")
+        self.path = path
+
+
+class CannotKeepCalibration(HotsetError):
+    """The file at `path` cannot be written."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"the calibration cannot be kept in {path}: {problem}")
         self.path = path
 
 
@@ -74,10 +82,22 @@ class Calibration(msgspec.Struct, frozen=True):
             found = None
         return found or _read(model / _file_name(routing))
 
+    @classmethod
+    def check_can_be_kept(cls, model: Path, routing: str) -> None:
+        """Raises `NoCacheFolder` or `CannotKeepCalibration` as `save` would now."""
+        path = cls.path(model, routing)
+        try:
+            check_replaceable(path)
+        except OSError as error:
+            raise CannotKeepCalibration(path, error.strerror or str(error)) from None
+
     def save(self, model: Path) -> Path:
-        """Replaces the file. Raises `OSError`."""
+        """Replaces the file. Raises `NoCacheFolder` or `CannotKeepCalibration`."""
         path = self.path(model, self.routing)
-        replace_file(path, msgspec.json.format(msgspec.json.encode(self)))
+        try:
+            replace_file(path, msgspec.json.format(msgspec.json.encode(self)))
+        except OSError as error:
+            raise CannotKeepCalibration(path, error.strerror or str(error)) from None
         return path
 
 

@@ -78,6 +78,13 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+def check_replaceable(path: Path) -> None:
+    """Whether `replace_file` could write there now; raises `OSError` as that would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def _remove_left_behind(path: Path) -> None:
     """What writers of this file had begun when they were killed."""
     for begun in path.parent.glob(f".{path.name}-*"):

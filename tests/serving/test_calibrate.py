@@ -82,6 +82,14 @@ def test_a_text_that_is_too_short_or_no_text_is_refused(cache: Path) -> None:
     assert not list(cache.rglob("calibration*"))
 
 
+@pytest.mark.parametrize("root", ["/proc/nowhere", "/dev/null"])
+def test_a_calibration_that_could_not_be_kept_is_not_begun(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", root)
+    done = run("--max-kl", "0.01")
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"the calibration cannot be kept in {root}/hotset/models/" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_ctrl_c_leaves_nothing(cache: Path) -> None:
     running = subprocess.Popen([*COMMAND, "--max-kl", "0.01"], stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
