@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hotset.runtime.stop_signals import stop_signals
+from hotset.runtime.stop_signals import Stopped, stop_signals
 
 
 def pack(
@@ -65,6 +65,14 @@ def pack(
         packer.prepare_folder()  # what is wrong with it is said without a bar
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("packing experts", total=packer.count)
-            packer.run(lambda finished: bar.update(task, completed=finished))
+            try:
+                packer.run(lambda finished: bar.update(task, completed=finished))
+            except Stopped:
+                bar.console.print(
+                    f"{out} has {bar.tasks[task].completed:.0f} of {packer.count} experts; "
+                    "the same command goes on from there",
+                    soft_wrap=True,
+                )
+                raise
     formats = ", ".join(f"{count} in {dtype}" for dtype, count in packer.formats.most_common())
     print(f"{packer.count} experts are in {out}, {format_nbytes(packer.nbytes)}: {formats}")

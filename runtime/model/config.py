@@ -15,6 +15,7 @@ from hotset.runtime.model.config_options import ExpertLayout
 from hotset.runtime.model.errors import ModelNotFound
 from hotset.runtime.model.families import Family
 from hotset.runtime.model.latent_attention import LatentAttention
+from hotset.runtime.model.pack_manifest import is_unfinished_pack
 from hotset.runtime.model.rope import Rope
 from hotset.shm.kv_page_format import KvFormat, KvPageLayout
 
@@ -91,6 +92,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 folder,
                 f"There is no model folder at {folder}; hotset downloads nothing, "
                 "`hf download NAME --local-dir FOLDER` fetches a model first.",
+            )
+        if is_unfinished_pack(folder):
+            raise ModelNotFound(
+                folder, f"{folder} is a pack that was interrupted: the same `hotset pack` command completes it."
             )
         if not path.is_file():
             raise ModelNotFound(folder, f"{folder} is not a model folder: it has no config.json.")

@@ -29,6 +29,7 @@ from hotset.runtime.model.pack_manifest import (
     BLOCK_ALIGNMENT,
     DENSE_FILE,
     EXPERTS_FILE,
+    JOURNAL,
     MANIFEST,
     PackedExpert,
     PackManifest,
@@ -37,7 +38,6 @@ from hotset.runtime.model.tensor_index import TENSORS_JSON, StoredTensor, Tensor
 from hotset.runtime.model.tensors import Tensor, dense_tensors
 from hotset.shm.kv_page_format import UnrepresentableValue
 
-_JOURNAL: Final = "packing.journal"  # the identity of what is packed, then the checksum of each finished block
 _COPIED: Final = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -107,7 +107,7 @@ class Packer:
         """`progress` is told the number of finished blocks. Raises `CannotPack` or `OSError`."""
         self.prepare_folder()
         (self._out / EXPERTS_FILE).touch()  # and not opened for appending, which would ignore where a block goes
-        with (self._out / _JOURNAL).open("a+b") as journal, (self._out / EXPERTS_FILE).open("r+b") as file:
+        with (self._out / JOURNAL).open("a+b") as journal, (self._out / EXPERTS_FILE).open("r+b") as file:
             try:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -121,7 +121,7 @@ class Packer:
             progress(self.count)
             os.fsync(file.fileno())
             self._finish(checksums)
-        (self._out / _JOURNAL).unlink()
+        (self._out / JOURNAL).unlink()
 
     # ---- experts
 
@@ -190,7 +190,7 @@ class Packer:
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CannotPack(f"the folder {self._out} cannot be made: {error.strerror}") from None
-        if any(self._out.iterdir()) and not (self._out / _JOURNAL).exists():
+        if any(self._out.iterdir()) and not (self._out / JOURNAL).exists():
             raise CannotPack(f"{self._out} is not empty, and not what an interrupted pack has left")
 
     def _check_space(self, blocks: int) -> None:

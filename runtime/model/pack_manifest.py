@@ -12,12 +12,19 @@ from typing import Final
 import msgspec
 
 from hotset.runtime.model.errors import CorruptCheckpoint, UnsupportedModel
+from hotset.runtime.model.tensor_index import TENSORS_JSON
 
 MANIFEST: Final = "manifest.json"
 EXPERTS_FILE: Final = "experts.bin"
 DENSE_FILE: Final = "dense.bin"
+JOURNAL: Final = "packing.journal"  # while it is made: the identity of what is packed, each finished block's checksum
 BLOCK_ALIGNMENT: Final = 4096
 _VERSION: Final = 2
+
+
+def is_unfinished_pack(folder: Path) -> bool:
+    """Whether `hotset pack` has begun to write there, and something ended it."""
+    return (folder / JOURNAL).exists() and not (folder / TENSORS_JSON).exists()
 
 
 class PackedExpert(msgspec.Struct, frozen=True, array_like=True):

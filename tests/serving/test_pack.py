@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from instances import PROMPTS
+from instances import PROMPTS, wait_until
 from model_factory import make_model
 
 from hotset.runtime import Backend, CorruptCheckpoint, ModelNotFound, RequestFailed, SamplingParams
@@ -95,13 +97,35 @@ def test_a_killed_pack_is_no_model_and_is_continued(tmp_path: Path) -> None:
     whole, killed = pack(model, tmp_path / "whole", "q4_0"), tmp_path / "killed"
     done = subprocess.run([sys.executable, "-P", "-c", KILLED_IN_A_BLOCK, str(model), str(killed)], check=False)
     assert done.returncode == -signal.SIGKILL
-    with pytest.raises(ModelNotFound):
-        opened(killed)
+    for _ in range(2):
+        with pytest.raises(
+            ModelNotFound, match="killed is a pack that was interrupted: the same `hotset pack` command"
+        ):
+            opened(killed)
+        shutil.copyfile(model / "config.json", killed / "config.json")  # killed as late as may be
     begun_at: list[int] = []
     Packer(model, killed, "q4_0").run(begun_at.append)
     assert begun_at[0] == 70, "finished blocks are kept"
     for name in ("experts.bin", "dense.bin", "tensors.json", "manifest.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_pack_that_is_interrupted_says_how_far_it_is_and_how_it_goes_on(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    model = make_model(tmp_path / "model", num_experts=64, hidden_size=512, intermediate_size=512, num_layers=4)
+    out = tmp_path / "packed"
+    command = [sys.executable, "-P", "-m", "hotset.runtime.cli", "pack", str(model), str(out), "--format", "q4_0"]
+    packing = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    journal = out / "packing.journal"
+    assert wait_until(lambda: journal.exists() and journal.stat().st_size > 16)
+    packing.send_signal(number)
+    _, errors = packing.communicate(timeout=30)
+    assert packing.returncode == status
+    finished = (journal.stat().st_size - 16) // 8
+    said = re.search(rf"{out} has (\d+) of 256 experts; the same command goes on from there\n", errors)
+    assert said and int(said[1]) in (finished, finished - 1)  # one may have been written and not yet counted
 
 
 def test_blocks_that_a_power_cut_has_spoiled_are_packed_again(tmp_path: Path) -> None:
