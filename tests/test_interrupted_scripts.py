@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from instances import wait_until
 
+from hotset.shm.segment import PREFIX, SHM_FOLDER
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATHS = os.pathsep.join([str(SCRIPTS), str(SCRIPTS / "benchmarks")])
 
@@ -51,3 +53,19 @@ def test_a_signal_at_any_moment_of_the_start_ends_it(module: str, said: str) -> 
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert (process.returncode, errors.rpartition("\r")[2]) == (130, said), f"after {delay} s"
+
+
+@pytest.mark.parametrize(("number", "benchmark"), [(signal.SIGINT, "routing"), (signal.SIGTERM, "paging")])
+def test_a_benchmark_takes_what_it_has_made_with_it(number: signal.Signals, benchmark: str, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, SCRIPTS / "benchmarks" / "run.py", benchmark],
+        env=os.environ | {"PYTHONPATH": PATHS, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert wait_until(lambda: [*SHM_FOLDER.glob(f"{PREFIX}{process.pid}-*")] and [*tmp_path.iterdir()], 60)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"bench {benchmark}: stopped" in errors and "Traceback" not in errors
+    assert not [*SHM_FOLDER.glob(f"{PREFIX}{process.pid}-*")] and not [*tmp_path.iterdir()]

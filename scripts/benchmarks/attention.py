@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -165,7 +164,3 @@ def main(argv: list[str]) -> int:
         line += f"{row.bytes_read / row.ours / 1000:>7.1f} GB/s"
         print(line)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -213,7 +213,7 @@ def main(argv: list[str]) -> int:
     limits = dict.fromkeys(BLAS_THREADS, str(options.threads))
     if any(os.environ.get(name) != value for name, value in limits.items()):
         # BLAS has counted its threads when numpy was imported.
-        os.execve(sys.executable, [sys.executable, __file__, *argv], os.environ | limits)
+        os.execve(sys.executable, sys.orig_argv, os.environ | limits)
     load = os.getloadavg()[0]
     _kernels.set_num_threads(options.threads)
     memory = np.empty(options.mebibytes << 20, np.uint8)
@@ -241,7 +241,3 @@ def main(argv: list[str]) -> int:
     print(f"{options.rows} rows, a matrix of 4096 x {WIDTH}:")
     print_results(many_rows, "GMAC/s", "numpy")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -79,15 +79,15 @@ def measure() -> list[Cost]:
     return costs
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     parser = Parser(prog="scripts/bench eviction", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     costs = measure()
     if options.json:
         report: dict[str, Any] = {"costs": [cost._asdict() for cost in costs]}
         print(json.dumps(report))
-        return
+        return 0
     table = Table(title="ns per layer and token, median", title_justify="left", box=None)
     for name in ("model", "demands", "batch", *POLICIES):
         table.add_column(name, justify="left" if name in ("model", "demands") else "right")
@@ -95,7 +95,4 @@ def main() -> None:
         model, demands, batch = row
         table.add_row(model, demands, str(batch), *(f"{cost.nanoseconds:.0f}" for cost in found))
     Console(highlight=False).print(table)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

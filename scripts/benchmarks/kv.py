@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -265,7 +264,3 @@ def main(argv: list[str]) -> int:
             )
         )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

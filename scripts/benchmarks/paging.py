@@ -160,18 +160,16 @@ def print_tables(rates: list[Rate], latencies: list[UrgentLatency]) -> None:
     console.print(table)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     parser = Parser(prog="scripts/bench paging", description="The pager against a plain preadv loop.")
     parser.add_argument("--megabytes", type=whole(1), nargs="+", default=[1, 4, 16], help="sizes of an expert, in MiB")
     parser.add_argument("--rounds", type=whole(1), default=5)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rates, latencies = measure(options.megabytes, options.rounds)
-    if not options.json:
-        return print_tables(rates, latencies)
-    urgent = [msgspec.to_builtins(row) | {"ratio": row.ratio} for row in latencies]
-    print(json.dumps({"rates": msgspec.to_builtins(rates), "urgent": urgent}))
-
-
-if __name__ == "__main__":
-    main()
+    if options.json:
+        urgent = [msgspec.to_builtins(row) | {"ratio": row.ratio} for row in latencies]
+        print(json.dumps({"rates": msgspec.to_builtins(rates), "urgent": urgent}))
+    else:
+        print_tables(rates, latencies)
+    return 0

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from hotset.runtime.config import TRAINED_MODEL
-from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -263,7 +261,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     return [row for budget in budgets for row in measure(steps, budget, num_experts, gates)]
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = Parser(prog="scripts/bench prefetch", description=(__doc__ or "").split("\n")[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=model_path, default=TRAINED_MODEL)
@@ -271,12 +269,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=whole(1), default=8192)
     parser.add_argument("--budgets", default="12.5,25,50")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    try:
-        rows = run(options)
-    except (HotsetError, ValueError, OSError) as error:
-        print(f"bench prefetch: {error}", file=sys.stderr)
-        return 1
+    options = parser.parse_args(arguments)
+    rows = run(options)
     if options.json:
         print(json.dumps(msgspec.to_builtins(rows)))
         return 0
@@ -289,7 +283,3 @@ def main() -> int:
     for row in rows:
         console.print(f"{row.source} at {row.budget:g} %, by bucket: {', '.join(row.buckets)}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

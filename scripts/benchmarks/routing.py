@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import sys
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,6 +62,7 @@ def measure_in_child(
     mode: str,
     seconds: float,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it with it
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[process % len(cores)]})
     segment = Segment.attach(instance, geometry)
@@ -76,7 +77,11 @@ def measure_two(instance: str, segment: Segment, top_k: int, mode: str, seconds:
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     geometry = segment.layout.geometry
     children = [
-        context.Process(target=measure_in_child, args=(instance, geometry, p, start, pipes[p][1], top_k, mode, seconds))
+        context.Process(
+            target=measure_in_child,
+            args=(instance, geometry, p, start, pipes[p][1], top_k, mode, seconds),
+            daemon=True,
+        )
         for p in range(2)
     ]
     for child in children:
@@ -151,7 +156,7 @@ def print_table(results: list[Result]) -> None:
         console.print(f"p99 of a single route with timing metrics on, {experts} experts, top {top_k}: {p99:.2f} us")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = Parser(prog="scripts/bench routing", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="a list of results instead of the table")
     parser.add_argument("--seconds", type=positive, default=1.0, help="per measurement")
@@ -167,7 +172,4 @@ def main(argv: list[str]) -> None:
         print(msgspec.json.encode(results).decode())
     else:
         print_table(results)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return 0

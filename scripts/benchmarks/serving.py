@@ -28,7 +28,6 @@ from laboratory.arguments import Parser, model_path, whole
 from memory_cgroup import MemoryCgroup
 from serving_run import Report, Request
 
-from hotset.runtime import HotsetError
 from hotset.runtime.config import TRAINED_MODEL, BackendConfig, format_nbytes, parse_nbytes
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
@@ -179,7 +178,7 @@ def compared(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = Parser(prog="scripts/bench serving", description="Serving with few experts in memory.")
     parser.add_argument("--model", type=model_path, default=TRAINED_MODEL)
     parser.add_argument("--budgets", default="12.5,25,50,100", help="percentages of experts resident")
@@ -192,15 +191,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=whole(1), default=256)
     parser.add_argument("--warm-up", type=whole(0), default=64, help="tokens generated before the measured ones")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    try:
-        found = rows(options)
-    except KeyboardInterrupt:
-        print("bench serving: stopped", file=sys.stderr)
-        return 130
-    except (HotsetError, ValueError, OSError) as error:
-        print(f"bench serving: {error}", file=sys.stderr)
-        return 1
+    options = parser.parse_args(arguments)
+    found = rows(options)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -208,7 +200,3 @@ def main() -> int:
         for line in compared(found):
             print(line)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -30,7 +30,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 )
 def test_arguments_that_make_no_sense_are_refused(benchmark: str, arguments: list[str], sentence: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "benchmarks" / f"{benchmark}.py"), *arguments],
+        [sys.executable, str(SCRIPTS / "benchmarks" / "run.py"), benchmark, *arguments],
         env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
         capture_output=True,
         text=True,
