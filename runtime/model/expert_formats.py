@@ -44,11 +44,16 @@ class PrecisionTiers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choose_formats(
-    checkpoint: Checkpoint, format: str | None, heat: Heat | None = None, tiers: PrecisionTiers | None = None
+    checkpoint: Checkpoint,
+    format: str | None,
+    heat: Heat | None = None,
+    tiers: PrecisionTiers | None = None,
+    *,
+    heat_of: Path | None = None,
 ) -> list[str]:
     """The dtype of each of `checkpoint.expert_ids`; with `format` None, the one that it has.
 
-    `heat` is for "mixed", which is refused without it, and `tiers` too.
+    `heat`, recorded of the model `heat_of`, is for "mixed", which is refused without it, and `tiers` too.
 
     Raises `CannotPack`, or `ValueError` for an unknown format.
     """
@@ -64,7 +69,7 @@ def choose_formats(
             "format, as they are"
         )
     if format == "mixed":
-        dtypes = _by_heat(checkpoint, stored, heat, tiers or PrecisionTiers())
+        dtypes = _by_heat(checkpoint, stored, heat, heat_of or checkpoint.folder, tiers or PrecisionTiers())
     else:
         dtypes = [_DTYPES[format]] * len(stored)
     _refuse_widths(checkpoint, dtypes)
@@ -73,13 +78,15 @@ def choose_formats(
     return dtypes
 
 
-def _by_heat(checkpoint: Checkpoint, stored: list[str], heat: Heat | None, tiers: PrecisionTiers) -> list[str]:
+def _by_heat(
+    checkpoint: Checkpoint, stored: list[str], heat: Heat | None, heat_of: Path, tiers: PrecisionTiers
+) -> list[str]:
     if set(stored) == {"q4_0"}:
         raise CannotPack(f"{checkpoint.folder}: its experts are q4_0 already; finer formats would only be larger")
     if heat is None or not heat.activations.any():
         raise CannotPack(
-            f"{checkpoint.folder}: no use of its experts is recorded, and 'mixed' goes by that; serve it for a while "
-            "(`hotset generate --model ...` records it), or name a pack of this model that was served (--heat)"
+            f"{heat_of}: no use of its experts is recorded, and 'mixed' goes by that; serve it for a while "
+            "(`hotset generate --model ...` records it), or name a pack of the same model that was served (--heat)"
         )
     percentiles = heat.percentiles()
     ids = checkpoint.expert_ids

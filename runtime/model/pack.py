@@ -89,7 +89,7 @@ class Packer:
         self._checkpoint = checkpoint = Checkpoint.open(model, to_convert=True)
         self._config = checkpoint.config
         self._heat = read_heat(checkpoint, heat_of or model) if format == "mixed" else None
-        dtypes = choose_formats(checkpoint, format, self._heat, tiers)
+        dtypes = choose_formats(checkpoint, format, self._heat, tiers, heat_of=heat_of)
         self.formats = Counter(dtypes)
         self._blocks = list(self._lay_out(dtypes))
         self.count = len(self._blocks)

@@ -116,6 +116,13 @@ def test_without_a_record_it_is_refused_with_what_to_do(model: Path, tmp_path: P
         Packer(model, tmp_path / "packed", "mixed")
 
 
+def test_the_pack_whose_record_was_asked_for_and_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
+    Packer(model, tmp_path / "unserved", "q8_0").run(lambda finished: None)
+    record(model)
+    with pytest.raises(CannotPack, match=f"^{tmp_path / 'unserved'}: no use of its experts is recorded"):
+        Packer(model, tmp_path / "packed", "mixed", heat_of=tmp_path / "unserved")
+
+
 def test_the_use_of_another_pack_of_the_model_may_count(model: Path, tmp_path: Path) -> None:
     Packer(model, tmp_path / "served", "q8_0").run(lambda finished: None)
     record(tmp_path / "served")
