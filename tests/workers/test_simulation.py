@@ -11,6 +11,7 @@ from family_models import make_family_model
 
 from hotset.runtime.config import TRAINED_MODEL
 from hotset.runtime.model.tokenizer import Tokenizer
+from hotset.runtime.router_config import Policy
 from hotset.workers import simulation as simulation_module
 from hotset.workers.simulated_instance import Setting
 from hotset.workers.simulation import Outcome, Simulation, losses_and_divergences, windows_of
@@ -98,13 +99,21 @@ def test_windows_are_contexts_of_their_own(texts: npt.NDArray[np.int32]) -> None
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt_oss in mxfp4", "qwen3_moe with layers without experts", "qwen2_moe with windows in some layers"]
+    ("family", "policy"),
+    [
+        ("gpt_oss in mxfp4", "resnorm"),
+        ("qwen3_moe with layers without experts", "resnorm"),
+        ("qwen2_moe with windows in some layers", "resnorm"),
+        ("deepseek_v3", "resnorm"),
+        ("deepseek_v3", "substitute"),
+    ],
 )
-def test_other_families(tmp_path: Path, family: str) -> None:
-    """What is not the shipped model's: layers without experts, windows, renormalised weights, other formats."""
+def test_other_families(tmp_path: Path, family: str, policy: Policy) -> None:
+    """What is not the shipped model's: layers without experts, windows, renormalised weights, other formats, and gates
+    with a bias and a weight scale."""
     model = make_family_model(tmp_path, family)
     tokens = windows_of(np.random.default_rng(0).integers(1, 256, 300).astype(np.int32), texts=2, windows=2, length=40)
-    settings = [Setting("resnorm", strength, "td", 3, shared=True) for strength in (0.0, 0.5)]
+    settings = [Setting(policy, strength, "td", 3, shared=True) for strength in (0.0, 0.5)]
     simulation = Simulation(model, tokens, settings)
     exact, none, some = simulation.run()
     hits, misses = simulation.exact_hits(settings[0])
