@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 MOUNT = Path("/sys/fs/cgroup")
+PREFIX = "hotset-test-"
 
 
 class MemoryCgroup:
@@ -21,7 +23,8 @@ class MemoryCgroup:
         self.version = 2 if (mount / "cgroup.controllers").exists() else 1
         self._parent = mount if self.version == 2 else mount / "memory"
         self._enabled = self.version == 2 and self._enable_memory()
-        self.folder = self._parent / f"hotset-test-{os.getpid()}-{time.monotonic_ns()}"
+        self._remove_abandoned()
+        self.folder = self._parent / f"{PREFIX}{os.getpid()}-{time.monotonic_ns()}"
         try:
             self.folder.mkdir()
         except OSError:
@@ -39,6 +42,13 @@ class MemoryCgroup:
         except OSError:
             self._remove()
             raise
+
+    def _remove_abandoned(self) -> None:
+        """Those of processes that were killed; their own, which end a little later, may still be within."""
+        for folder in self._parent.glob(PREFIX + "*"):
+            if not Path("/proc", folder.name.removeprefix(PREFIX).partition("-")[0]).exists():
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def _enable_memory(self) -> bool:
         """Lets groups of version 2 have memory limits. Whether that was needed, so that it is to be taken back."""

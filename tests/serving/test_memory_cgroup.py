@@ -44,6 +44,17 @@ def test_a_group_of_version_1(tmp_path: Path) -> None:
     assert not group.folder.exists()
 
 
+def test_the_group_of_a_killed_process_is_removed_by_the_next(tmp_path: Path) -> None:
+    parent = tmp_path / "memory"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, used, foreign = (parent / f"{name}-5" for name in (f"hotset-test-{dead.pid}", "hotset-test-1", "other-1"))
+    for folder in (left, used, foreign):
+        folder.mkdir(parents=True)
+    group = MemoryCgroup(LIMIT, tmp_path)
+    assert {*parent.iterdir()} == {group.folder, used, foreign}
+
+
 def test_no_groups_are_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         MemoryCgroup(LIMIT, tmp_path)
