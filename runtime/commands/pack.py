@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ def pack(
     from hotset.runtime.config import format_nbytes, model_path
     from hotset.runtime.model.expert_formats import PrecisionTiers
     from hotset.runtime.model.gguf_folder import model_folder
-    from hotset.runtime.model.pack import Packer
+    from hotset.runtime.model.pack import CannotWritePack, Packer
 
     for option, value in (("--heat", heat), ("--hot", hot), ("--cold", cold)):
         if value is not None and format != "mixed":
@@ -62,17 +63,22 @@ def pack(
             heat_of=None if heat is None else model_folder(model_path(heat)),
             tiers=PrecisionTiers(**given) if given else None,
         )
-        packer.prepare_folder()  # what is wrong with it is said without a bar
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("packing experts", total=packer.count)
+        console, done = Console(stderr=True, highlight=False), 0
+        bar = Progress(console=console)
+        task = bar.add_task("packing experts", total=packer.count)
+        with contextlib.ExitStack() as ending:
+
+            def report(finished: int) -> None:
+                nonlocal done
+                if not bar.live.is_started:
+                    ending.enter_context(bar)  # not before: what is wrong with the folder is said without a bar
+                bar.update(task, completed=(done := finished))
+
             try:
-                packer.run(lambda finished: bar.update(task, completed=finished))
-            except Stopped:
-                bar.console.print(
-                    f"{out} has {bar.tasks[task].completed:.0f} of {packer.count} experts; "
-                    "the same command goes on from there",
-                    soft_wrap=True,
-                )
+                packer.run(report)
+            except (Stopped, CannotWritePack):
+                words = f"{out} has {done} of {packer.count} experts; the same command goes on from there"
+                console.print(words, soft_wrap=True)
                 raise
     formats = ", ".join(f"{count} in {dtype}" for dtype, count in packer.formats.most_common())
     print(f"{packer.count} experts are in {out}, {format_nbytes(packer.nbytes)}: {formats}")

@@ -55,6 +55,14 @@ class _Block(msgspec.Struct, frozen=True):
         return self.offset + -(-self.nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
 
+class CannotWritePack(CannotPack):
+    """Perhaps later: finished blocks are kept."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path} cannot be written: {problem}")
+        self.path = path
+
+
 class Packer:
     """One run of `hotset pack`.
 
@@ -105,7 +113,7 @@ class Packer:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """`progress` is told the number of finished blocks. Raises `CannotPack` or `OSError`."""
-        self.prepare_folder()
+        self._prepare_folder()
         (self._out / EXPERTS_FILE).touch()  # and not opened for appending, which would ignore where a block goes
         with (self._out / JOURNAL).open("a+b") as journal, (self._out / EXPERTS_FILE).open("r+b") as file:
             try:
@@ -145,11 +153,14 @@ class Packer:
             memory = np.concatenate([_converted(*part) for part in zip(parts, dtypes, strict=True)]).data
         except UnrepresentableValue as error:
             raise CannotPack(f"expert {block.expert} of layer {block.layer}: {error}") from error
-        os.ftruncate(fd, block.offset)
-        os.ftruncate(fd, block.end)
-        done = 0
-        while done < len(memory):
-            done += os.pwrite(fd, memory[done:], block.offset + done)
+        try:
+            os.ftruncate(fd, block.offset)
+            os.ftruncate(fd, block.end)
+            done = 0
+            while done < len(memory):
+                done += os.pwrite(fd, memory[done:], block.offset + done)
+        except OSError as error:
+            raise CannotWritePack(self._out / EXPERTS_FILE, error.strerror or str(error)) from None
         return xxhash.xxh3_64_intdigest(memory)
 
     def _finished_blocks(self, journal: int, file: int) -> list[int]:
@@ -180,7 +191,7 @@ class Packer:
 
     # ---- the folder
 
-    def prepare_folder(self) -> None:
+    def _prepare_folder(self) -> None:
         """Makes the folder if need be. Raises `CannotPack` if it has anything but what an interrupted pack has left."""
         if self._out.exists() and not self._out.is_dir():
             raise CannotPack(f"{self._out} is a file, expected a folder, or nothing yet")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -126,6 +128,25 @@ def test_a_pack_that_is_interrupted_says_how_far_it_is_and_how_it_goes_on(
     finished = (journal.stat().st_size - 16) // 8
     said = re.search(rf"{out} has (\d+) of 256 experts; the same command goes on from there\n", errors)
     assert said and int(said[1]) in (finished, finished - 1)  # one may have been written and not yet counted
+
+
+def test_what_cannot_be_written_is_named_and_what_is_known_at_once_is_said_without_a_bar(tmp_path: Path) -> None:
+    model, out = make_model(tmp_path / "model"), tmp_path / "packed"
+    command = [sys.executable, "-P", "-m", "hotset.runtime.cli", "pack", str(model), str(out)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),  # as a disk that is full
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"hotset: {out / 'experts.bin'} cannot be written: File too large\n" in done.stderr
+    assert f"{out} has 2 of 16 experts; the same command goes on from there\n" in done.stderr
+    with (out / "packing.journal").open("rb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == f"hotset: another process is packing into {out}\n"
 
 
 def test_blocks_that_a_power_cut_has_spoiled_are_packed_again(tmp_path: Path) -> None:
