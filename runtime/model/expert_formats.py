@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 import msgspec
+import numpy as np
 
 from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.heat import Heat
 from hotset.runtime.model.tensor_index import EXPERT_DTYPES, QUANTIZED_DTYPES
+from hotset.runtime.model.tensors import layer_tensors
 from hotset.shm.kv_page_format import QUANT_BLOCK
 
 PackFormat = Literal["bf16", "q8_0", "q4_0", "mixed"]
@@ -94,8 +96,25 @@ def _by_heat(
 
 
 def read_heat(checkpoint: Checkpoint, model: Path) -> Heat | None:
-    """What is recorded of `model`, which is `checkpoint`'s or another pack of the same. Raises `UnusableHeat`."""
+    """What is recorded of `model`, which is `checkpoint`'s or another pack of the same. Raises `UnusableHeat`, or
+    `CannotPack` if it is none."""
+    if model != checkpoint.folder:
+        _refuse_another_model(checkpoint, model)
     return Heat.load(model, (checkpoint.config.num_layers, checkpoint.config.num_experts))
+
+
+def _refuse_another_model(checkpoint: Checkpoint, model: Path) -> None:
+    """By the first gate, which packs keep as it is."""
+    other = Checkpoint.open(model, to_convert=True)
+    config = checkpoint.config
+    first = min(layer for layer in range(config.num_layers) if layer not in config.dense_layers)
+    name = layer_tensors(config, first)["router"].name
+    if name in other.tensors:
+        mine, theirs = checkpoint.dense(name), other.dense(name)
+        # Of another dtype it may be the same all the same.
+        if mine.dtype != theirs.dtype or np.array_equal(mine, theirs):
+            return
+    raise CannotPack(f"{model} is another model than {checkpoint.folder}: their gates differ")
 
 
 def _refuse_to_keep(checkpoint: Checkpoint, stored: list[str]) -> None:

@@ -137,6 +137,15 @@ def test_serving_records_what_packing_goes_by(model: Path, tmp_path: Path) -> No
     assert len(set(dtypes(packed))) == 3
 
 
+def test_the_use_of_another_model_does_not_count(model: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", num_layers=LAYERS, dtype="float32", tokenizer=True, seed=1)
+    narrow = make_model(tmp_path / "narrow", num_layers=LAYERS, dtype="float32", tokenizer=True, hidden_size=64)
+    for heat_of in (other, narrow):
+        record(heat_of)
+        with pytest.raises(CannotPack, match=f"{heat_of} is another model than {model}: their gates differ"):
+            Packer(model, tmp_path / "packed", "mixed", heat_of=heat_of)
+
+
 @pytest.mark.parametrize("option", [{"heat_of": Path("elsewhere")}, {"tiers": PrecisionTiers()}])
 def test_options_of_mixed_are_refused_elsewhere(option: dict[str, object], model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format is 'q8_0', expected 'mixed' where heat or tiers are given"):
