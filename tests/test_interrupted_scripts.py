@@ -1,4 +1,4 @@
-"""Ctrl-C while a script of `scripts` starts: it is neither lost nor answered with a traceback."""
+"""Ctrl-C while a script of `scripts`, or a child of it, starts: it is neither lost nor answered with a traceback."""
 
 from __future__ import annotations
 
@@ -69,3 +69,34 @@ def test_a_benchmark_takes_what_it_has_made_with_it(number: signal.Signals, benc
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and f"bench {benchmark}: stopped" in errors and "Traceback" not in errors
     assert not [*SHM_FOLDER.glob(f"{PREFIX}{process.pid}-*")] and not [*tmp_path.iterdir()]
+
+
+def has_spawned(process: subprocess.Popen[str]) -> bool:
+    """Whether it has a child that `multiprocessing` has just started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return any(b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.2])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [str(SCRIPTS / "benchmarks" / "run.py"), "routing", "--seconds", "0.01"],
+        ["-m", "stress_tests.kv", "--workers", "1", "--publications", "10"],
+    ],
+)
+def test_a_terminal_stops_children_that_are_starting_too(command: list[str], delay: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-P", *command],
+        env=os.environ | {"PYTHONPATH": PATHS},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert wait_until(lambda: has_spawned(process), 60)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)  # and so all have ended that have its stderr
+    assert process.returncode == 130 and "stopped" in errors and "Traceback" not in errors
+    assert not [*SHM_FOLDER.glob(f"{PREFIX}{process.pid}-*")]

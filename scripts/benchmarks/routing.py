@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from routing_passes import ROWS, build_scalar_router, hotset_pass, make_logits, make_resident, numpy_pass, scalar_pass
 from routing_samples import Result, Sample, median, take_samples
+from stress_tests.stop_signals import ignore_stops, stop_signals
 
 from hotset.runtime import MemoryAwareRouter, RouterConfig
 from hotset.runtime.router_config import Policy
@@ -62,7 +62,7 @@ def measure_in_child(
     mode: str,
     seconds: float,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it with it
+    ignore_stops()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[process % len(cores)]})
     segment = Segment.attach(instance, geometry)
@@ -84,12 +84,16 @@ def measure_two(instance: str, segment: Segment, top_k: int, mode: str, seconds:
         )
         for p in range(2)
     ]
-    for child in children:
-        child.start()
-    samples = [receive.recv() for receive, _ in pipes]
-    for child in children:
-        child.join()
-    return samples
+    try:
+        with stop_signals.deferred():
+            for child in children:
+                child.start()
+        return [receive.recv() for receive, _ in pipes]
+    finally:
+        for child in children:
+            if child.pid is not None:
+                child.kill()  # where it has not ended by itself
+                child.join()
 
 
 def measure_shape(
