@@ -26,7 +26,7 @@ class ModelShape:
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
-    router_aux_loss_coef: float = 0.001  # as in the published configurations of Mixtral, Qwen2-MoE and Qwen3-MoE
+    router_aux_loss_coef: float = 0.0005  # half of Mixtral's and Qwen's: runtime/model/trained/README.md says why
 
 
 class RMSNorm(nn.Module):
