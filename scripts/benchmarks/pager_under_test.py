@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import numpy.typing as npt
 
 from hotset.runtime.config import BackendConfig
 from hotset.runtime.instance import Instance
-from hotset.runtime.messages.message import StopWorking
 from hotset.runtime.messages.pager import FromPager, PagerReady, StartPager
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
@@ -41,21 +41,25 @@ class PagerUnderTest:
         )
         model = ModelConfig.load(folder)
         plan = plan_instance(config, model, Checkpoint.open(folder, model))
-        self.instance = Instance(new_instance_name(), plan)
-        self.arena = self.instance.arena
-        self.queue = PagingQueue.attach(self.instance.name)
-        self.access = ExpertAccess(self.instance.segment, self.queue, WORKER)
-        self._child: Child[FromPager] = Child("hotset.workers.pager", FromPager)
-        self._child.channel.send(StartPager.of(self.instance.name, plan, config))
-        answer = self._child.channel.wait()
-        if not isinstance(answer, PagerReady):
-            raise RuntimeError(f"the pager did not start: {answer}")
+        with contextlib.ExitStack() as ending:  # a signal may come while the pager starts
+            self.instance = Instance(new_instance_name(), plan)
+            ending.callback(self.instance.remove)
+            self.arena = self.instance.arena
+            self.queue = PagingQueue.attach(self.instance.name)
+            ending.callback(self.queue.close)
+            self.access = ExpertAccess(self.instance.segment, self.queue, WORKER)
+            # In a session of its own: the terminal's Ctrl-C is for this process.
+            self._child: Child[FromPager] = Child("hotset.workers.pager", FromPager, own_session=True)
+            ending.callback(self._child.reap)
+            ending.callback(self._child.kill)
+            self._child.channel.send(StartPager.of(self.instance.name, plan, config))
+            answer = self._child.channel.wait()
+            if not isinstance(answer, PagerReady):
+                raise RuntimeError(f"the pager did not start: {answer}")
+            self._ending = ending.pop_all()
 
     def close(self) -> None:
-        self._child.channel.send(StopWorking())
-        self._child.reap(5.0)
-        self.queue.close()
-        self.instance.remove()
+        self._ending.close()
 
     def counter(self, counter: Counter) -> int:
         totals = np.empty(COUNTERS_PER_PROCESS, np.uint64)
