@@ -13,6 +13,7 @@ usage: scripts/bench routing [--json] [...]
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -100,9 +101,11 @@ def measure_shape(
     experts: int, top_k: int, scalar: ctypes.CDLL, seconds: float, kernels: list[str]
 ) -> Iterator[Result]:
     instance = new_instance_name()
-    lock = InstanceLock(instance)
-    segment = make_segment(instance, experts)
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(InstanceLock(instance).release)
+        ending.callback(remove_ipc_objects, instance)
+        segment = make_segment(instance, experts)
+        ending.callback(segment.close)
         for mode in ("single", "batch"):
             for kernel in kernels:
                 _core.use_route_kernel(kernel)
@@ -120,10 +123,6 @@ def measure_shape(
             yield median("numpy", experts, top_k, mode, [take_samples(numpy_pass(experts, top_k, mode), 0)])
             samples = take_samples(scalar_pass(scalar, experts, top_k), seconds / 2)
             yield median("scalar C", experts, top_k, mode, [samples])
-    finally:
-        segment.close()
-        remove_ipc_objects(instance)
-        lock.release()
 
 
 def single_route_p99(experts: int, top_k: int, seconds: float) -> float:

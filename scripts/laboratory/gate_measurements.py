@@ -20,7 +20,7 @@ from hotset.runtime import MemoryAwareRouter, RouterConfig
 from hotset.runtime.config import BackendConfig, format_nbytes, parse_nbytes
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.routing_preference import routing_preference
-from hotset.workers.simulation import Setting
+from hotset.workers.simulated_instance import Setting
 
 ROUTE_ROWS = 4096  # distinct: a processor learns 256 by heart
 ROUTE_SECONDS = 0.5
