@@ -40,12 +40,13 @@ def _integers(given: Any) -> np.ndarray[Any, Any] | None:
         if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
             return None
         try:
-            given = np.asarray(list(cast("Iterable[Any]", given)))
-        except ValueError:  # rows of different lengths
+            # As objects: of an int64 and an uint64 numpy would make floats.
+            given = np.array(list(cast("Iterable[Any]", given)), dtype=object)
+        except ValueError:  # rows that cannot be an array
             return None
-        if not given.size and given.ndim == 1:
-            given = given.astype(np.int32)
     rows = cast("np.ndarray[Any, Any]", given)
-    # Integers that are too large for any of numpy's are objects.
-    are_integers = rows.dtype.kind in "iu" or (rows.dtype.kind == "O" and {*map(type, rows.flat)} <= {int})
+    if rows.dtype.kind == "O":
+        are_integers = all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in rows.flat)
+    else:
+        are_integers = rows.dtype.kind in "iu"
     return rows if are_integers and rows.ndim in (1, 2) else None

@@ -33,6 +33,7 @@ def holder(request: pytest.FixtureRequest) -> Iterator[Backend | ExpertCache]:
         np.array([[3, 5], [5, 3]]),  # of two tokens, as a router gives them
         [[3, 5], [5, 3]],
         [np.int64(3), 5],
+        [np.uint64(3), 5],
     ],
     ids=str,
 )
@@ -59,7 +60,7 @@ def test_what_is_no_expert_is_refused_in_a_sentence(holder: Backend | ExpertCach
     for experts in (None, 5, "x", {1: 2}, b"\x01", [1.5], ["a"], [None], [math.nan], [True], [[1], [2, 3]], [[[1]]]):
         with pytest.raises(ValueError, match=r"experts is .*, expected integers, or rows of as many"):
             ask(0, experts)
-    for expert in (-1, 32, 10**9, 10**30):
+    for expert in (-1, 32, 10**9, 2**63, 10**30):
         for experts in ([expert], [[0, expert]]):
             with pytest.raises(ValueError, match=f"expert id is {expert}, expected 0 <= id < 32"):
                 ask(0, experts)
