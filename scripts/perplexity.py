@@ -13,7 +13,6 @@ paired, window by window, with the first row: KV pages in float32, or with --pac
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -23,9 +22,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from laboratory.arguments import Parser, model_path, whole
 from training_corpus import heldout_stream
 
 from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.checkpoint import Checkpoint
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.tokenizer import Tokenizer
@@ -163,11 +164,11 @@ def measure_packs(model: Path, packs: Sequence[Path], tokens: int) -> Measuremen
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", type=Path, default=TRAINED_MODEL, help="folder of the checkpoint")
-    parser.add_argument("--packs", type=Path, nargs="+", default=[], help="packs of the model, in several formats")
-    parser.add_argument("--tokens", type=int, default=24_576, help="predicted tokens, rounded up to whole windows")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = Parser(prog="perplexity.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", type=model_path, default=TRAINED_MODEL, help="folder of the checkpoint")
+    parser.add_argument("--packs", type=model_path, nargs="+", default=[], help="packs of it, in several formats")
+    parser.add_argument("--tokens", type=whole(1), default=24_576, help="predicted tokens, rounded up to whole windows")
+    parser.add_argument("--threads", type=whole(1, 256), default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(arguments)
     _kernels.set_num_threads(options.threads)
@@ -190,4 +191,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except (HotsetError, ValueError, OSError) as error:
+        raise SystemExit(f"perplexity.py: {error}") from None
