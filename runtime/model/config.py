@@ -108,12 +108,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         latent = LatentAttention.of(file) if family.latent_attention else None
         num_heads, num_kv_heads, head_dim = options.heads(file, latent)
         query_dim = head_dim if latent is None else latent.query_dim
-        num_experts = file.count(family.expert_count_option, default=options.count_or_none(file, "num_local_experts"))
-        experts_per_token = file.count("num_experts_per_tok")
-        if experts_per_token > num_experts:
-            raise file.corrupt(
-                f"num_experts_per_tok is {experts_per_token} but {family.expert_count_option} is {num_experts}"
-            )
+        num_experts, experts_per_token = options.expert_counts(file, family)
         expert_groups, top_expert_groups = options.expert_groups(file, family, num_experts, experts_per_token)
         dense_layers = options.dense_layers(file, num_layers)
         return cls(

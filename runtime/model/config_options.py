@@ -10,6 +10,7 @@ from hotset.runtime.model.config_file import ConfigFile
 from hotset.runtime.model.errors import UnsupportedModel
 from hotset.runtime.model.families import FAMILIES, Family
 from hotset.runtime.model.latent_attention import LatentAttention
+from hotset.runtime.router_config import MAX_EXPERTS, MAX_TOP_K
 
 DTYPES: Final = ("float32", "float16", "bfloat16")
 MXFP4_BLOCK: Final = 32  # values that share a scale
@@ -158,6 +159,21 @@ def shared_intermediate_size(file: ConfigFile, family: Family) -> int:
 def weight_scale(file: ConfigFile, family: Family) -> float:
     default = family.routed_scaling_factor
     return file.number("routed_scaling_factor", default=default) if default else 1.0
+
+
+def expert_counts(file: ConfigFile, family: Family) -> tuple[int, int]:
+    """How many experts a layer has, and how many a token uses."""
+    num_experts = file.count(family.expert_count_option, default=count_or_none(file, "num_local_experts"))
+    per_token = file.count("num_experts_per_tok")
+    if per_token > num_experts:
+        raise file.corrupt(f"num_experts_per_tok is {per_token} but {family.expert_count_option} is {num_experts}")
+    for option, count, most in (
+        (family.expert_count_option, num_experts, MAX_EXPERTS),
+        ("num_experts_per_tok", per_token, MAX_TOP_K),
+    ):
+        if count > most:
+            raise UnsupportedModel(file.path, option, f"{file.path}: {option} is {count}; hotset routes up to {most}.")
+    return num_experts, per_token
 
 
 def expert_groups(file: ConfigFile, family: Family, num_experts: int, experts_per_token: int) -> tuple[int, int]:

@@ -266,6 +266,8 @@ def test_no_end_of_text(folder: Path) -> None:
         ("hidden_act", {"hidden_act": "gelu"}),
         ("qkv_bias", {"qkv_bias": True}),
         ("mlp_bias", {"mlp_bias": True}),
+        ("num_experts", {"num_experts": 1025}),
+        ("num_experts_per_tok", {"num_experts": 64, "num_experts_per_tok": 33}),
         ("rope_scaling", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
         ("rope_scaling", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}),
         ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
