@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotset.runtime.config import TRAINED_MODEL
+from hotset.runtime.errors import HotsetError
 from hotset.runtime.model.config import ModelConfig
 from hotset.runtime.model.expert_parts import expert_parts
 from hotset.runtime.model.tensors import Tensor, dense_tensors
@@ -159,7 +160,7 @@ def write_shard(file: BinaryIO, tensors: list[Tensor], weights: Weights) -> None
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
-    """Into a folder that `may_be_written`. Raises `OSError`."""
+    """Into a folder that `may_be_written`. Raises `OSError`, or `UnsupportedModel` for options that make none."""
     with unfinished(folder):
         (folder / "config.json").write_text(json.dumps(config_json(options), indent=2) + "\n")
         config = ModelConfig.load(folder)
@@ -236,6 +237,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name in ("layers", "experts", "top_k", "hidden_size", "expert_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    if options.seed < 0:
+        parser.error(f"--seed is {options.seed}, expected at least 0")
+    if not 0 <= options.skew < math.inf:
+        parser.error(f"--skew is {options.skew}, expected a number of at least 0")
     if options.hidden_size % 256:
         parser.error(f"--hidden-size is {options.hidden_size}, expected a multiple of 256")
     if options.top_k > options.experts:
@@ -256,7 +261,7 @@ def main(arguments: list[str]) -> int:
     except Stopped:
         print(f"make_model: {stop_signals.words}", file=sys.stderr)
         return stop_signals.status
-    except OSError as error:
+    except (HotsetError, OSError) as error:
         print(f"make_model: {error}", file=sys.stderr)
         return 1
     return 0

@@ -48,9 +48,19 @@ def test_the_gate_prefers_some_experts_and_depends_on_the_token(tmp_path: Path) 
     assert len(np.unique(np.sort(selected, axis=1), axis=0)) > 500  # of 2,048 tokens
 
 
-def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    done = make_model(tmp_path, "--top-k", "33")
-    assert done.returncode == 2 and "--top-k is 33, more than the 32 experts" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "status", "sentence"),
+    [
+        (("--top-k", "33"), 2, "--top-k is 33, more than the 32 experts"),
+        (("--seed", "-1"), 2, "--seed is -1, expected at least 0"),
+        (("--skew", "nan"), 2, "--skew is nan, expected a number of at least 0"),
+        (("--experts", "1025"), 1, "num_experts is 1025; hotset routes up to 1024"),
+        (("--family", "deepseek_v2", "--layers", "1"), 1, "leave no layer with experts"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, options: tuple[str, ...], status: int, sentence: str) -> None:
+    done = make_model(tmp_path, *options)
+    assert done.returncode == status and sentence in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
