@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import threading
 import time
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Self
 
@@ -38,6 +39,7 @@ class PageWatchers:
         ]
 
     def __enter__(self) -> Self:
+        resource_tracker.ensure_running()  # or the first child starts it, which lets the signals through
         try:
             with stop_signals.deferred():
                 for process, (_, theirs) in zip(self._processes, self._pipes, strict=True):

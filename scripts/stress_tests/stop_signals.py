@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -31,7 +30,6 @@ class StopSignals:
     def deferred(self) -> Iterator[None]:
         """They wait meanwhile, and in children that are started until these call `ignore_stops`: one that is half
         started says so with a traceback."""
-        resource_tracker.ensure_running()  # starting it, as the first child does, lets the signals through
         self._is_deferred = True
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
