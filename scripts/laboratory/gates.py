@@ -121,10 +121,10 @@ def run(options: argparse.Namespace, held: HeldOut) -> list[Gate]:
     config = BackendConfig(model=str(options.model))
     found: dict[str, Found] = {}
     found |= measure_routing(ModelConfig.load(options.model))
+    found |= measure_quality(options, config, held)
     found |= measure_serving(options)
     found |= measure_paging(options)
     found |= measure_stress(options)
-    found |= measure_quality(options, config, held)
     return [judge(target, found[target.name]) for target in targets(options.wanted)]
 
 

@@ -8,7 +8,6 @@
 
 #define KEY_ID_MASK 0xFFFFFu
 #define KEY_SCORE_MASK 0x000FFFFFFFF00000
-#define KEY_TAG_MASK 0x3FF00000000FFFFF /* what a key is made of besides the score */
 
 static inline uint64_t key_tag(uint32_t id) { return UINT64_C(0x3FF0000000000000) | (KEY_ID_MASK - id); }
 /* The id of a key's bits. */
