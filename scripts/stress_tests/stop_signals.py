@@ -6,6 +6,10 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+# numpy imports this at its first use, and what Cython does when a module starts swallows a KeyboardInterrupt: it would
+# be lost, and all later signals are ignored.
+import numpy.random  # noqa: F401
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
