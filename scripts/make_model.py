@@ -124,7 +124,7 @@ class Weights:
 def tensors_of(config: ModelConfig) -> Iterator[Tensor]:
     """The dense tensors, then the experts one by one."""
     yield from dense_tensors(config).values()
-    for layer in sorted({*range(config.num_layers)} - config.dense_layers):
+    for layer in config.expert_layers:
         for expert in range(config.num_experts):
             yield from (part.tensor for part in expert_parts(config, layer, expert))
 

@@ -87,7 +87,7 @@ class InProcessModel:
         if config.family.gating == "sigmoid":
             bias = selection_bias(self.checkpoint)
             assert bias is not None
-            scores = 1 / (1 + np.exp(-gates)) + bias[sorted({*range(config.num_layers)} - config.dense_layers)][:, None]
+            scores = 1 / (1 + np.exp(-gates)) + bias[config.expert_layers][:, None]
             doubt = doubt / 4  # nowhere is a sigmoid steeper
         clear = np.ones(doubt.shape, np.bool_)
         if config.expert_groups > config.top_expert_groups:

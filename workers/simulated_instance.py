@@ -43,10 +43,6 @@ class Setting(msgspec.Struct, frozen=True):
     shared: bool = False
 
 
-def layers_with_experts(config: ModelConfig) -> list[int]:
-    return [layer for layer in range(config.num_layers) if layer not in config.dense_layers]
-
-
 class SimulatedCache:
     """What an instance would hold, and how often it found there what it needed."""
 
@@ -59,7 +55,7 @@ class SimulatedCache:
             slots_per_layer=setting.slots,
         )
         if setting.shared:
-            self._cache = Cache(policy, setting.slots * len(layers_with_experts(config)), shared=True)
+            self._cache = Cache(policy, setting.slots * len(config.expert_layers), shared=True)
         else:
             self._cache = Cache(policy, setting.slots)
         self.mask = np.zeros((config.num_layers, -(-config.num_experts // 64)), np.uint64)

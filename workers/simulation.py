@@ -29,7 +29,7 @@ from hotset.workers.compute.gates import selection_bias
 from hotset.workers.compute.transformer import Batch, SequenceRows, Transformer, own_block_tables
 from hotset.workers.expert_store import read_expert
 from hotset.workers.moe import router_config
-from hotset.workers.simulated_instance import Setting, SimulatedCache, SimulatedInstance, layers_with_experts
+from hotset.workers.simulated_instance import Setting, SimulatedCache, SimulatedInstance
 
 Floats = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int32]
@@ -173,7 +173,7 @@ class Simulation:
             cache = SimulatedCache(self.config, setting)
             for window in range(windows):
                 for step in self.exact_ids[window, :, first : first + setting.batch].astype(np.int32):
-                    for layer in layers_with_experts(self.config):
+                    for layer in self.config.expert_layers:
                         experts = np.ascontiguousarray(step[:, layer])
                         cache.use(layer, experts, experts)
                 hits[first, window], misses[first, window] = cache.hits, cache.misses

@@ -126,10 +126,9 @@ class Checkpoint:
         config = self.config
         for tensor in dense_tensors(config).values():
             self._check(tensor, VECTOR_DTYPES if len(tensor.shape) == 1 else MATRIX_DTYPES)
-        for layer in range(config.num_layers):
-            if layer not in config.dense_layers:
-                for expert in range(config.num_experts):
-                    self._expert_dtypes[layer, expert] = self._check_expert(layer, expert, to_convert)
+        for layer in config.expert_layers:
+            for expert in range(config.num_experts):
+                self._expert_dtypes[layer, expert] = self._check_expert(layer, expert, to_convert)
 
     def _check_expert(self, layer: int, expert: int, to_convert: bool) -> str:
         """Its dtype, which all its matrices have, unless they are to be converted."""

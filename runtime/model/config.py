@@ -163,6 +163,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.dense_intermediate_size, self.shared_intermediate_size)
 
     @property
+    def expert_layers(self) -> list[int]:
+        """Those that have experts, in order."""
+        return [layer for layer in range(self.num_layers) if layer not in self.dense_layers]
+
+    @property
     def num_experts_in_all(self) -> int:
         """Of all layers that have experts."""
         return (self.num_layers - len(self.dense_layers)) * self.num_experts

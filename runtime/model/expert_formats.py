@@ -107,8 +107,7 @@ def _refuse_another_model(checkpoint: Checkpoint, model: Path) -> None:
     """By the first gate, which packs keep as it is."""
     other = Checkpoint.open(model, to_convert=True)
     config = checkpoint.config
-    first = min(layer for layer in range(config.num_layers) if layer not in config.dense_layers)
-    name = layer_tensors(config, first)["router"].name
+    name = layer_tensors(config, config.expert_layers[0])["router"].name
     if name in other.tensors:
         mine, theirs = checkpoint.dense(name), other.dense(name)
         # Of another dtype it may be the same all the same.

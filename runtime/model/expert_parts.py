@@ -53,8 +53,7 @@ def expert_parts(config: ModelConfig, layer: int, expert: int, *, stacked: bool 
 
 def are_stacked(config: ModelConfig, names: Container[str]) -> bool:
     """Whether a checkpoint with tensors of these names has its experts stacked."""
-    layers = (layer for layer in range(config.num_layers) if layer not in config.dense_layers)
-    return any(expert_parts(config, layer, 0, stacked=True)[0].tensor.name in names for layer in layers)
+    return any(expert_parts(config, layer, 0, stacked=True)[0].tensor.name in names for layer in config.expert_layers)
 
 
 def _separate(config: ModelConfig, prefix: str) -> tuple[ExpertPart, ...]:
